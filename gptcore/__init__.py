@@ -1,0 +1,52 @@
+"""gptcore: a native engine for GPTs with a thin Python face.
+
+``import gptcore`` does no work: neither torch nor NumPy nor the extension is loaded until something
+is used. Submodules (``gptcore.ops``, ``gptcore.functional``, ``gptcore.nn``, ...) load on first access.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_SUBMODULES = frozenset(
+    {
+        "backend", "checkpoint", "cli", "data", "errors", "functional", "infer", "models", "nn", "ops", "optim",
+        "report", "train",
+    }
+)  # fmt: skip
+
+__all__ = ["__version__", *sorted(_SUBMODULES)]
+
+
+def _fix_product_bits() -> None:
+    """Ask MKL for the same bits at every thread count, which it decides when torch loads it.
+
+    ``STRICT`` costs no speed at the sizes that matter; without it f32 products change their last bits
+    with the number of threads. A value the user has set stays.
+    """
+    if "torch" in sys.modules or "MKL_CBWR" in os.environ:
+        return
+    try:
+        with open("/proc/cpuinfo") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        flags = ""
+    os.environ["MKL_CBWR"] = "AVX512,STRICT" if " avx512f" in flags else "AVX2,STRICT"
+
+
+_fix_product_bits()
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"gptcore.{name}")
+    raise AttributeError(f"module 'gptcore' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})
