@@ -1,0 +1,72 @@
+// DLPack's C structures, as far as gptcore reads them (dlpack 1.x, "dlpack.h"). Declared here so that the build
+// needs no third-party header; the sizes are asserted.
+#pragma once
+
+#include <cstdint>
+
+namespace gptcore::dlpack {
+
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kCudaManaged = 13 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
+
+struct Device {
+  int32_t type;
+  int32_t id;
+};
+
+struct DataType {
+  uint8_t code;
+  uint8_t bits;
+  uint16_t lanes;
+};
+
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t ndim;
+  DataType dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+static_assert(sizeof(Tensor) == 48);
+
+struct ManagedTensor {
+  Tensor tensor;
+  void* manager;
+  void (*deleter)(ManagedTensor*);
+};
+static_assert(sizeof(ManagedTensor) == 64);
+
+struct Version {
+  uint32_t major;
+  uint32_t minor;
+};
+
+struct ManagedTensorVersioned {
+  Version version;
+  void* manager;
+  void (*deleter)(ManagedTensorVersioned*);
+  uint64_t flags;
+  Tensor tensor;
+};
+static_assert(sizeof(ManagedTensorVersioned) == 80);
+constexpr uint64_t kFlagReadOnly = 1;
+
+// The exchange API a tensor type offers as the capsule `__dlpack_c_exchange_api__` (dlpack 1.3). Only the
+// non-owning view is used; the other slots keep their places.
+struct ExchangeApiHeader {
+  Version version;
+  ExchangeApiHeader* previous;
+};
+
+struct ExchangeApi {
+  ExchangeApiHeader header;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object;
+  void* managed_tensor_to_py_object;
+  int (*tensor_from_py_object)(void* py_object, Tensor* out);
+  void* current_work_stream;
+};
+
+}  // namespace gptcore::dlpack

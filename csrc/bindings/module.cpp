@@ -1,0 +1,52 @@
+// _C: one register_<op>(m) line per op, and what Python may ask about the machine.
+#include "bindings/tensor_caster.h"
+#include "core/arena.h"
+#include "core/isa.h"
+#include "core/parallel.h"
+
+namespace py = pybind11;
+using gptcore::TensorView;
+
+void register_layer_norm(py::module_& m);
+
+namespace {
+
+// Does nothing with three tensors: what crossing the boundary costs.
+void noop(const TensorView&, const TensorView&, const TensorView&) {}
+
+void register_machine(py::module_& m) {
+  m.def("isa", [] { return gptcore::name_of(gptcore::current_isa()); }, "The instruction set in use.");
+  m.def("set_isa", &gptcore::set_isa, py::arg("name"), "Use another instruction set of available_isas().");
+  m.def(
+      "available_isas",
+      [] {
+        py::list names;
+        for (int i = 0; i <= static_cast<int>(gptcore::best_isa()); ++i) {
+          names.append(gptcore::name_of(static_cast<gptcore::Isa>(i)));
+        }
+        return names;
+      },
+      "Instruction sets this machine can run, lowest first.");
+  m.def("num_threads", &gptcore::num_threads, "Threads that parallel loops use.");
+  m.def("num_threads_reason", &gptcore::num_threads_reason, "Why num_threads() is what it is.");
+  m.def("set_num_threads", &gptcore::set_num_threads, py::arg("count"), "0 returns to the default.");
+  m.def("scratch_bytes", &gptcore::scratch_bytes, "Bytes held by the kernels' scratch stacks.");
+  m.def("noop", &noop, py::arg("a"), py::arg("b"), py::arg("c"), py::call_guard<py::gil_scoped_release>(),
+        "An empty kernel over three tensors, to measure the boundary.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gptcore's native kernels";
+  m.attr("__version__") = GPTCORE_VERSION;
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const gptcore::TypeError& error) {
+      PyErr_SetString(PyExc_TypeError, error.what());
+    }
+  });
+  register_machine(m);
+  register_layer_norm(m);
+}

@@ -1,0 +1,107 @@
+// The only place that knows how a Python tensor becomes a TensorView:
+//
+//   torch (and whoever else offers it)   the C exchange API of the type, about 0.05 us a tensor
+//   NumPy, CuPy, older torch             `__dlpack__`, versioned first (it carries the read-only flag)
+//   ml_dtypes bf16 arrays                `__array_interface__`, since they refuse DLPack
+//   None                                 an undefined view, for optional arguments
+//
+// Views are borrowed for the length of the call. What has no memory to look at (FakeTensor, meta, sparse) and
+// what kernels cannot read (complex) is refused with a sentence.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "bindings/dlpack.h"
+#include "core/check.h"
+#include "core/tensor_view.h"
+
+namespace gptcore {
+
+// A Python sequence of tensors, for ops that take many per call.
+struct TensorList {
+  std::vector<TensorView> views;
+  size_t size() const { return views.size(); }
+  const TensorView& operator[](size_t i) const { return views[i]; }
+};
+
+}  // namespace gptcore
+
+namespace gptcore::bindings {
+
+namespace py = pybind11;
+
+constexpr int kMaxDims = 8;
+
+// The exchange API of a Python type, or null; looked up once per type.
+const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type);
+
+// Fills `view` from an object without the exchange API. `owner` keeps the memory's description alive; `dims` is
+// room for sizes and strides that the source does not store itself.
+void view_slowly(py::handle source, TensorView* view, py::object* owner, int64_t* dims);
+
+// Fills `view` from a DLPack tensor, refusing what kernels cannot read.
+void view_dlpack(const dlpack::Tensor& tensor, bool readonly, py::handle source, TensorView* view);
+
+// Turns the Python error that an exchange API left into a TypeError that names the type.
+[[noreturn]] void refuse(py::handle source);
+
+inline void view_of(py::handle source, TensorView* view, py::object* owner, int64_t* dims) {
+  if (source.is_none()) return;
+  if (const dlpack::ExchangeApi* api = exchange_api_of(Py_TYPE(source.ptr()))) {
+    dlpack::Tensor tensor;
+    if (api->tensor_from_py_object(source.ptr(), &tensor) != 0) refuse(source);
+    view_dlpack(tensor, false, source, view);
+    return;
+  }
+  view_slowly(source, view, owner, dims);
+}
+
+}  // namespace gptcore::bindings
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<gptcore::TensorView> {
+  PYBIND11_TYPE_CASTER(gptcore::TensorView, const_name("Tensor | None"));
+
+  bool load(handle source, bool) {
+    gptcore::bindings::view_of(source, &value, &owner_, dims_);
+    return true;
+  }
+
+ private:
+  object owner_;
+  int64_t dims_[2 * gptcore::bindings::kMaxDims];
+};
+
+template <>
+struct type_caster<gptcore::TensorList> {
+  PYBIND11_TYPE_CASTER(gptcore::TensorList, const_name("list[Tensor]"));
+
+  bool load(handle source, bool) {
+    if (!isinstance<sequence>(source)) return false;
+    const auto items = reinterpret_borrow<sequence>(source);
+    const size_t count = items.size();
+    value.views.resize(count);
+    for (size_t i = 0; i < count; ++i) {
+      Item& item = items_.emplace_back();
+      item.source = items[i];
+      gptcore::bindings::view_of(item.source, &value.views[i], &item.owner, item.dims);
+    }
+    return true;
+  }
+
+ private:
+  struct Item {
+    object source, owner;
+    int64_t dims[2 * gptcore::bindings::kMaxDims];
+  };
+  std::deque<Item> items_;  // never moves its elements: views point into them
+};
+
+}  // namespace pybind11::detail

@@ -1,0 +1,67 @@
+// Argument checks. Each failing check throws an error whose sentence names the op, the argument, what came
+// and what was expected; the bindings turn Error into ValueError and TypeError_ into TypeError.
+// Checks run once, in <op>.cpp, before a byte is written.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "core/tensor_view.h"
+
+namespace gptcore {
+
+struct ValueError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+struct TypeError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+// "f32 (2, 3)" for messages.
+std::string describe(const TensorView& tensor);
+
+// Collects the op's name so that each check is one short line:
+//   Checker check("layer_norm");
+//   check.dtype(x, "x", {DType::f32, DType::bf16});
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  // `condition` must hold, else ValueError "op: argument 'name': got <got>, expected <expected>".
+  void that(bool condition, const char* argument, const std::string& got, const std::string& expected) const {
+    if (!condition) fail(argument, got, expected);
+  }
+  void defined(const TensorView& tensor, const char* argument) const;
+  void cpu(const TensorView& tensor, const char* argument) const;
+  void dtype(const TensorView& tensor, const char* argument, std::initializer_list<DType> allowed) const;
+  void ndim(const TensorView& tensor, const char* argument, int expected) const;
+  // Sizes must match; -1 accepts any.
+  void shape(const TensorView& tensor, const char* argument, std::initializer_list<int64_t> expected) const;
+  void same_shape(const TensorView& tensor, const char* argument, const TensorView& like, const char* like_name) const;
+  void contiguous(const TensorView& tensor, const char* argument) const;
+  // The last dimension has stride 1 (or at most one element).
+  void last_contiguous(const TensorView& tensor, const char* argument) const;
+  void writable(const TensorView& tensor, const char* argument) const;
+
+  // The usual bundle for an input on the CPU: defined, on the CPU, of one of these types.
+  void input(const TensorView& tensor, const char* argument, std::initializer_list<DType> allowed) const {
+    defined(tensor, argument);
+    cpu(tensor, argument);
+    dtype(tensor, argument, allowed);
+  }
+  // The same for an output, which must also be writable.
+  void output(const TensorView& tensor, const char* argument, std::initializer_list<DType> allowed) const {
+    input(tensor, argument, allowed);
+    writable(tensor, argument);
+  }
+
+  [[noreturn]] void fail(const char* argument, const std::string& got, const std::string& expected) const;
+  [[noreturn]] void fail_type(const char* argument, const std::string& got, const std::string& expected) const;
+
+ private:
+  const char* op_;
+};
+
+}  // namespace gptcore

@@ -1,0 +1,41 @@
+// Element types that kernels know, and bf16 as storage: gcc 12 has no scalar bf16 type, so kernels keep
+// the 16 bits and convert in simd.h.
+#pragma once
+
+#include <cstdint>
+
+namespace gptcore {
+
+enum class DType : uint8_t { f32, bf16, f16, f64, i8, u8, i32, i64, boolean, other };
+
+struct bf16 {
+  uint16_t bits;
+};
+static_assert(sizeof(bf16) == 2);
+
+constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::f64:
+    case DType::i64: return 8;
+    case DType::bf16:
+    case DType::f16: return 2;
+    default: return 1;
+  }
+}
+
+const char* name_of(DType dtype);
+
+template <class T>
+constexpr DType dtype_of() = delete;
+template <>
+constexpr DType dtype_of<float>() { return DType::f32; }
+template <>
+constexpr DType dtype_of<bf16>() { return DType::bf16; }
+template <>
+constexpr DType dtype_of<int32_t>() { return DType::i32; }
+template <>
+constexpr DType dtype_of<int64_t>() { return DType::i64; }
+
+}  // namespace gptcore

@@ -1,0 +1,33 @@
+// What layer_norm.cpp hands to the per-ISA bodies: pointers, sizes and strides, already checked.
+#pragma once
+
+#include <cstdint>
+
+namespace gptcore {
+
+struct LayerNormForward {
+  const void *x, *residual, *weight, *bias;  // residual, weight, bias may be null
+  void *y, *h;                               // h is null without residual
+  float *mean, *rstd;                        // may be null
+  int64_t rows, width;
+  int64_t x_stride, residual_stride, y_stride, h_stride;
+  float eps;
+};
+
+struct LayerNormBackward {
+  const void *grad_y, *grad_h, *h, *weight;  // grad_h, weight may be null
+  const float *mean, *rstd;
+  void* dx;
+  void *dweight, *dbias;  // may be null
+  bool f32_dweight;       // dweight and dbias are f32, else of the weight's type
+  int64_t rows, width;
+  int64_t grad_y_stride, grad_h_stride, h_stride, dx_stride;
+};
+
+// [activations bf16?][weights bf16?]
+struct LayerNormBodies {
+  void (*forward[2][2])(const LayerNormForward&);
+  void (*backward[2][2])(const LayerNormBackward&);
+};
+
+}  // namespace gptcore

@@ -1,0 +1,160 @@
+#include "core/arena.h"
+#include "core/parallel.h"
+#include "core/simd.h"
+#include "kernels/layer_norm/layer_norm_body.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+// An add takes 4 cycles and two start per cycle: four running sums keep a row's reduction near load speed while
+// the compiler still holds everything in registers on AVX2.
+constexpr int kSums = 4;
+
+// Below this many elements a parallel loop costs more than it saves.
+constexpr int64_t kGrainElements = 16384;
+
+// Rows per block of the weight gradients' sums. Fixed by the shape alone, so the bits do not know the thread
+// count; at most 64 blocks, so that partial sums stay a small part of the traffic.
+int64_t block_rows_of(int64_t rows) {
+  const int64_t by_count = (rows + 63) / 64;
+  return by_count < 16 ? 16 : by_count;
+}
+
+// Sum over c of term(offset, lanes): kSums running vectors, joined in a fixed tree.
+template <class F>
+GPTCORE_INLINE float row_sum(int64_t width, const F& term) {
+  Vec sums[kSums] = {};
+  int64_t c = 0;
+  for (; c + kSums * kLanes <= width; c += kSums * kLanes) {
+    for (int s = 0; s < kSums; ++s) sums[s] += term(c + s * kLanes, int64_t{kLanes});
+  }
+  for (; c + kLanes <= width; c += kLanes) sums[0] += term(c, int64_t{kLanes});
+  if (c < width) sums[1] += term(c, width - c);
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class T>
+GPTCORE_INLINE void add_rows(const T* x, const T* residual, T* h, int64_t width) {
+  for_lanes(width, [&](int64_t c, int64_t n) { store_some(h + c, load_some(x + c, n) + load_some(residual + c, n), n); });
+}
+
+template <class T, class W>
+GPTCORE_INLINE void normalise(const T* h, const W* weight, const W* bias, float mean, float rstd, T* y, int64_t width) {
+  const float shift = -mean * rstd;
+  for_lanes(width, [&](int64_t c, int64_t n) {
+    Vec value = load_some(h + c, n) * rstd + shift;
+    if (weight) value *= load_some(weight + c, n);
+    if (bias) value += load_some(bias + c, n);
+    store_some(y + c, value, n);
+  });
+}
+
+template <class T, class W>
+void forward(const LayerNormForward& a) {
+  const int64_t grain = kGrainElements / a.width + 1;
+  parallel_ranges(a.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
+      if (a.residual) {
+        T* sum = static_cast<T*>(a.h) + row * a.h_stride;
+        add_rows(h, static_cast<const T*>(a.residual) + row * a.residual_stride, sum, a.width);
+        h = sum;
+      }
+      const float mean = row_sum(a.width, [&](int64_t c, int64_t n) { return load_some(h + c, n); }) / a.width;
+      const float variance = row_sum(a.width, [&](int64_t c, int64_t n) {
+        const Vec d = load_some(h + c, n) - mean;
+        return n == kLanes ? d * d : keep_n(d * d, n, 0.0f);
+      }) / a.width;
+      const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps);
+      normalise(h, static_cast<const W*>(a.weight), static_cast<const W*>(a.bias), mean, rstd,
+                static_cast<T*>(a.y) + row * a.y_stride, a.width);
+      if (a.mean) a.mean[row] = mean;
+      if (a.rstd) a.rstd[row] = rstd;
+    }
+  });
+}
+
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_h with g = grad_y * weight; adds the row's part of
+// dweight = sum grad_y * xhat and dbias = sum grad_y to the block's partial sums.
+template <class T, class W>
+GPTCORE_INLINE void backward_row(const LayerNormBackward& a, int64_t row, float* dweight, float* dbias) {
+  const T* dy = static_cast<const T*>(a.grad_y) + row * a.grad_y_stride;
+  const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
+  const T* dh = a.grad_h ? static_cast<const T*>(a.grad_h) + row * a.grad_h_stride : nullptr;
+  const W* weight = static_cast<const W*>(a.weight);
+  T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
+  const float rstd = a.rstd[row], shift = -a.mean[row] * rstd;
+  const auto gradient = [&](int64_t c, int64_t n) {
+    const Vec g = load_some(dy + c, n);
+    return weight ? g * load_some(weight + c, n) : g;
+  };
+  const float mean_g = row_sum(a.width, gradient) / a.width;
+  const float mean_gx = row_sum(a.width, [&](int64_t c, int64_t n) {
+    return gradient(c, n) * (load_some(h + c, n) * rstd + shift);
+  }) / a.width;
+  for_lanes(a.width, [&](int64_t c, int64_t n) {
+    const Vec xhat = load_some(h + c, n) * rstd + shift;
+    const Vec dyc = load_some(dy + c, n);
+    const Vec g = weight ? dyc * load_some(weight + c, n) : dyc;
+    if (dweight) {
+      store_some(dweight + c, load_some(dweight + c, n) + dyc * xhat, n);
+      store_some(dbias + c, load_some(dbias + c, n) + dyc, n);
+    }
+    Vec value = (g - mean_g - xhat * mean_gx) * rstd;
+    if (dh) value += load_some(dh + c, n);
+    store_some(dx + c, value, n);
+  });
+}
+
+// Adds the blocks' partial sums in block order and stores them in the wanted type.
+template <class Out>
+void join_blocks(const float* partials, int64_t blocks, int64_t width, void* out_or_null) {
+  Out* out = static_cast<Out*>(out_or_null);
+  if (!out) return;
+  parallel_ranges(width, 4096, [&](int64_t begin, int64_t end) {
+    for_lanes(end - begin, [&](int64_t c, int64_t n) {
+      Vec sum = {};
+      for (int64_t block = 0; block < blocks; ++block) sum += load_some(partials + 2 * block * width + begin + c, n);
+      store_some(out + begin + c, sum, n);
+    });
+  });
+}
+
+template <class T, class W>
+void backward(const LayerNormBackward& a) {
+  const bool wants_sums = a.dweight || a.dbias;
+  const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
+  const Scratch scratch(wants_sums ? static_cast<size_t>(blocks * 2 * a.width) * sizeof(float) : 0);
+  float* partials = scratch.as<float>();
+  const auto block_body = [&](int64_t block) {
+    float* dweight = wants_sums ? partials + block * 2 * a.width : nullptr;
+    float* dbias = wants_sums ? dweight + a.width : nullptr;
+    if (wants_sums) __builtin_memset(dweight, 0, static_cast<size_t>(2 * a.width) * sizeof(float));
+    const int64_t end = (block + 1) * block_rows < a.rows ? (block + 1) * block_rows : a.rows;
+    for (int64_t row = block * block_rows; row < end; ++row) backward_row<T, W>(a, row, dweight, dbias);
+  };
+  const int64_t grain = kGrainElements / (a.width * block_rows) + 1;
+  parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) block_body(block);
+  });
+  if (!wants_sums) return;
+  if (a.f32_dweight) {
+    join_blocks<float>(partials, blocks, a.width, a.dweight);
+    join_blocks<float>(partials + a.width, blocks, a.width, a.dbias);
+  } else {
+    join_blocks<W>(partials, blocks, a.width, a.dweight);
+    join_blocks<W>(partials + a.width, blocks, a.width, a.dbias);
+  }
+}
+
+}  // namespace
+
+extern const LayerNormBodies layer_norm_bodies;
+const LayerNormBodies layer_norm_bodies = {
+    {{forward<float, float>, forward<float, bf16>}, {forward<bf16, float>, forward<bf16, bf16>}},
+    {{backward<float, float>, backward<float, bf16>}, {backward<bf16, float>, backward<bf16, bf16>}},
+};
+
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore
