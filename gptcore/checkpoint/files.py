@@ -265,7 +265,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
     if tensor.numel():
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

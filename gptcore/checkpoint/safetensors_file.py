@@ -68,4 +68,4 @@ def write_safetensors(
     file.write(struct.pack("<Q", len(text)) + text)
     for name in order:
         if tensors[name].numel():
-            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy())
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,9 @@
+"""Optimizers over the fused kernels, parameter groups, and learning-rate schedules."""
+
+from __future__ import annotations
+
+from gptcore.optim import schedule
+from gptcore.optim.adamw import AdamW
+from gptcore.optim.groups import decay_groups
+
+__all__ = ["AdamW", "decay_groups", "schedule"]
