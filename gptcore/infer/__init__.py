@@ -1,0 +1,9 @@
+"""Generation: the KV cache, sampling, and the loop that turns a prompt into text."""
+
+from __future__ import annotations
+
+from gptcore.infer.engine import Generation, Timing, generate, generate_batch
+from gptcore.infer.kv_cache import KVCache
+from gptcore.infer.sampling import SamplingParams
+
+__all__ = ["Generation", "KVCache", "SamplingParams", "Timing", "generate", "generate_batch"]
