@@ -11,7 +11,7 @@ import importlib
 from types import ModuleType
 
 _SUBMODULES = frozenset(
-    {"atomic", "corpus", "loader", "packing", "permutation", "prepare", "shards", "tokenizer"}
+    {"atomic", "corpus", "dataset", "loader", "packing", "permutation", "prepare", "shards", "tokenizer"}
 )
 
 
