@@ -1,0 +1,139 @@
+"""``python -m bench``: the command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from bench.case import DTYPES, default_suites, suites
+from bench.harness import ALLOCATORS, WAIT_POLICIES, Options, Results, read_jsonl, run, select, write_jsonl
+
+EXAMPLES = """examples:
+  python -m bench --quick                                  every operation against eager torch, under 2 minutes
+  python -m bench --suite attention --dtype bfloat16       one kernel, compiled peers included
+  python -m bench --case 'layer_norm/64x64/*'              the cases whose name fits
+  python -m bench --suite train_step --json steps.jsonl    whole GPT-2 steps, results kept
+  python -m bench --suite shakespeare --data tinyshakespeare.txt
+  python -m bench --list                                   names of all cases
+  python -m bench --plot plots --from-json steps.jsonl     roofline pictures of kept results
+The last lines of the output are one JSON object for each case and setting (keys in docs/benchmarks.md).
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Time gptcore against torch, interleaved, and against the machine's own ceilings.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--suite", action="append", metavar="NAME", help=f"one of: {', '.join(suites())}; may be repeated")
+    add("--case", action="append", metavar="GLOB", help="only cases whose name (or name/dtype) fits; may be repeated")
+    add("--dtype", action="append", choices=DTYPES, help="only this dtype")
+    add("--quick", action="store_true", help="under 2 minutes: no compiled peers, no whole steps, fewer repeats")
+    add("--json", metavar="FILE", help="also write machines and records to FILE, one JSON object a line")
+    add("--plot", metavar="DIR", help="also draw a roofline picture of each suite into DIR")
+    add("--from-json", metavar="FILE", help="measure nothing: take the records from FILE (for --plot)")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, metavar="N", help="OpenMP threads for ours and peers alike (default: usable cores)")
+    add("--allocator", choices=(*ALLOCATORS, "both"), default="both", help="malloc settings (default: both)")
+    add("--wait-policy", choices=(*WAIT_POLICIES, "both"), default="both",
+        help="spin2000 for all and default for small operations (default: both)")  # fmt: skip
+    add("--product-bits", choices=("gptcore", "torch"), default="gptcore",
+        help="torch: leave MKL_CBWR as torch alone would run")  # fmt: skip
+    add("--repeats", type=int, metavar="N", help="samples for each participant (default: 20, whole steps 5)")
+    add("--cold", action="store_true", help="flush the caches before every call")
+    add("--data", metavar="FILE", help="tinyshakespeare.txt (default: ../shared/data beside the repository)")
+    add("--list", action="store_true", help="print the names of the chosen cases and stop")
+    return parser
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    every = suites()
+    chosen = arguments.suite or (every if arguments.case else default_suites())
+    unknown = [name for name in chosen if name not in every]
+    if unknown:
+        raise ValueError(f"--suite {unknown[0]}: there is no such suite; known: {', '.join(every)}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for option in ("threads", "repeats"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} {value}: expected at least 1")
+    both = lambda value, names: list(names) if value == "both" else [value]  # noqa: E731
+    return Options(
+        suites=chosen,
+        patterns=arguments.case or (),
+        dtypes=arguments.dtype or DTYPES,
+        allocators=both(arguments.allocator, ALLOCATORS),
+        wait_policies=both(arguments.wait_policy, ("spin2000", "default")),
+        product_bits=arguments.product_bits,
+        device=arguments.device,
+        threads=arguments.threads or cores,
+        quick=arguments.quick,
+        cold=arguments.cold,
+        repeats=arguments.repeats,
+        data=arguments.data,
+    )
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no CUDA device here")
+
+
+def _measure(arguments: argparse.Namespace, options: Options) -> Results:
+    if arguments.from_json:
+        return read_jsonl(arguments.from_json)
+    _check_device(options.device)
+    if not select(options):
+        raise ValueError("no case fits these options; see python -m bench --list")
+    return run(options)
+
+
+def _print_results(results: Results) -> None:
+    from bench.machine import Ceilings, summary
+
+    for machine in results.machines:
+        described = {key: value for key, value in machine.items() if key != "ceilings"}
+        print(", ".join(f"{key} {value}" for key, value in described.items()))
+        print(summary(Ceilings.from_json(machine["ceilings"])))
+    for name, reason in results.failures:
+        print(f"NOT MEASURED {name}: {reason}")
+    for record in results.records:
+        print(json.dumps(record))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when every chosen case was measured, 1 when some were not, 2 for a wrong option."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        options = _options(arguments)
+        if arguments.list:
+            names = [f"{case.name}/{dtype}" for case, dtype in select(options)]
+            print("\n".join(names))
+            return 0
+        results = _measure(arguments, options)
+        if arguments.json and not arguments.from_json:
+            write_jsonl(arguments.json, results)
+        if arguments.plot:
+            from bench.plot import plot_all
+
+            for path in plot_all(results, arguments.plot):
+                print(path)
+    except (ValueError, OSError) as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+    _print_results(results)
+    return 1 if results.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""adamw_: the whole optimizer step with global norm, clip, check for infinities and bf16 copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bench.case import Callables, Case, Cost, Target
+
+LR, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """The 148 parameter tensors of GPT-2 124M, head tied."""
+    c, layers = 768, 12
+    block: list[tuple[int, ...]] = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,)]
+    block += [(4 * c, c), (4 * c,), (c, 4 * c), (c,)]
+    return [(50257, c), (1024, c), *block * layers, (c,), (c,)]
+
+
+def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
+    """float32: gradients in f32. bfloat16: gradients in bf16, f32 masters, bf16 copies written back.
+
+    Both participants own a full set of parameters and states; each call is one step of it and returns
+    the first parameters, which the harness compares after the first step.
+    """
+
+    def setup(target: Target) -> Callables:
+        import torch
+        from gptcore.ops.adamw import adamw_
+
+        low = target.dtype != "float32"
+        grads = [target.randn(*shape, scale=1e-3) for shape in shapes]
+        start = [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes]
+
+        mine = [p.clone() for p in start]
+        copies = [p.bfloat16() for p in start] if low else None
+        moments = [[torch.zeros_like(p) for p in start] for _ in range(2)]
+        steps = iter(range(1, 1 << 62))
+
+        def ours() -> list[torch.Tensor]:
+            adamw_(
+                mine, grads, *moments, step=next(steps), lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS,
+                weight_decay=WEIGHT_DECAY, copies=copies, max_norm=MAX_NORM,
+            )  # fmt: skip
+            return mine[:8]
+
+        return {"gptcore": ours, "torch_eager": _torch_step(start, grads, low)}
+
+    return setup
+
+
+def _torch_step(start: list, grads: list, low: bool) -> Callable[[], list]:
+    """torch doing the same: fused AdamW after its own clip, by foreach, with casts where the dtype asks for them."""
+    import torch
+
+    params = [torch.nn.Parameter(p.clone()) for p in start]
+    copies = [p.bfloat16() for p in start] if low else None
+    optimizer = torch.optim.AdamW(
+        params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    held = [p.grad for p in params]
+
+    def step() -> list:
+        # The clip scales in place, so the gradients are fresh each time, as after a backward pass.
+        torch._foreach_copy_(held, grads)
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
+        optimizer.step()
+        if copies is not None:
+            torch._foreach_copy_(copies, [p.detach() for p in params])
+        return [p.detach() for p in params[:8]]
+
+    return step
+
+
+def _cost(shapes: Sequence[tuple[int, ...]]) -> Callable[[int], Cost]:
+    """Two reads of the gradient (norm, update), p m v read and written, the bf16 copy written."""
+    count = 0
+    for shape in shapes:
+        size = 1
+        for extent in shape:
+            size *= extent
+        count += size
+
+    def cost(element: int) -> Cost:
+        copy = 2 if element == 2 else 0
+        return Cost(20.0 * count, (12 + 2 * element) * count, (12 + copy) * count, in_place=True)
+
+    return cost
+
+
+_GPT2 = gpt2_shapes()
+_MANY = [(64, 64)] * 1000
+_ONE_SMALL = [(64, 64)] * 4
+
+CASES = [
+    Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), quick=True),
+    Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
+    Case("adamw/4_tensors_64x64/step", _setup(_ONE_SMALL), _cost(_ONE_SMALL), small=True),
+]

@@ -1,0 +1,227 @@
+"""attention: causal, full, windowed, grouped heads, packed documents, decoding; and the fused-projection form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bench.case import Callables, Case, Cost, Target, compiled, with_gradient
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B sequences of T queries and S keys, H query and Hkv key/value heads of size D."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    Hkv: int | None = None
+    S: int | None = None
+    causal: bool = True
+    window: int | None = None
+    documents: int = 1
+
+    @property
+    def keys(self) -> int:
+        return self.S or self.T
+
+    @property
+    def kv_heads(self) -> int:
+        return self.Hkv or self.H
+
+    @property
+    def label(self) -> str:
+        parts = [f"B{self.B}_H{self.H}_T{self.T}_D{self.D}"]
+        parts += [f"Hkv{self.Hkv}"] * bool(self.Hkv) + [f"S{self.S}"] * bool(self.S)
+        parts += [f"window{self.window}"] * bool(self.window)
+        parts += [f"packed{self.documents}"] if self.documents > 1 else []
+        return "_".join([*parts, "causal" if self.causal else "full"])
+
+    def scores(self) -> float:
+        """Query-key pairs that are attended to, over all batches and query heads."""
+        if not self.causal:
+            pairs = float(self.T * self.keys)
+        elif self.window is not None:
+            pairs = float(sum(min(t + 1, self.window + 1) for t in range(self.T)))
+        else:
+            length = self.T // self.documents
+            pairs = self.documents * length * (length + 1) / 2 if self.T == self.keys else float(self.T * self.keys)
+        return self.B * self.H * pairs
+
+
+def _inputs(shape: Shape, target: Target, *, grad: bool) -> list[Any]:
+    q = target.randn(shape.B, shape.T, shape.H, shape.D, grad=grad)
+    return [q] + [target.randn(shape.B, shape.keys, shape.kv_heads, shape.D, grad=grad) for _ in range(2)]
+
+
+def _mask(shape: Shape, device: str) -> Any:
+    """True where attended, for the shapes that torch's is_causal cannot express; None for the others."""
+    import torch
+
+    if shape.window is None and shape.documents == 1:
+        return None
+    position = torch.arange(shape.T, device=device)
+    allowed = position[:, None] >= position[None, :]
+    if shape.window is not None:
+        allowed &= position[:, None] - position[None, :] <= shape.window
+    if shape.documents > 1:
+        document = position // (shape.T // shape.documents)
+        allowed &= document[:, None] == document[None, :]
+    return allowed
+
+
+def _sdpa(shape: Shape, device: str) -> Callable[..., Any]:
+    """torch's attention on (B, T, H, D) views, which is the layout a projection leaves behind."""
+    import torch
+
+    mask = _mask(shape, device)
+    causal = mask is None and shape.causal and shape.T == shape.keys
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shape.kv_heads != shape.H
+        )
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _flex(shape: Shape, device: str) -> Callable[..., Any]:
+    """FlexAttention with a block mask; on the CPU it needs torch.compile and has no backward."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    length = shape.T // shape.documents
+
+    def allowed(_b: Any, _h: Any, query: Any, key: Any) -> Any:
+        keep = query >= key
+        if shape.window is not None:
+            keep = keep & (query - key <= shape.window)
+        if shape.documents > 1:
+            keep = keep & (query // length == key // length)
+        return keep
+
+    block_mask = create_block_mask(allowed, None, None, shape.T, shape.keys, device=device) if shape.causal else None
+    compiled_flex = compiled(flex_attention)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=shape.kv_heads != shape.H).transpose(1, 2)
+
+    return call
+
+
+def _ours(shape: Shape, device: str) -> Callable[..., Any]:
+    import torch
+    from gptcore.ops.attention import attention
+
+    window = (-1, -1) if shape.window is None else (shape.window, 0)
+    if shape.documents == 1:
+        return lambda q, k, v: attention(q, k, v, causal=shape.causal, window_size=window)
+    length = shape.T // shape.documents
+    count = shape.B * shape.documents
+    bounds = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
+
+    def packed(q: Any, k: Any, v: Any) -> Any:
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return attention(*flat, causal=shape.causal, cu_seqlens_q=bounds).view(q.shape)
+
+    return packed
+
+
+def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
+    def setup(target: Target) -> Callables:
+        inputs = _inputs(shape, target, grad=backward)
+        sdpa = _sdpa(shape, target.device)
+        functions = {"gptcore": _ours(shape, target.device), "torch_eager": sdpa, "torch_compiled": compiled(sdpa)}
+        if not backward and shape.T == shape.keys and not target.quick:
+            functions["torch_flex_compiled"] = _flex(shape, target.device)
+        if backward:
+            grad = target.randn(shape.B, shape.T, shape.H, shape.D)
+            return {name: with_gradient(function, inputs, grad) for name, function in functions.items()}
+        return {name: lambda function=function: function(*inputs) for name, function in functions.items()}
+
+    return setup
+
+
+def _setup_fused(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
+    """From one projection output (B, T, (H + 2 Hkv) D) to (B, T, H D), as a block of a GPT needs it."""
+
+    def setup(target: Target) -> Callables:
+        from gptcore.ops.attention import attention_qkv
+
+        widths = [shape.H * shape.D, shape.kv_heads * shape.D, shape.kv_heads * shape.D]
+        qkv = target.randn(shape.B, shape.T, sum(widths), grad=backward)
+        attend = _sdpa(shape, target.device)
+
+        def eager(qkv: Any) -> Any:
+            q, k, v = (part.unflatten(-1, (-1, shape.D)) for part in qkv.split(widths, dim=-1))
+            return attend(q, k, v).flatten(2)
+
+        functions = {
+            "gptcore": lambda qkv: attention_qkv(qkv, shape.H, shape.kv_heads, causal=True),
+            "torch_eager": eager,
+            "torch_compiled": compiled(eager),
+        }
+        if backward:
+            grad = target.randn(shape.B, shape.T, widths[0])
+            return {name: with_gradient(function, [qkv], grad) for name, function in functions.items()}
+        return {name: lambda function=function: function(qkv) for name, function in functions.items()}
+
+    return setup
+
+
+def _cost(shape: Shape, *, backward: bool) -> Callable[[int], Cost]:
+    """Two products forward, five backward (the scores are formed again); each tensor crosses memory once."""
+    flops = 4.0 * shape.D * shape.scores() * (3.5 if backward else 1.0)
+    queries = shape.B * shape.T * shape.H * shape.D
+    keys = 2 * shape.B * shape.keys * shape.kv_heads * shape.D
+
+    def cost(element: int) -> Cost:
+        read = queries + keys + (3 * queries + keys if backward else 0)
+        written = queries + (queries + keys if backward else 0)
+        return Cost(flops, read * element, written * element)
+
+    return cost
+
+
+SHAPES = (
+    Shape(1, 64, 1, 64),
+    Shape(2, 512, 12, 64),
+    Shape(4, 1024, 12, 64),
+    Shape(2, 512, 12, 64, causal=False),
+    Shape(1, 2048, 32, 128, Hkv=8),
+    Shape(1, 4096, 12, 64),
+    Shape(1, 4096, 12, 64, window=256),
+    Shape(2, 1024, 12, 64, documents=4),
+)
+QUICK = {(64, None), (512, None), (1024, None), (4096, 256)}
+DECODE = Shape(8, 1, 32, 128, Hkv=8, S=4096)
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for backward in (False, True):
+        direction = "forward_backward" if backward else "forward"
+        for shape in SHAPES:
+            quick = (shape.T, shape.window) in QUICK and shape.documents == 1 and not (backward and shape.T > 1024)
+            cases.append(
+                Case(
+                    f"attention/{shape.label}/{direction}",
+                    _setup(shape, backward=backward),
+                    _cost(shape, backward=backward),
+                    small=shape.T == 64,
+                    quick=quick,
+                )
+            )
+        fused = SHAPES[1]
+        name = f"attention/qkv_{fused.label}/{direction}"
+        cases.append(Case(name, _setup_fused(fused, backward=backward), _cost(fused, backward=backward)))
+    decode = _setup(DECODE, backward=False)
+    cases.append(Case(f"attention/decode_{DECODE.label}/forward", decode, _cost(DECODE, backward=False), quick=False))
+    return cases
+
+
+CASES = _cases()

@@ -1,0 +1,81 @@
+"""rms_norm, with and without the residual addition in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.case import Callables, Case, Cost, Target, both_directions
+
+EPS = 1e-6
+
+
+def _setup(rows: int, width: int, *, backward: bool) -> Callable[[Target], Callables]:
+    def setup(target: Target) -> Callables:
+        import torch
+        from gptcore.ops.rms_norm import rms_norm
+
+        inputs = [target.randn(rows, width, grad=True), target.randn(width, grad=True)]
+        functions: dict[str, Callable[..., Any]] = {
+            "gptcore": lambda x, w: rms_norm(x, w, EPS),
+            "torch_eager": lambda x, w: torch.nn.functional.rms_norm(x, (width,), w, EPS),
+        }
+        return both_directions(functions, inputs, target.randn(rows, width), backward=backward)
+
+    return setup
+
+
+def _setup_residual(rows: int, width: int, *, backward: bool) -> Callable[[Target], Callables]:
+    def setup(target: Target) -> Callables:
+        import torch
+        from gptcore.ops.rms_norm import rms_norm
+
+        def eager(x: Any, residual: Any, w: Any) -> tuple[Any, Any]:
+            h = x + residual
+            return torch.nn.functional.rms_norm(h, (width,), w, EPS), h
+
+        inputs = [target.randn(rows, width, grad=True) for _ in range(2)] + [target.randn(width, grad=True)]
+        functions: dict[str, Callable[..., Any]] = {
+            "gptcore": lambda x, r, w: rms_norm(x, w, EPS, residual=r),
+            "torch_eager": eager,
+        }
+        grads = (target.randn(rows, width), target.randn(rows, width))
+        return both_directions(functions, inputs, grads, backward=backward)
+
+    return setup
+
+
+def _cost(rows: int, width: int, *, backward: bool, residual: bool = False) -> Callable[[int], Cost]:
+    """Forward reads x and writes y; backward reads x and dy and writes dx; a residual adds one array to each side."""
+    n = rows * width
+    extra = n if residual else 0
+
+    def cost(element: int) -> Cost:
+        read = (n + extra) + (2 * n + extra if backward else 0)
+        written = (n + extra) + (n if backward else 0)
+        return Cost((5 + (11 if backward else 0)) * n, read * element, written * element)
+
+    return cost
+
+
+SHAPES = ((64, 64), (1024, 768), (4096, 768), (2048, 4096), (16384, 4096))
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for rows, width in SHAPES:
+        small, huge = rows * width <= 4096, rows * width > 1 << 25
+        for backward in (False, True):
+            direction = "forward_backward" if backward else "forward"
+            setup = _setup(rows, width, backward=backward)
+            cost = _cost(rows, width, backward=backward)
+            cases.append(Case(f"rms_norm/{rows}x{width}/{direction}", setup, cost, small=small, quick=not huge))
+    for backward in (False, True):
+        direction = "forward_backward" if backward else "forward"
+        setup = _setup_residual(2048, 4096, backward=backward)
+        cost = _cost(2048, 4096, backward=backward, residual=True)
+        cases.append(Case(f"rms_norm/2048x4096_residual/{direction}", setup, cost))
+    return cases
+
+
+CASES = _cases()
