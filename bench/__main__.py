@@ -12,7 +12,7 @@ from bench.case import DTYPES, default_suites, suites
 from bench.harness import ALLOCATORS, WAIT_POLICIES, Options, Results, read_jsonl, run, select, write_jsonl
 
 EXAMPLES = """examples:
-  python -m bench --quick                                  every operation against eager torch, under 2 minutes
+  python -m bench --quick                                  every operation, eager torch only, under 2 minutes
   python -m bench --suite attention --dtype bfloat16       one kernel, compiled peers included
   python -m bench --case 'layer_norm/64x64/*'              the cases whose name fits
   python -m bench --suite train_step --json steps.jsonl    whole GPT-2 steps, results kept
@@ -32,14 +32,28 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--suite", action="append", metavar="NAME", help=f"one of: {', '.join(suites())}; may be repeated")
-    add("--case", action="append", metavar="GLOB", help="only cases whose name (or name/dtype) fits; may be repeated")
+    add(
+        "--case",
+        action="append",
+        metavar="GLOB",
+        help="only cases whose name (or name/dtype) fits; may be repeated",
+    )
     add("--dtype", action="append", choices=DTYPES, help="only this dtype")
-    add("--quick", action="store_true", help="under 2 minutes: no compiled peers, no whole steps, fewer repeats")
+    add(
+        "--quick",
+        action="store_true",
+        help="under 2 minutes: no compiled peers, no whole steps, fewer repeats",
+    )
     add("--json", metavar="FILE", help="also write machines and records to FILE, one JSON object a line")
     add("--plot", metavar="DIR", help="also draw a roofline picture of each suite into DIR")
     add("--from-json", metavar="FILE", help="measure nothing: take the records from FILE (for --plot)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, metavar="N", help="OpenMP threads for ours and peers alike (default: usable cores)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="OpenMP threads for ours and peers alike (default: usable cores)",
+    )
     add("--allocator", choices=(*ALLOCATORS, "both"), default="both", help="malloc settings (default: both)")
     add("--wait-policy", choices=(*WAIT_POLICIES, "both"), default="both",
         help="spin2000 for all and default for small operations (default: both)")  # fmt: skip
@@ -88,13 +102,24 @@ def _check_device(device: str) -> None:
             raise ValueError("--device cuda: torch finds no CUDA device here")
 
 
-def _measure(arguments: argparse.Namespace, options: Options) -> Results:
+def _measure(arguments: argparse.Namespace, options: Options) -> tuple[Results, bool]:
+    """The results, and whether all of the run came to its end."""
     if arguments.from_json:
-        return read_jsonl(arguments.from_json)
+        return read_jsonl(arguments.from_json), True
     _check_device(options.device)
     if not select(options):
         raise ValueError("no case fits these options; see python -m bench --list")
-    return run(options)
+    if arguments.json:
+        # A path that cannot be written is worth knowing before half an hour of measuring.
+        with open(arguments.json, "a", encoding="utf-8"):
+            pass
+    results = Results()
+    try:
+        run(options, results)
+    except KeyboardInterrupt:
+        print("bench: interrupted; what follows is what was measured until now", file=sys.stderr)
+        return results, False
+    return results, True
 
 
 def _print_results(results: Results) -> None:
@@ -112,15 +137,13 @@ def _print_results(results: Results) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every chosen case was measured, 1 when some were not, 2 for a wrong option."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         options = _options(arguments)
         if arguments.list:
-            names = [f"{case.name}/{dtype}" for case, dtype in select(options)]
-            print("\n".join(names))
+            print("\n".join(f"{case.name}/{dtype}" for case, dtype in select(options)))
             return 0
-        results = _measure(arguments, options)
+        results, complete = _measure(arguments, options)
         if arguments.json and not arguments.from_json:
             write_jsonl(arguments.json, results)
         if arguments.plot:
@@ -132,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench: error: {error}", file=sys.stderr)
         return 2
     _print_results(results)
-    return 1 if results.failures else 0
+    return 0 if complete and not results.failures else 1
 
 
 if __name__ == "__main__":

@@ -50,14 +50,12 @@ def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
 
 
 def _torch_step(start: list, grads: list, low: bool) -> Callable[[], list]:
-    """torch doing the same: fused AdamW after its own clip, by foreach, with casts where the dtype asks for them."""
+    """torch doing the same: clip by foreach, fused AdamW, and casts where the dtype asks for them."""
     import torch
 
     params = [torch.nn.Parameter(p.clone()) for p in start]
     copies = [p.bfloat16() for p in start] if low else None
-    optimizer = torch.optim.AdamW(
-        params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.AdamW(params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
     for p in params:
         p.grad = torch.zeros_like(p)
     held = [p.grad for p in params]

@@ -1,4 +1,4 @@
-"""attention: causal, full, windowed, grouped heads, packed documents, decoding; and the fused-projection form."""
+"""attention: causal, full, windowed, grouped heads, packed documents, decoding, fused projection."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ class Shape:
             pairs = float(sum(min(t + 1, self.window + 1) for t in range(self.T)))
         else:
             length = self.T // self.documents
-            pairs = self.documents * length * (length + 1) / 2 if self.T == self.keys else float(self.T * self.keys)
+            pairs = (
+                self.documents * length * (length + 1) / 2
+                if self.keys == self.T
+                else float(self.T * self.keys)
+            )
         return self.B * self.H * pairs
 
 
@@ -77,7 +81,7 @@ def _sdpa(shape: Shape, device: str) -> Callable[..., Any]:
     import torch
 
     mask = _mask(shape, device)
-    causal = mask is None and shape.causal and shape.T == shape.keys
+    causal = mask is None and shape.causal and shape.keys == shape.T
 
     def call(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -103,12 +107,16 @@ def _flex(shape: Shape, device: str) -> Callable[..., Any]:
             keep = keep & (query // length == key // length)
         return keep
 
-    block_mask = create_block_mask(allowed, None, None, shape.T, shape.keys, device=device) if shape.causal else None
+    block_mask = (
+        create_block_mask(allowed, None, None, shape.T, shape.keys, device=device) if shape.causal else None
+    )
     compiled_flex = compiled(flex_attention)
 
     def call(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=shape.kv_heads != shape.H).transpose(1, 2)
+        return compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=shape.kv_heads != shape.H).transpose(
+            1, 2
+        )
 
     return call
 
@@ -135,8 +143,12 @@ def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         inputs = _inputs(shape, target, grad=backward)
         sdpa = _sdpa(shape, target.device)
-        functions = {"gptcore": _ours(shape, target.device), "torch_eager": sdpa, "torch_compiled": compiled(sdpa)}
-        if not backward and shape.T == shape.keys and not target.quick:
+        functions = {
+            "gptcore": _ours(shape, target.device),
+            "torch_eager": sdpa,
+            "torch_compiled": compiled(sdpa),
+        }
+        if not backward and shape.keys == shape.T and not target.quick:
             functions["torch_flex_compiled"] = _flex(shape, target.device)
         if backward:
             grad = target.randn(shape.B, shape.T, shape.H, shape.D)
@@ -206,7 +218,11 @@ def _cases() -> list[Case]:
     for backward in (False, True):
         direction = "forward_backward" if backward else "forward"
         for shape in SHAPES:
-            quick = (shape.T, shape.window) in QUICK and shape.documents == 1 and not (backward and shape.T > 1024)
+            quick = (
+                (shape.T, shape.window) in QUICK
+                and shape.documents == 1
+                and not (backward and shape.T > 1024)
+            )
             cases.append(
                 Case(
                     f"attention/{shape.label}/{direction}",
@@ -220,7 +236,9 @@ def _cases() -> list[Case]:
         name = f"attention/qkv_{fused.label}/{direction}"
         cases.append(Case(name, _setup_fused(fused, backward=backward), _cost(fused, backward=backward)))
     decode = _setup(DECODE, backward=False)
-    cases.append(Case(f"attention/decode_{DECODE.label}/forward", decode, _cost(DECODE, backward=False), quick=False))
+    cases.append(
+        Case(f"attention/decode_{DECODE.label}/forward", decode, _cost(DECODE, backward=False), quick=False)
+    )
     return cases
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from bench.case import Callables, Case, Cost, Target, both_directions
 
 
-def _setup(tokens: int, vocabulary: int, smoothing: float, *, backward: bool) -> Callable[[Target], Callables]:
+def _setup(
+    tokens: int, vocabulary: int, smoothing: float, *, backward: bool
+) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch.nn.functional as F
         from gptcore.ops.cross_entropy import cross_entropy
@@ -30,7 +32,9 @@ def _cost(tokens: int, vocabulary: int, *, backward: bool) -> Callable[[int], Co
     """Forward reads the logits; backward reads them again and writes their gradient."""
     n = tokens * vocabulary
     return lambda element: Cost(
-        (10 + (5 if backward else 0)) * n, (2 if backward else 1) * n * element, n * element if backward else 0
+        (10 + (5 if backward else 0)) * n,
+        (2 if backward else 1) * n * element,
+        n * element if backward else 0,
     )
 
 

@@ -21,6 +21,7 @@ print(took, int("{module}" == "gptcore" and ("torch" in sys.modules or "numpy" i
 
 def _setup_noop(target: Target) -> Callables:
     import torch
+
     from gptcore import backend
 
     noop = backend.extension().noop
@@ -30,7 +31,7 @@ def _setup_noop(target: Target) -> Callables:
 
 
 def _measure_import(target: Target, note: Callable[[str], None]) -> Measured:
-    """Seconds of the import statement itself, each in a new interpreter, interleaved with what it must not pull in."""
+    """Seconds of the import statement, each in a new interpreter, beside what it must not pull in."""
     samples: dict[str, list[float]] = {"gptcore": [], "numpy": [], "torch": []}
     for _ in range(3 if target.quick else 7):
         for module, values in samples.items():
@@ -40,7 +41,10 @@ def _measure_import(target: Target, note: Callable[[str], None]) -> Measured:
 
 def _import_seconds(module: str) -> float:
     done = subprocess.run(
-        [sys.executable, "-c", _TIMED_IMPORT.format(module=module)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _TIMED_IMPORT.format(module=module)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     seconds, heavy = done.stdout.split()
     if heavy == "1":
@@ -51,10 +55,10 @@ def _import_seconds(module: str) -> float:
 CASES = [
     Case(
         "dispatch/noop_three_tensors/call", _setup_noop, dtypes=("float32",), small=True, tolerance=None,
-        limit_ms=TARGET_CALL_MS, footnotes={"torch_smallest_op": "a view of one tensor, for scale; it does other work"},
+        limit_ms=TARGET_CALL_MS, footnotes={"torch_smallest_op": "a view of one tensor, for scale"},
     ),
     Case(
-        "dispatch/import_gptcore/call", dtypes=("float32",), measure=_measure_import, limit_ms=TARGET_IMPORT_MS,
-        footnotes={"numpy": "for scale", "torch": "for scale"},
+        "dispatch/import_gptcore/call", dtypes=("float32",), measure=_measure_import,
+        limit_ms=TARGET_IMPORT_MS, footnotes={"numpy": "for scale", "torch": "for scale"},
     ),
 ]  # fmt: skip

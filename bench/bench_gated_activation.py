@@ -51,7 +51,7 @@ def _setup(kind: str, rows: int, width: int, *, backward: bool) -> Callable[[Tar
 
 
 def _cost(kind: str, rows: int, width: int, *, backward: bool) -> Callable[[int], Cost]:
-    """Forward reads its inputs and writes one array; backward reads them with dy and writes their gradients."""
+    """Forward reads its inputs, writes one array; backward reads them and dy, writes their gradients."""
     n, inputs = rows * width, 2 if kind in ("swiglu", "geglu") else 1
 
     def cost(element: int) -> Cost:
@@ -63,8 +63,9 @@ def _cost(kind: str, rows: int, width: int, *, backward: bool) -> Callable[[int]
 
 
 SHAPES = (
-    ("gelu_tanh", 64, 64), ("gelu_tanh", 1024, 3072), ("gelu_tanh", 4096, 3072), ("gelu_tanh_bias", 4096, 3072),
-    ("gelu_erf", 4096, 3072), ("silu", 4096, 3072), ("swiglu", 64, 64), ("swiglu", 2048, 11008),
+    ("gelu_tanh", 64, 64), ("gelu_tanh", 1024, 3072), ("gelu_tanh", 4096, 3072),
+    ("gelu_tanh_bias", 4096, 3072), ("gelu_erf", 4096, 3072), ("silu", 4096, 3072),
+    ("swiglu", 64, 64), ("swiglu", 2048, 11008),
     ("geglu", 2048, 2048),
 )  # fmt: skip
 

@@ -65,7 +65,7 @@ def _setup_out(rows: int, width: int) -> Callable[[Target], Callables]:
 
 
 def _cost(rows: int, width: int, *, backward: bool, residual: bool = False) -> Callable[[int], Cost]:
-    """Forward reads x and writes y; backward reads x and dy and writes dx; a residual adds one array to each side."""
+    """Forward reads x, writes y; backward reads x and dy, writes dx; a residual adds one array each way."""
     n = rows * width
     extra = n if residual else 0
 

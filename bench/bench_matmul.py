@@ -74,7 +74,12 @@ ROUNDED = "rounds each product to bf16 before it is added: the sum loses what ac
 
 def _cases() -> list[Case]:
     cases = [
-        Case(f"matmul/M{m}_K{k}_N{n}/forward", _setup_small(m, k, n), _cost_small(m, k, n), small=m * k * n < 1 << 19)
+        Case(
+            f"matmul/M{m}_K{k}_N{n}/forward",
+            _setup_small(m, k, n),
+            _cost_small(m, k, n),
+            small=m * k * n < 1 << 19,
+        )
         for m, k, n in SMALL
     ]
     cases += [

@@ -46,7 +46,7 @@ def _setup_residual(rows: int, width: int, *, backward: bool) -> Callable[[Targe
 
 
 def _cost(rows: int, width: int, *, backward: bool, residual: bool = False) -> Callable[[int], Cost]:
-    """Forward reads x and writes y; backward reads x and dy and writes dx; a residual adds one array to each side."""
+    """Forward reads x, writes y; backward reads x and dy, writes dx; a residual adds one array each way."""
     n = rows * width
     extra = n if residual else 0
 
@@ -69,7 +69,9 @@ def _cases() -> list[Case]:
             direction = "forward_backward" if backward else "forward"
             setup = _setup(rows, width, backward=backward)
             cost = _cost(rows, width, backward=backward)
-            cases.append(Case(f"rms_norm/{rows}x{width}/{direction}", setup, cost, small=small, quick=not huge))
+            cases.append(
+                Case(f"rms_norm/{rows}x{width}/{direction}", setup, cost, small=small, quick=not huge)
+            )
     for backward in (False, True):
         direction = "forward_backward" if backward else "forward"
         setup = _setup_residual(2048, 4096, backward=backward)

@@ -70,8 +70,10 @@ class Target:
 
         return getattr(torch, self.dtype)
 
-    def randn(self, *shape: int, grad: bool = False, scale: float = 1.0, dtype: str | None = None) -> torch.Tensor:
-        """Normal values times ``scale`` in this target's dtype (or ``dtype``); a leaf that wants gradients if asked."""
+    def randn(
+        self, *shape: int, grad: bool = False, scale: float = 1.0, dtype: str | None = None
+    ) -> torch.Tensor:
+        """Normal values times ``scale`` in this target's dtype or ``dtype``, with gradients if asked."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed + next(self._draws))
@@ -157,7 +159,9 @@ def load(suite: str) -> list[Case]:
     cases = importlib.import_module(f"bench.bench_{suite}").CASES
     for case in cases:
         if case.suite != suite:
-            raise ValueError(f"case '{case.name}' stands in bench_{suite}.py: its name must start with '{suite}/'")
+            raise ValueError(
+                f"case '{case.name}' stands in bench_{suite}.py: its name must start with '{suite}/'"
+            )
     return list(cases)
 
 
@@ -186,11 +190,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def both_directions(
-    functions: Mapping[str, Callable[..., Any]], inputs: Sequence[Any], grad_output: Any = None, *, backward: bool
+    functions: Mapping[str, Callable[..., Any]],
+    inputs: Sequence[Any],
+    grad_output: Any = None,
+    *,
+    backward: bool,
 ) -> dict[str, Callable[[], Any]]:
-    """Callables of a case from plain functions of the same inputs: eager ones as given, compiled ones beside them.
+    """Callables of a case from plain functions of the same inputs, with compiled twins of torch's.
 
-    Every function whose name starts with ``torch`` gets a compiled twin unless its name says compiled already.
+    Every function whose name starts with ``torch`` gets a twin, ``eager`` in its name made ``compiled``.
     With ``backward`` each call also takes gradients; without it inputs are detached first.
     """
     import torch

@@ -54,7 +54,7 @@ class Child:
         self._job, self._emit, self._torch = job, emit, torch
         self._synchronize = torch.cuda.synchronize if job.device == "cuda" else lambda: None
         self._flush = CacheFlush()
-        self._ceilings = machine.measure(job.device)
+        self._ceilings = machine.measure(job.device, quick=job.quick)
         self._probe = machine.DriftProbe(job.device)
         described = machine.describe(job.device, job.allocator, job.wait_policy)
         emit({"event": "machine", **described, "ceilings": self._ceilings.as_json()})
@@ -97,7 +97,9 @@ class Child:
             extra["fallbacks"] = fallbacks
         return self._record(case, dtype, samples, drift, extra)
 
-    def _participants(self, case: Case, target: Target, extra: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    def _participants(
+        self, case: Case, target: Target, extra: dict[str, Any]
+    ) -> dict[str, Callable[[], Any]]:
         assert case.setup is not None
         named = dict(case.setup(target))
         if OURS not in named:
@@ -128,7 +130,9 @@ class Child:
         extra["heats_ms"] = {name: round(seconds * 1e3, 3) for name, seconds in heats.items()}
         return {name: factories[name]() for name in (OURS, fastest)}
 
-    def _sample(self, case: Case, calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, list[float]], float]:
+    def _sample(
+        self, case: Case, calls: dict[str, Callable[[], Any]]
+    ) -> tuple[dict[str, list[float]], float]:
         """Samples of the attempt with the least drift of the machine's ceiling, and that drift."""
         warm = {name: warm_up(call, self._synchronize) for name, call in calls.items()}
         flush = self._flush if case.cold or self._job.cold else None
@@ -156,7 +160,12 @@ class Child:
         return max(min(5, case.repeats), min(case.repeats, int(QUICK_SECONDS / one_round)))
 
     def _record(
-        self, case: Case, dtype: str, samples: Mapping[str, list[float]], drift: float, extra: Mapping[str, Any]
+        self,
+        case: Case,
+        dtype: str,
+        samples: Mapping[str, list[float]],
+        drift: float,
+        extra: Mapping[str, Any],
     ) -> dict[str, Any]:
         limit = case.limit_ms / 1e3 if case.limit_ms is not None else None
         cost = case.cost(ELEMENT_BYTES[dtype])
@@ -206,7 +215,7 @@ def build_record(
 
 
 def _check_agreement(calls: Mapping[str, Callable[[], Any]], tolerance: float) -> None:
-    """Refuse to time wrong results: ours against the first peer, relative 2-norm of the difference, leaf by leaf."""
+    """Refuse to time wrong results: each tensor of ours against the first peer's, by relative 2-norm."""
     peer = next((name for name in calls if name != OURS), None)
     if peer is None:
         return
@@ -215,12 +224,16 @@ def _check_agreement(calls: Mapping[str, Callable[[], Any]], tolerance: float) -
         raise CaseError(f"gptcore returns {len(ours)} tensors, {peer} returns {len(theirs)}")
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a.shape != b.shape:
-            raise CaseError(f"result {index}: gptcore has shape {tuple(a.shape)}, {peer} has {tuple(b.shape)}")
+            raise CaseError(
+                f"result {index}: gptcore has shape {tuple(a.shape)}, {peer} has {tuple(b.shape)}"
+            )
         a, b = a.detach().double(), b.detach().double()
         scale = float(b.norm()) or 1.0
         error = float((a - b).norm()) / scale
         if not error <= tolerance:
-            raise CaseError(f"result {index} differs from {peer} by {error:.2e} of its norm, expected {tolerance:.0e}")
+            raise CaseError(
+                f"result {index} differs from {peer} by {error:.2e} of its norm, expected {tolerance:.0e}"
+            )
 
 
 def _leaves(value: Any) -> list[Any]:

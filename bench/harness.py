@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO
 
@@ -30,13 +30,13 @@ WAIT_POLICIES: Mapping[str, Mapping[str, str]] = {
 PRODUCT_BITS: Mapping[str, Mapping[str, str]] = {"gptcore": {}, "torch": {"MKL_CBWR": ""}}
 # Variables that a setting decides; the caller's own values are removed before it is applied.
 DECIDED = (
-    "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR",
+    "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GOMP_SPINCOUNT",
+    "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR",
 )  # fmt: skip
 
 REQUIRED_KEYS = (
-    "case", "device", "dtype", "threads", "repeats", "gptcore_ms", "spread", "peers", "ratio", "limit_fraction",
-    "allocator", "wait_policy",
+    "case", "device", "dtype", "threads", "repeats", "gptcore_ms", "spread", "peers", "ratio",
+    "limit_fraction", "allocator", "wait_policy",
 )  # fmt: skip
 
 
@@ -114,7 +114,9 @@ def plan(options: Options, chosen: Iterable[tuple[Case, str]]) -> list[tuple[Set
     waiting, which is what users run, once, because an allocator does not matter to them.
     """
     pairs = list(chosen)
-    waiting = [policy for policy in options.wait_policies if policy == "spin2000"] or list(options.wait_policies)
+    waiting = [policy for policy in options.wait_policies if policy == "spin2000"] or list(
+        options.wait_policies
+    )
     jobs = [
         (Setting(allocator, policy, options.product_bits), [(case.name, dtype) for case, dtype in pairs])
         for allocator in options.allocators
@@ -150,15 +152,16 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{seconds:02d}"
 
 
-def run(options: Options, stream: TextIO | None = None) -> Results:
-    """Measure everything ``options`` chooses. Progress goes to ``stream`` (default: standard error)."""
-    results = Results()
+def run(options: Options, results: Results, stream: TextIO | None = None) -> None:
+    """Measure everything ``options`` chooses and add it to ``results``, which stays useful when interrupted.
+
+    Progress goes to ``stream`` (default: standard error).
+    """
     jobs = plan(options, select(options))
     progress = Progress(sum(len(cases) for _, cases in jobs), stream or sys.stderr)
     for setting, cases in jobs:
         progress.note(f"{len(cases)} cases with {setting}")
         _run_setting(options, setting, cases, progress, results)
-    return results
 
 
 def _run_setting(
@@ -236,17 +239,16 @@ def milliseconds(value: float) -> str:
     return f"{value:.3f} ms" if value < 10 else f"{value:.1f} ms" if value < 1e4 else f"{value / 1e3:.1f} s"
 
 
-def write_jsonl(path: str, results: Results, warn: Callable[[str], None] = lambda _text: None) -> None:
-    """Machines first, then records, one JSON object a line. Raises OSError with the path when it cannot."""
+def write_jsonl(path: str, results: Results) -> None:
+    """Machines first, then records, one JSON object a line."""
     lines = [json.dumps({"machine": machine}) for machine in results.machines]
     lines += [json.dumps(record) for record in results.records]
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
-    warn(f"{len(results.records)} records in {path}")
 
 
 def read_jsonl(path: str) -> Results:
-    """The results in a file of :func:`write_jsonl`. Raises ValueError that names the line which is not ours."""
+    """The results in a file of :func:`write_jsonl`. Raises ValueError naming the line that is not ours."""
     results = Results()
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):

@@ -7,6 +7,7 @@ from the best of several large products in torch. The method is named beside the
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -18,7 +19,7 @@ from typing import Any
 
 from bench.case import Cost
 
-# Working sets in bytes, from one core's L2 (smaller ones would measure torch's dispatch) to far beyond any cache.
+# Working sets in bytes, from a part of L2 (smaller ones would measure dispatch) to far beyond any cache.
 WORKING_SETS = (512 << 10, 1 << 20, 8 << 20, 64 << 20, 512 << 20)
 TRAFFIC = ("read", "copy", "in_place")
 # (M, K, N): square ones and GPT-2's feed-forward products. The best one is the ceiling.
@@ -27,7 +28,7 @@ PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 768, 3072), (2048, 40
 
 @dataclass(frozen=True)
 class Ceilings:
-    """bandwidth: kind -> list of (working set in bytes, bytes/s); peak: dtype -> flop/s; method: how peak was found."""
+    """bandwidth: kind -> [(working set in bytes, bytes/s)]; peak: dtype -> flop/s; method: its origin."""
 
     bandwidth: dict[str, list[tuple[int, float]]]
     peak: dict[str, float]
@@ -38,14 +39,14 @@ class Ceilings:
         points = self.bandwidth[kind]
         if working_set <= points[0][0]:
             return points[0][1]
-        for (low, low_rate), (high, high_rate) in zip(points, points[1:], strict=False):
+        for (low, low_rate), (high, high_rate) in itertools.pairwise(points):
             if working_set <= high:
                 share = math.log(working_set / low) / math.log(high / low)
                 return low_rate + share * (high_rate - low_rate)
         return points[-1][1]
 
     def limit_seconds(self, cost: Cost, dtype: str) -> float:
-        """The roofline: the time that the slower of arithmetic and memory needs at its ceiling; 0 if unknown."""
+        """The roofline: what the slower of arithmetic and memory needs at its ceiling; 0 if unknown."""
         arithmetic = cost.flops / self.peak[dtype] if cost.flops and self.peak.get(dtype) else 0.0
         memory = cost.bytes / self.bandwidth_at(cost.traffic, cost.bytes) if cost.bytes else 0.0
         return max(arithmetic, memory)
@@ -55,11 +56,15 @@ class Ceilings:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Ceilings:
-        bandwidth = {kind: [(int(s), float(r)) for s, r in points] for kind, points in values["bandwidth"].items()}
+        bandwidth = {
+            kind: [(int(s), float(r)) for s, r in points] for kind, points in values["bandwidth"].items()
+        }
         return cls(bandwidth, dict(values["peak"]), dict(values["method"]))
 
 
-def _best_seconds(call: Callable[[], Any], synchronize: Callable[[], None], budget: float, least: int = 3) -> float:
+def _best_seconds(
+    call: Callable[[], Any], synchronize: Callable[[], None], budget: float, least: int = 3
+) -> float:
     """The fastest of several calls: a ceiling is what the machine can do, not what it does on average."""
     call()
     synchronize()
@@ -82,7 +87,7 @@ def _synchronizer(device: str) -> Callable[[], None]:
 def measure_bandwidth(
     device: str = "cpu", sizes: Sequence[int] = WORKING_SETS, budget: float = 0.05
 ) -> dict[str, list[tuple[int, float]]]:
-    """kind -> [(working set, bytes/s)], where the working set counts all arrays and a copy counts both of its sides."""
+    """kind -> [(working set, bytes/s)]; the set counts all arrays, a copy both of its sides."""
     import torch
 
     synchronize = _synchronizer(device)
@@ -104,7 +109,7 @@ def measure_bandwidth(
 
 
 def _never_rising(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """A smaller working set is never slower in hardware; where a library's loop is, take the larger set's rate."""
+    """Where a library's loop is slower on a smaller set than on a larger one, the machine is not."""
     best, raised = 0.0, []
     for size, rate in reversed(points):
         best = max(best, rate)
@@ -147,10 +152,10 @@ def _raise_by_register_loop(peak: dict[str, float], method: dict[str, str]) -> N
             peak[dtype], method[dtype] = rate, "register-only loop of the extension"
 
 
-def measure(device: str = "cpu") -> Ceilings:
-    """All ceilings of ``device``; about 4 s."""
-    bandwidth = measure_bandwidth(device)
-    peak, method = measure_peak(device)
+def measure(device: str = "cpu", *, quick: bool = False) -> Ceilings:
+    """All ceilings of ``device``; about 4 s, with ``quick`` about 2 s."""
+    bandwidth = measure_bandwidth(device, budget=0.01 if quick else 0.05)
+    peak, method = measure_peak(device, budget=0.05 if quick else 0.15)
     return Ceilings(bandwidth, peak, method)
 
 
@@ -173,7 +178,9 @@ class DriftProbe:
         import torch
 
         stream = _best_seconds(lambda: self._sink.copy_(self._source), self._synchronize, 0.03, least=8)
-        product = _best_seconds(lambda: torch.mm(self._a, self._a, out=self._out), self._synchronize, 0.02, least=8)
+        product = _best_seconds(
+            lambda: torch.mm(self._a, self._a, out=self._out), self._synchronize, 0.02, least=8
+        )
         return 2 * 4 * self._source.numel() / stream, 2.0 * 512**3 / product
 
 

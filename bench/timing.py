@@ -68,7 +68,11 @@ def time_calls(call: Callable[[], Any], count: int, synchronize: Callable[[], No
 
 
 def warm_up(
-    call: Callable[[], Any], synchronize: Callable[[], None] = _nothing, *, calls: int = 3, min_seconds: float = 0.05
+    call: Callable[[], Any],
+    synchronize: Callable[[], None] = _nothing,
+    *,
+    calls: int = 3,
+    min_seconds: float = 0.05,
 ) -> float:
     """Call until caches, allocator and compilers have settled; returns the fastest call in seconds."""
     best, spent, done = float("inf"), 0.0, 0

@@ -1,0 +1,1 @@
+"""What gptcore is measured against, written as its own users would write it."""

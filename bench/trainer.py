@@ -1,0 +1,46 @@
+"""Our side of whole training steps, with the same face as the peer's trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.peers.torch_gpt2 import Hyper
+
+
+class GptcoreTrainer:
+    """A model of gptcore with its fused AdamW; bf16 weights have f32 masters in the optimizer."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, hyper: Hyper, *, seed: int = 0) -> None:
+        from gptcore.models import GPT
+        from gptcore.optim import AdamW, decay_groups
+
+        torch.manual_seed(seed)
+        self.model = GPT(config).to(dtype)
+        groups = decay_groups(self.model, hyper.weight_decay)
+        self.optimizer = AdamW(groups, lr=hyper.lr, betas=hyper.betas, max_norm=hyper.max_norm)
+
+    def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward without an update; returns the detached loss."""
+        loss = self.model(tokens, targets).loss
+        loss.backward()
+        return loss.detach()
+
+    def step(self, tokens: Tensor, targets: Tensor, lr: float | None = None) -> Tensor:
+        """One training step; returns the detached loss."""
+        if lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        loss = self.gradients(tokens, targets)
+        self.optimizer.step()
+        self.forget()
+        return loss
+
+    def forget(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def loss(self, tokens: Tensor, targets: Tensor) -> float:
+        return float(self.model(tokens, targets).loss)
