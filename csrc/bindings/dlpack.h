@@ -1,5 +1,5 @@
-// DLPack's C structures, as far as gptcore reads them (dlpack 1.x, "dlpack.h"). Declared here so that the build
-// needs no third-party header; the sizes are asserted.
+// DLPack's C structures, as far as gptcore reads them (dlpack 1.x, "dlpack.h"). Declared here so that the
+// build needs no third-party header; the sizes are asserted.
 #pragma once
 
 #include <cstdint>

@@ -9,20 +9,32 @@ DType dtype_of(const dlpack::DataType& type, py::handle source) {
   if (type.code == dlpack::kComplex) {
     throw TypeError("gptcore: got a complex tensor of type " + type_name(source) + ", expected a real one");
   }
-  if (type.lanes != 1) throw TypeError("gptcore: got a tensor with vector elements, expected scalar elements");
+  if (type.lanes != 1)
+    throw TypeError("gptcore: got a tensor with vector elements, expected scalar elements");
   switch (type.code) {
-    case dlpack::kFloat: return type.bits == 32 ? DType::f32 : type.bits == 16 ? DType::f16
-                                                             : type.bits == 64 ? DType::f64 : DType::other;
-    case dlpack::kBfloat: return type.bits == 16 ? DType::bf16 : DType::other;
-    case dlpack::kInt: return type.bits == 64 ? DType::i64 : type.bits == 32 ? DType::i32
-                                                           : type.bits == 8 ? DType::i8 : DType::other;
-    case dlpack::kUInt: return type.bits == 8 ? DType::u8 : DType::other;
-    case dlpack::kBool: return DType::boolean;
-    default: return DType::other;
+    case dlpack::kFloat:
+      return type.bits == 32   ? DType::f32
+             : type.bits == 16 ? DType::f16
+             : type.bits == 64 ? DType::f64
+                               : DType::other;
+    case dlpack::kBfloat:
+      return type.bits == 16 ? DType::bf16 : DType::other;
+    case dlpack::kInt:
+      return type.bits == 64   ? DType::i64
+             : type.bits == 32 ? DType::i32
+             : type.bits == 8  ? DType::i8
+                               : DType::other;
+    case dlpack::kUInt:
+      return type.bits == 8 ? DType::u8 : DType::other;
+    case dlpack::kBool:
+      return DType::boolean;
+    default:
+      return DType::other;
   }
 }
 
-// ml_dtypes arrays speak neither DLPack nor the buffer protocol; their array interface gives raw two-byte items.
+// ml_dtypes arrays speak neither DLPack nor the buffer protocol; their array interface gives raw two-byte
+// items.
 bool view_ml_dtypes(py::handle source, TensorView* view, int64_t* dims) {
   if (!py::hasattr(source, "__array_interface__") || !py::hasattr(source, "dtype")) return false;
   const py::object dtype = source.attr("dtype");
@@ -61,8 +73,8 @@ py::object capsule_of(py::handle source) {
 }  // namespace
 
 const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type) {
-  // Few types ever come by; a linear search over them is cheaper than a hash. The types are kept alive so that
-  // an address cannot come back as another type. The GIL guards the table.
+  // Few types ever come by; a linear search over them is cheaper than a hash. The types are kept alive so
+  // that an address cannot come back as another type. The GIL guards the table.
   struct Entry {
     PyTypeObject* type;
     const dlpack::ExchangeApi* api;
@@ -102,10 +114,15 @@ void view_dlpack(const dlpack::Tensor& tensor, bool readonly, py::handle source,
   view->dtype = dtype_of(tensor.dtype, source);
   switch (tensor.device.type) {
     case dlpack::kCpu:
-    case dlpack::kCudaHost: view->device = Device::cpu; break;
+    case dlpack::kCudaHost:
+      view->device = Device::cpu;
+      break;
     case dlpack::kCuda:
-    case dlpack::kCudaManaged: view->device = Device::cuda; break;
-    default: throw ValueError("gptcore: got a tensor on an unknown device, expected the CPU or CUDA");
+    case dlpack::kCudaManaged:
+      view->device = Device::cuda;
+      break;
+    default:
+      throw ValueError("gptcore: got a tensor on an unknown device, expected the CPU or CUDA");
   }
   view->data = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
   view->device_index = tensor.device.id;
@@ -123,7 +140,8 @@ void view_dlpack(const dlpack::Tensor& tensor, bool readonly, py::handle source,
 void view_slowly(py::handle source, TensorView* view, py::object* owner, int64_t* dims) {
   if (view_ml_dtypes(source, view, dims)) return;
   if (!py::hasattr(source, "__dlpack__")) {
-    throw TypeError("gptcore: got " + type_name(source) + ", expected a torch tensor, a NumPy or CuPy array, or None");
+    throw TypeError("gptcore: got " + type_name(source) +
+                    ", expected a torch tensor, a NumPy or CuPy array, or None");
   }
   try {
     *owner = capsule_of(source);

@@ -40,8 +40,8 @@ constexpr int kMaxDims = 8;
 // The exchange API of a Python type, or null; looked up once per type.
 const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type);
 
-// Fills `view` from an object without the exchange API. `owner` keeps the memory's description alive; `dims` is
-// room for sizes and strides that the source does not store itself.
+// Fills `view` from an object without the exchange API. `owner` keeps the memory's description alive; `dims`
+// is room for sizes and strides that the source does not store itself.
 void view_slowly(py::handle source, TensorView* view, py::object* owner, int64_t* dims);
 
 // Fills `view` from a DLPack tensor, refusing what kernels cannot read.

@@ -1,8 +1,8 @@
 // AMX tiles for bf16 products: 8 tiles of up to 16 rows x 64 bytes. TDPBF16PS adds to a 16 x 16 f32 tile C
 //   C[m][n] += sum_k A[m][2k] * B[k][2n] + A[m][2k+1] * B[k][2n+1]      (k < 16)
-// A holds 16 rows of 32 consecutive bf16 values; B holds 16 rows of 16 pairs, pair (2k, 2k+1) of each column side
-// by side. One such instruction takes 16 cycles, 16384 flops: 1024 flops a cycle and core; four accumulators hide
-// its latency of about 52 cycles. Only *_amx.cpp files may include this.
+// A holds 16 rows of 32 consecutive bf16 values; B holds 16 rows of 16 pairs, pair (2k, 2k+1) of each column
+// side by side. One such instruction takes 16 cycles, 16384 flops: 1024 flops a cycle and core; four
+// accumulators hide its latency of about 52 cycles. Only *_amx.cpp files may include this.
 #pragma once
 
 #include <immintrin.h>
@@ -15,8 +15,8 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 
 constexpr int kTileRows = 16;
-constexpr int kTileCols = 16;    // f32 columns of C, or pairs of B
-constexpr int kTileDepth = 32;   // bf16 values of a row of A
+constexpr int kTileCols = 16;   // f32 columns of C, or pairs of B
+constexpr int kTileDepth = 32;  // bf16 values of a row of A
 constexpr int kTileBytes = 1024;
 
 struct alignas(64) TileConfig {

@@ -7,7 +7,8 @@
 
 namespace gptcore {
 
-// A frame on the calling thread's scratch stack: 64-byte aligned, contents undefined, released in reverse order.
+// A frame on the calling thread's scratch stack: 64-byte aligned, contents undefined, released in reverse
+// order.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

@@ -4,16 +4,26 @@ namespace gptcore {
 
 const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::f32: return "float32";
-    case DType::bf16: return "bfloat16";
-    case DType::f16: return "float16";
-    case DType::f64: return "float64";
-    case DType::i8: return "int8";
-    case DType::u8: return "uint8";
-    case DType::i32: return "int32";
-    case DType::i64: return "int64";
-    case DType::boolean: return "bool";
-    default: return "an unsupported dtype";
+    case DType::f32:
+      return "float32";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::f16:
+      return "float16";
+    case DType::f64:
+      return "float64";
+    case DType::i8:
+      return "int8";
+    case DType::u8:
+      return "uint8";
+    case DType::i32:
+      return "int32";
+    case DType::i64:
+      return "int64";
+    case DType::boolean:
+      return "bool";
+    default:
+      return "an unsupported dtype";
   }
 }
 
@@ -53,7 +63,8 @@ void Checker::cpu(const TensorView& tensor, const char* argument) const {
   }
 }
 
-void Checker::dtype(const TensorView& tensor, const char* argument, std::initializer_list<DType> allowed) const {
+void Checker::dtype(const TensorView& tensor, const char* argument,
+                    std::initializer_list<DType> allowed) const {
   std::string names;
   for (DType candidate : allowed) {
     if (tensor.dtype == candidate) return;
@@ -68,7 +79,8 @@ void Checker::ndim(const TensorView& tensor, const char* argument, int expected)
   }
 }
 
-void Checker::shape(const TensorView& tensor, const char* argument, std::initializer_list<int64_t> expected) const {
+void Checker::shape(const TensorView& tensor, const char* argument,
+                    std::initializer_list<int64_t> expected) const {
   bool same = tensor.ndim == static_cast<int>(expected.size());
   for (int d = 0; same && d < tensor.ndim; ++d) {
     const int64_t want = expected.begin()[d];
@@ -91,7 +103,8 @@ void Checker::same_shape(const TensorView& tensor, const char* argument, const T
 }
 
 void Checker::contiguous(const TensorView& tensor, const char* argument) const {
-  if (!tensor.is_contiguous()) fail(argument, "a tensor with gaps or permuted dimensions", "a contiguous one");
+  if (!tensor.is_contiguous())
+    fail(argument, "a tensor with gaps or permuted dimensions", "a contiguous one");
 }
 
 void Checker::last_contiguous(const TensorView& tensor, const char* argument) const {

@@ -39,7 +39,8 @@ class Checker {
   void ndim(const TensorView& tensor, const char* argument, int expected) const;
   // Sizes must match; -1 accepts any.
   void shape(const TensorView& tensor, const char* argument, std::initializer_list<int64_t> expected) const;
-  void same_shape(const TensorView& tensor, const char* argument, const TensorView& like, const char* like_name) const;
+  void same_shape(const TensorView& tensor, const char* argument, const TensorView& like,
+                  const char* like_name) const;
   void contiguous(const TensorView& tensor, const char* argument) const;
   // The last dimension has stride 1 (or at most one element).
   void last_contiguous(const TensorView& tensor, const char* argument) const;
@@ -58,7 +59,8 @@ class Checker {
   }
 
   [[noreturn]] void fail(const char* argument, const std::string& got, const std::string& expected) const;
-  [[noreturn]] void fail_type(const char* argument, const std::string& got, const std::string& expected) const;
+  [[noreturn]] void fail_type(const char* argument, const std::string& got,
+                              const std::string& expected) const;
 
  private:
   const char* op_;

@@ -16,12 +16,16 @@ static_assert(sizeof(bf16) == 2);
 constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
     case DType::f32:
-    case DType::i32: return 4;
+    case DType::i32:
+      return 4;
     case DType::f64:
-    case DType::i64: return 8;
+    case DType::i64:
+      return 8;
     case DType::bf16:
-    case DType::f16: return 2;
-    default: return 1;
+    case DType::f16:
+      return 2;
+    default:
+      return 1;
   }
 }
 
@@ -30,12 +34,20 @@ const char* name_of(DType dtype);
 template <class T>
 constexpr DType dtype_of() = delete;
 template <>
-constexpr DType dtype_of<float>() { return DType::f32; }
+constexpr DType dtype_of<float>() {
+  return DType::f32;
+}
 template <>
-constexpr DType dtype_of<bf16>() { return DType::bf16; }
+constexpr DType dtype_of<bf16>() {
+  return DType::bf16;
+}
 template <>
-constexpr DType dtype_of<int32_t>() { return DType::i32; }
+constexpr DType dtype_of<int32_t>() {
+  return DType::i32;
+}
 template <>
-constexpr DType dtype_of<int64_t>() { return DType::i64; }
+constexpr DType dtype_of<int64_t>() {
+  return DType::i64;
+}
 
 }  // namespace gptcore

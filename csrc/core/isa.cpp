@@ -53,8 +53,8 @@ Isa parse(const char* name) {
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(name, kNames[i]) != 0) continue;
     if (i > static_cast<int>(best_isa())) {
-      throw ValueError(std::string("GPTCORE_ISA: got '") + name + "', which this machine lacks; the best here is '" +
-                       name_of(best_isa()) + "'");
+      throw ValueError(std::string("GPTCORE_ISA: got '") + name +
+                       "', which this machine lacks; the best here is '" + name_of(best_isa()) + "'");
     }
     return static_cast<Isa>(i);
   }

@@ -1,4 +1,5 @@
-// Which instruction sets this machine offers, found once; kernels are compiled for each and picked at run time.
+// Which instruction sets this machine offers, found once; kernels are compiled for each and picked at run
+// time.
 //
 //   v2       x86-64-v2 (SSE4.2), or the plain build elsewhere
 //   v3       AVX2 + FMA
@@ -37,19 +38,19 @@ struct IsaTable {
   }
 };
 
-// GPTCORE_BODIES(Bodies, name): declares `const Bodies name`, which <op>_cpu.cpp defines once per ISA namespace,
-// and the table `name##_table` over them. Bodies is a struct of function pointers. Use in <op>.cpp, at the scope
-// of namespace gptcore. The _AMX form adds the one in <op>_amx.cpp.
+// GPTCORE_BODIES(Bodies, name): declares `const Bodies name`, which <op>_cpu.cpp defines once per ISA
+// namespace, and the table `name##_table` over them. Bodies is a struct of function pointers. Use in
+// <op>.cpp, at the scope of namespace gptcore. The _AMX form adds the one in <op>_amx.cpp.
 #define GPTCORE_BODY(isa, Bodies, name) \
   namespace isa {                       \
   extern const Bodies name;             \
   }
 #if defined(GPTCORE_X86)
-#define GPTCORE_BODIES(Bodies, name)   \
-  GPTCORE_BODY(v2, Bodies, name)       \
-  GPTCORE_BODY(v3, Bodies, name)       \
-  GPTCORE_BODY(v4, Bodies, name)       \
-  GPTCORE_BODY(v4_bf16, Bodies, name)  \
+#define GPTCORE_BODIES(Bodies, name)  \
+  GPTCORE_BODY(v2, Bodies, name)      \
+  GPTCORE_BODY(v3, Bodies, name)      \
+  GPTCORE_BODY(v4, Bodies, name)      \
+  GPTCORE_BODY(v4_bf16, Bodies, name) \
   static const IsaTable<Bodies> name##_table{{&v2::name, &v3::name, &v4::name, &v4_bf16::name, nullptr}};
 #define GPTCORE_BODIES_AMX(Bodies, name) \
   GPTCORE_BODY(v2, Bodies, name)         \

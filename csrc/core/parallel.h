@@ -29,7 +29,8 @@ inline void parallel_for(int64_t tasks, const F& body) {
 }
 
 // Splits [0, n) into one range per thread of at least `grain` items and runs body(begin, end). For work where
-// each item's result is independent; ranges depend on the thread count, so nothing may be summed over a range.
+// each item's result is independent; ranges depend on the thread count, so nothing may be summed over a
+// range.
 template <class F>
 inline void parallel_ranges(int64_t n, int64_t grain, const F& body) {
   if (n <= 0) return;

@@ -61,7 +61,8 @@ GPTCORE_INLINE Vec sqrt(Vec x) {
 #endif
 }
 
-// --- bf16 conversion: exact up, round to nearest even down; NaN stays NaN -----------------------------------
+// --- bf16 conversion: exact up, round to nearest even down; NaN stays NaN
+// -----------------------------------
 
 GPTCORE_INLINE Vec widen(VecH x) { return (Vec)(__builtin_convertvector(x, VecU) << 16); }
 
@@ -132,8 +133,8 @@ GPTCORE_INLINE Vec keep_n(Vec x, int64_t n, float fill) {
   return lane_index() < splat_int(static_cast<int32_t>(n)) ? x : splat(fill);
 }
 
-// Calls body(offset, n) over [0, size) in steps of kLanes; n is kLanes but for the last step. Full steps see a
-// constant n, so the compiler drops their masks.
+// Calls body(offset, n) over [0, size) in steps of kLanes; n is kLanes but for the last step. Full steps see
+// a constant n, so the compiler drops their masks.
 template <class F>
 GPTCORE_INLINE void for_lanes(int64_t size, const F& body) {
   int64_t i = 0;
@@ -203,7 +204,8 @@ GPTCORE_INLINE Vec exp(Vec x) {
 // 1 / (1 + e^-x).
 GPTCORE_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 
-// tanh x = 1 - 2 / (e^2x + 1); near zero, where that cancels, the odd Taylor polynomial (|x| < 0.25: error < 1 ulp).
+// tanh x = 1 - 2 / (e^2x + 1); near zero, where that cancels, the odd Taylor polynomial (|x| < 0.25: error <
+// 1 ulp).
 GPTCORE_INLINE Vec tanh(Vec x) {
   const Vec large = 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
   const Vec s = x * x;

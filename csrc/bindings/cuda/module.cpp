@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C_cuda, m) {
         return py::make_tuple(devices, std::string(reason));
       },
       "Visible devices as a list of dicts, and the CUDA runtime's reason where there are none.");
-  m.def("driver_version", &gptcore::cuda::driver_version, "The driver's CUDA version, 13000 for 13.0; 0 without one.");
+  m.def("driver_version", &gptcore::cuda::driver_version,
+        "The driver's CUDA version, 13000 for 13.0; 0 without one.");
   m.def("runtime_version", &gptcore::cuda::runtime_version, "The CUDA runtime this module was built with.");
 }

@@ -26,11 +26,17 @@ void check_vector(const Checker& check, const TensorView& tensor, const char* na
   check.contiguous(tensor, name);
 }
 
+void check_stats(const Checker& check, const TensorView& stats, int64_t rows) {
+  check.input(stats, "stats", {DType::f32});
+  check.shape(stats, "stats", {2, rows});
+  check.contiguous(stats, "stats");
+}
+
 }  // namespace
 
 void layer_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight,
                         const TensorView& bias, float eps, const TensorView& y, const TensorView& h,
-                        const TensorView& mean, const TensorView& rstd) {
+                        const TensorView& stats) {
   const Checker check("layer_norm");
   check.input(x, "x", {DType::f32, DType::bf16});
   check.ndim(x, "x", 2);
@@ -42,19 +48,19 @@ void layer_norm_forward(const TensorView& x, const TensorView& residual, const T
   if (bias) check_vector(check, bias, "bias", width, {weight ? weight.dtype : bias.dtype});
   check_matrix(check, y, "out", x, "x");
   check.writable(y, "out");
+  if (stats) check.writable(stats, "stats");
   if (residual) {
     check_matrix(check, h, "h", x, "x");
     check.writable(h, "h");
   }
-  if (mean) check_vector(check, mean, "mean", rows, {DType::f32});
-  if (rstd) check_vector(check, rstd, "rstd", rows, {DType::f32});
+  if (stats) check_stats(check, stats, rows);
   check.that(eps >= 0, "eps", std::to_string(eps), "0 or more");
   if (rows == 0) return;
 
   LayerNormForward a{};
   a.x = x.data, a.residual = residual.data, a.weight = weight.data, a.bias = bias.data;
   a.y = y.data, a.h = residual ? h.data : nullptr;
-  a.mean = mean.as<float>(), a.rstd = rstd.as<float>();
+  a.mean = stats.as<float>(), a.rstd = stats ? a.mean + rows : nullptr;
   a.rows = rows, a.width = width, a.eps = eps;
   a.x_stride = x.stride(0), a.y_stride = y.stride(0);
   if (residual) a.residual_stride = residual.stride(0), a.h_stride = h.stride(0);
@@ -63,8 +69,8 @@ void layer_norm_forward(const TensorView& x, const TensorView& residual, const T
 }
 
 void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
-                         const TensorView& weight, const TensorView& mean, const TensorView& rstd,
-                         const TensorView& dx, const TensorView& dweight, const TensorView& dbias) {
+                         const TensorView& weight, const TensorView& stats, const TensorView& dx,
+                         const TensorView& dweight, const TensorView& dbias) {
   const Checker check("layer_norm_backward");
   check.input(h, "h", {DType::f32, DType::bf16});
   check.ndim(h, "h", 2);
@@ -74,8 +80,7 @@ void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, con
   check_matrix(check, grad_y, "grad_y", h, "h");
   if (grad_h) check_matrix(check, grad_h, "grad_h", h, "h");
   if (weight) check_vector(check, weight, "weight", width, {DType::f32, DType::bf16});
-  check_vector(check, mean, "mean", rows, {DType::f32});
-  check_vector(check, rstd, "rstd", rows, {DType::f32});
+  check_stats(check, stats, rows);
   check_matrix(check, dx, "dx", h, "h");
   check.writable(dx, "dx");
   const DType weight_dtype = weight ? weight.dtype : h.dtype;
@@ -87,7 +92,7 @@ void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, con
 
   LayerNormBackward a{};
   a.grad_y = grad_y.data, a.grad_h = grad_h.data, a.h = h.data, a.weight = weight.data;
-  a.mean = mean.as<float>(), a.rstd = rstd.as<float>();
+  a.mean = stats.as<float>(), a.rstd = stats ? a.mean + rows : nullptr;
   a.dx = dx.data, a.dweight = dweight.data, a.dbias = dbias.data;
   a.f32_dweight = (dweight ? dweight : dbias).dtype == DType::f32;
   a.rows = rows, a.width = width;

@@ -1,17 +1,20 @@
-// Layer normalisation over the last dimension (Ba, Kiros, Hinton 2016), with an optional residual add in front.
+// Layer normalisation over the last dimension (Ba, Kiros, Hinton 2016), with an optional residual add in
+// front.
 //
 //   h[n,c] = x[n,c] + residual[n,c]                      (h = x without residual)
 //   mean[n] = 1/C sum_c h[n,c]      rstd[n] = 1 / sqrt(1/C sum_c (h[n,c] - mean[n])^2 + eps)
 //   y[n,c] = (h[n,c] - mean[n]) * rstd[n] * weight[c] + bias[c]
 //
-// Shapes   x, residual, h, y: (N, C), last dimension contiguous, any row stride; weight, bias: (C); mean, rstd: (N).
-// Types    x, residual, h, y of one type, f32 or bf16; weight and bias of one type, f32 or bf16; mean, rstd f32.
-// None     residual (then h is unused), weight, bias; mean and rstd when no backward follows.
+// Shapes   x, residual, h, y: (N, C), last dimension contiguous, any row stride; weight, bias: (C); stats:
+// (2, N), mean and rstd. Types    x, residual, h, y of one type, f32 or bf16; weight and bias of one type,
+// f32 or bf16; stats f32. None     residual (then h is unused), weight, bias; stats when no backward follows.
 // Aliasing y and h may be x or residual, element for element.
-// Sums     f32; h is rounded to its type first, so that forward and backward see the same values; two passes over
+// Sums     f32; h is rounded to its type first, so that forward and backward see the same values; two passes
+// over
 //          the row in cache (mean, then squared deviations), which does not cancel.
 // Bits     Each row depends on its own values only: equal for any N, thread count and position in a batch.
-// Cost     forward 8NC flops and (2NC + 2C) * size bytes (4NC with residual); backward 13NC flops and 3NC * size
+// Cost     forward 8NC flops and (2NC + 2C) * size bytes (4NC with residual); backward 13NC flops and 3NC *
+// size
 //          bytes (4NC with residual) plus bounded partial sums.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
@@ -22,13 +25,14 @@ namespace gptcore {
 
 void layer_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight,
                         const TensorView& bias, float eps, const TensorView& y, const TensorView& h,
-                        const TensorView& mean, const TensorView& rstd);
+                        const TensorView& stats);
 
-// Gradients, overwritten. grad_h is what reaches h besides y (None: nothing): dx gets the whole gradient of h,
-// which is that of x and of residual alike. h is the normalised input. dweight, dbias: (C) f32 or the type of
-// weight; None where not wanted. Their sums run over fixed blocks of rows and then over the blocks in order.
+// Gradients, overwritten. grad_h is what reaches h besides y (None: nothing): dx gets the whole gradient of
+// h, which is that of x and of residual alike. h is the normalised input. dweight, dbias: (C) f32 or the type
+// of weight; None where not wanted. Their sums run over fixed blocks of rows and then over the blocks in
+// order.
 void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
-                         const TensorView& weight, const TensorView& mean, const TensorView& rstd,
-                         const TensorView& dx, const TensorView& dweight, const TensorView& dbias);
+                         const TensorView& weight, const TensorView& stats, const TensorView& dx,
+                         const TensorView& dweight, const TensorView& dbias);
 
 }  // namespace gptcore

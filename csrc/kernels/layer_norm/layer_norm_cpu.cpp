@@ -7,8 +7,8 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// An add takes 4 cycles and two start per cycle: four running sums keep a row's reduction near load speed while
-// the compiler still holds everything in registers on AVX2.
+// An add takes 4 cycles and two start per cycle: four running sums keep a row's reduction near load speed
+// while the compiler still holds everything in registers on AVX2.
 constexpr int kSums = 4;
 
 // Below this many elements a parallel loop costs more than it saves.
@@ -36,14 +36,17 @@ GPTCORE_INLINE float row_sum(int64_t width, const F& term) {
 
 template <class T>
 GPTCORE_INLINE void add_rows(const T* x, const T* residual, T* h, int64_t width) {
-  for_lanes(width, [&](int64_t c, int64_t n) { store_some(h + c, load_some(x + c, n) + load_some(residual + c, n), n); });
+  for_lanes(width, [&](int64_t c, int64_t n) {
+    store_some(h + c, load_some(x + c, n) + load_some(residual + c, n), n);
+  });
 }
 
 template <class T, class W>
-GPTCORE_INLINE void normalise(const T* h, const W* weight, const W* bias, float mean, float rstd, T* y, int64_t width) {
-  const float shift = -mean * rstd;
+GPTCORE_INLINE void normalise(const T* h, const W* weight, const W* bias, float mean, float rstd, T* y,
+                              int64_t width) {
+  // Not h * rstd - mean * rstd, one FMA: where rstd is large that cancels.
   for_lanes(width, [&](int64_t c, int64_t n) {
-    Vec value = load_some(h + c, n) * rstd + shift;
+    Vec value = (load_some(h + c, n) - mean) * rstd;
     if (weight) value *= load_some(weight + c, n);
     if (bias) value += load_some(bias + c, n);
     store_some(y + c, value, n);
@@ -61,11 +64,14 @@ void forward(const LayerNormForward& a) {
         add_rows(h, static_cast<const T*>(a.residual) + row * a.residual_stride, sum, a.width);
         h = sum;
       }
-      const float mean = row_sum(a.width, [&](int64_t c, int64_t n) { return load_some(h + c, n); }) / a.width;
-      const float variance = row_sum(a.width, [&](int64_t c, int64_t n) {
-        const Vec d = load_some(h + c, n) - mean;
-        return n == kLanes ? d * d : keep_n(d * d, n, 0.0f);
-      }) / a.width;
+      const float mean =
+          row_sum(a.width, [&](int64_t c, int64_t n) { return load_some(h + c, n); }) / a.width;
+      const float variance = row_sum(a.width,
+                                     [&](int64_t c, int64_t n) {
+                                       const Vec d = load_some(h + c, n) - mean;
+                                       return n == kLanes ? d * d : keep_n(d * d, n, 0.0f);
+                                     }) /
+                             a.width;
       const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps);
       normalise(h, static_cast<const W*>(a.weight), static_cast<const W*>(a.bias), mean, rstd,
                 static_cast<T*>(a.y) + row * a.y_stride, a.width);
@@ -84,17 +90,18 @@ GPTCORE_INLINE void backward_row(const LayerNormBackward& a, int64_t row, float*
   const T* dh = a.grad_h ? static_cast<const T*>(a.grad_h) + row * a.grad_h_stride : nullptr;
   const W* weight = static_cast<const W*>(a.weight);
   T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
-  const float rstd = a.rstd[row], shift = -a.mean[row] * rstd;
+  const float rstd = a.rstd[row], mean = a.mean[row];
   const auto gradient = [&](int64_t c, int64_t n) {
-    const Vec g = load_some(dy + c, n);
+    const Vec g = load_some(dy + c, n);  // lanes from n on are zero, so sums need no mask
     return weight ? g * load_some(weight + c, n) : g;
   };
   const float mean_g = row_sum(a.width, gradient) / a.width;
-  const float mean_gx = row_sum(a.width, [&](int64_t c, int64_t n) {
-    return gradient(c, n) * (load_some(h + c, n) * rstd + shift);
-  }) / a.width;
+  const float mean_gx =
+      row_sum(a.width,
+              [&](int64_t c, int64_t n) { return gradient(c, n) * ((load_some(h + c, n) - mean) * rstd); }) /
+      a.width;
   for_lanes(a.width, [&](int64_t c, int64_t n) {
-    const Vec xhat = load_some(h + c, n) * rstd + shift;
+    const Vec xhat = (load_some(h + c, n) - mean) * rstd;
     const Vec dyc = load_some(dy + c, n);
     const Vec g = weight ? dyc * load_some(weight + c, n) : dyc;
     if (dweight) {
@@ -115,7 +122,8 @@ void join_blocks(const float* partials, int64_t blocks, int64_t width, void* out
   parallel_ranges(width, 4096, [&](int64_t begin, int64_t end) {
     for_lanes(end - begin, [&](int64_t c, int64_t n) {
       Vec sum = {};
-      for (int64_t block = 0; block < blocks; ++block) sum += load_some(partials + 2 * block * width + begin + c, n);
+      for (int64_t block = 0; block < blocks; ++block)
+        sum += load_some(partials + 2 * block * width + begin + c, n);
       store_some(out + begin + c, sum, n);
     });
   });

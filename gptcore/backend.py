@@ -1,0 +1,168 @@
+"""The door to the native modules: loads them on first use and reports what they run on.
+
+Only this module and :mod:`gptcore.ops` touch ``gptcore._C``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from collections import Counter
+from types import ModuleType
+from typing import Any
+
+_extension: ModuleType | None = None
+_fallbacks: Counter[tuple[str, str]] = Counter()
+
+
+def extension() -> ModuleType:
+    """The native module ``gptcore._C``, loaded on first use.
+
+    It needs ``libgomp.so.1``, the OpenMP runtime that torch shares. Where the system has none, torch's own
+    copy is loaded first.
+
+    Raises:
+        ImportError: the extension was not built for this interpreter; says how to build it.
+    """
+    global _extension
+    if _extension is None:
+        try:
+            _extension = importlib.import_module("gptcore._C")
+        except ImportError as error:
+            if "libgomp" not in str(error):
+                raise ImportError(
+                    f"gptcore's native module could not be loaded ({error}); reinstall with 'pip install .' "
+                    "from the source tree, with the Python that runs it"
+                ) from error
+            importlib.import_module("torch")
+            _extension = importlib.import_module("gptcore._C")
+    return _extension
+
+
+def cuda_extension() -> ModuleType | None:
+    """The CUDA module ``gptcore._C_cuda``, or None where it was not built."""
+    try:
+        return importlib.import_module("gptcore._C_cuda")
+    except ImportError:
+        return None
+
+
+def isa() -> str:
+    """The instruction set in use: ``v2``, ``v3`` (AVX2), ``v4`` (AVX-512), ``v4_bf16`` or ``amx``."""
+    return extension().isa()
+
+
+def available_isas() -> list[str]:
+    """Instruction sets this machine can run, lowest first. ``GPTCORE_ISA`` picks one at start."""
+    return extension().available_isas()
+
+
+def set_isa(name: str) -> None:
+    """Use another of :func:`available_isas`; ``ValueError`` if this machine lacks it."""
+    extension().set_isa(name)
+
+
+def num_threads() -> int:
+    """Threads that parallel loops use: the smallest of affinity, cgroup quota and OpenMP's limit."""
+    return extension().num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Use ``count`` threads in gptcore's loops; 0 returns to the default. Results do not depend on it."""
+    extension().set_num_threads(count)
+
+
+def note_fallback(call: str, reason: str) -> None:
+    """Count that ``call`` went to torch because no kernel covers it; ``reason`` says what was not covered."""
+    _fallbacks[call, reason] += 1
+
+
+def report() -> dict[str, dict[str, int]]:
+    """Calls that went to torch instead of a kernel since the start: ``{call: {reason: count}}``."""
+    table: dict[str, dict[str, int]] = {}
+    for (call, reason), count in sorted(_fallbacks.items()):
+        table.setdefault(call, {})[reason] = count
+    return table
+
+
+def reset_report() -> None:
+    """Forget the calls counted so far."""
+    _fallbacks.clear()
+
+
+def tune_malloc() -> bool:
+    """Keep freed memory in the process instead of returning it to the kernel after every large tensor.
+
+    glibc maps outputs above 32 MiB afresh on each call and the first touch of every page faults; with the
+    mapping and trimming thresholds raised, memory-bound operations (torch's too) run up to 1.5 times faster,
+    at the price of a process that keeps its peak size.
+
+    Returns:
+        Whether the C library took the settings (glibc only).
+    """
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    large = 2**31 - 1
+    accepted = [mallopt(m_mmap_max, 0), mallopt(m_trim_threshold, large), mallopt(m_mmap_threshold, large)]
+    return bool(accepted[0] and accepted[1])
+
+
+def openmp_runtimes() -> list[str]:
+    """Paths of the OpenMP runtimes mapped into this process. More than one ruins parallel loops."""
+    names = ("libgomp", "libiomp", "libomp")
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {
+                line.split(maxsplit=5)[5].strip() for line in maps if line.count(" ") >= 5 and "/" in line
+            }
+    except OSError:
+        return []
+    return sorted(path for path in paths if os.path.basename(path).startswith(names))
+
+
+def _module_version(name: str) -> str | None:
+    """Version of an importable module without importing it where its metadata tells."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def info() -> dict[str, Any]:
+    """Versions, instruction sets, threads, OpenMP runtimes and CUDA devices, as ``gptcore info`` prints them."""
+    native = extension()
+    cuda = cuda_extension()
+    devices, reason = cuda.devices() if cuda else ([], "built without CUDA")
+    return {
+        "version": native.__version__ or None,
+        "python": platform.python_version(),
+        "isa": native.isa(),
+        "isas": native.available_isas(),
+        "threads": native.num_threads(),
+        "threads_reason": native.num_threads_reason(),
+        "openmp_runtimes": openmp_runtimes(),
+        "cuda_built": cuda is not None,
+        "cuda_runtime": cuda.runtime_version() if cuda else None,
+        "cuda_driver": cuda.driver_version() if cuda else None,
+        "cuda_devices": devices,
+        "cuda_reason": reason,
+        "torch": _module_version("torch"),
+        "numpy": _module_version("numpy"),
+        "mkl_cbwr": os.environ.get("MKL_CBWR"),
+        "mkl_cbwr_in_time": "torch" not in sys.modules or _was_first(),
+    }
+
+
+def _was_first() -> bool:
+    """Whether gptcore was imported before torch, so that MKL saw the setting (module order tells)."""
+    order = list(sys.modules)
+    return order.index("gptcore") < order.index("torch")

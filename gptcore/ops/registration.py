@@ -1,0 +1,169 @@
+"""How an op meets torch.
+
+A kernel call has three routes, the cheapest that is right:
+
+- eager without gradients: straight to the extension;
+- eager with gradients: one ``autograd.Function`` around it;
+- under torch.compile, FakeTensor, functorch or any dispatch mode: the op ``torch.ops.gptcore.<name>``, which is
+  functional, has a fake implementation and an autograd formula, and is registered when gptcore.ops is imported
+  after torch, else with the first eager call.
+
+All three share the same forward and backward functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_torch: Any = None
+_library: Any = None
+
+
+def _load() -> None:
+    global _torch, _library
+    import torch
+
+    _torch = torch
+    _library = torch.library.Library("gptcore", "FRAGMENT")
+
+
+class TorchOp:
+    """A functional op over torch tensors with optional gradient.
+
+    Args:
+        name: registered as ``torch.ops.gptcore.<name>``.
+        schema: arguments and returns in torch's schema language, without the name.
+        forward: computes fresh outputs from real tensors; never returns an input.
+        fake: the outputs' shapes and dtypes, from fake tensors.
+        setup_context: ``(ctx, inputs, output)``; saves what backward needs.
+        backward: ``(ctx, *grads)``; returns one gradient (or None) per input. Both or neither are given.
+        inference: like forward, for calls without gradients, where it may skip what only backward needs.
+        eager_forward: ``(ctx, *inputs)``, in place of forward and setup_context in the eager Function, where a
+            microsecond counts; its outputs may be fewer, and backward must cope with what it saved.
+        lower_precision: under autocast, floating tensors are cast to its dtype first, as torch does for products.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        inference: Callable[..., Any] | None = None,
+        eager_forward: Callable[..., Any] | None = None,
+        lower_precision: bool = False,
+    ) -> None:
+        self.name = name
+        self.schema = schema
+        self.forward = forward
+        self.fake = fake
+        self.setup_context = setup_context
+        self.backward = backward or self._refuse_backward
+        self.inference = inference or forward
+        self.eager_forward = eager_forward or self._generic_forward
+        self.lower_precision = lower_precision
+        self.apply: Any = None
+        self.overload: Any = None
+        if "torch" in sys.modules:  # else with the first call; importing gptcore.ops must not import torch
+            self.register()
+
+    def register(self) -> None:
+        """Define the op in torch's registry, once."""
+        if self.overload is not None:
+            return
+        if _torch is None:
+            _load()
+        library = _library
+        library.define(self.name + self.schema, tags=(_torch.Tag.pt2_compliant_tag,))
+        library.impl(self.name, self.forward, "CPU")
+        qualified = f"gptcore::{self.name}"
+        _torch.library.register_fake(qualified, self.fake, lib=library)
+        _torch.library.register_autograd(
+            qualified, self.backward, setup_context=self.setup_context, lib=library
+        )
+        self.apply = self._autograd_function().apply
+        self.overload = getattr(_torch.ops.gptcore, self.name).default
+
+    def _refuse_backward(self, ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"gptcore::{self.name} has no derivative: gptcore's kernels are differentiable once; "
+            "use the op's reference for higher derivatives"
+        )
+
+    def _generic_forward(self, ctx: Any, *inputs: Any) -> Any:
+        output = self.forward(*inputs)
+        if self.setup_context is not None:
+            self.setup_context(ctx, inputs, output)
+        return output
+
+    def _autograd_function(self) -> Any:
+        backward = self.backward
+        once = _torch.autograd.function.once_differentiable(backward)
+        is_grad_enabled = _torch.is_grad_enabled
+
+        def eager_backward(ctx: Any, *grads: Any) -> Any:
+            # Only create_graph=True runs backward with gradients on; then a second derivative must raise.
+            return once(ctx, *grads) if is_grad_enabled() else backward(ctx, *grads)
+
+        methods = {"forward": staticmethod(self.eager_forward), "backward": staticmethod(eager_backward)}
+        return type(f"gptcore_{self.name}", (_torch.autograd.Function,), methods)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the op on torch tensors by the cheapest right route. ``inputs`` follow the schema, in order."""
+        if self.overload is None:
+            self.register()
+        torch = _torch
+        if self.lower_precision and torch.is_autocast_enabled("cpu"):
+            inputs = _autocast(inputs)
+        if torch.compiler.is_compiling() or _listened():
+            return self.overload(*inputs)
+        grad = False
+        for x in inputs:
+            kind = type(x)
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                grad = grad or x.requires_grad
+            elif isinstance(x, torch.Tensor):
+                return self.overload(*inputs)
+        if grad and torch.is_grad_enabled():
+            return self.apply(*inputs)
+        return self.inference(*inputs)
+
+
+def _listened() -> bool:
+    """Whether a dispatch mode, a function mode or a functorch transform is active."""
+    native = _torch._C
+    return bool(
+        native._len_torch_dispatch_stack()
+        or native._len_torch_function_stack()
+        or native._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _autocast(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = _torch.get_autocast_dtype("cpu")
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, _torch.Tensor) and x.is_floating_point() and x.dtype != _torch.float64
+        else x
+        for x in inputs
+    )
+
+
+def refuse_out_with_grad(op: str, *tensors: Any) -> None:
+    """``out=`` forms are not differentiable; refuse them as torch does.
+
+    Raises:
+        RuntimeError: gradients are enabled and a tensor among ``tensors`` requires one.
+    """
+    import torch
+
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+        raise RuntimeError(
+            f"{op}: out= does not support automatic differentiation, but an argument requires grad; "
+            "call it under torch.no_grad() or without out="
+        )

@@ -1,0 +1,42 @@
+"""Fixtures that all rooms share: instruction sets, thread counts, seeds, the shared data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptcore import backend
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=backend.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has, in turn."""
+    before = backend.isa()
+    backend.set_isa(request.param)
+    yield request.param
+    backend.set_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives the default thread count back after a test that changes it."""
+    yield
+    backend.set_num_threads(0)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The directory of real data beside the project; skips where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"the shared data directory {SHARED_DATA} is not on this machine")
+    return SHARED_DATA
