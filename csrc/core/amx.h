@@ -28,6 +28,10 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
+// gcc's tile loads and LDTILECFG are asm statements that do not say what memory they read: without this barrier
+// the stores before them may be moved behind them or dropped. Put one between writing operands and loading them.
+GPTCORE_INLINE void tile_fence() { __asm__ volatile("" ::: "memory"); }
+
 // All eight tiles at full size. Every task that uses tiles starts with this: other libraries in the process
 // (oneDNN) leave their own configuration behind on the same threads.
 GPTCORE_INLINE void configure_tiles() {
@@ -36,6 +40,7 @@ GPTCORE_INLINE void configure_tiles() {
     config.row_bytes[tile] = 64;
     config.rows[tile] = kTileRows;
   }
+  __asm__ volatile("" : : "r"(&config) : "memory");  // see tile_fence; and `config` escapes, so all of it is stored
   _tile_loadconfig(&config);
 }
 
