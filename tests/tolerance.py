@@ -18,11 +18,21 @@ ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float64: 2.0
 
 
 def error_bound(
-    exact: torch.Tensor, twin: torch.Tensor | None, dtype: torch.dtype, *, terms: int = 1
+    exact: torch.Tensor,
+    twin: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    terms: int = 1,
+    summand: float = 0.0,
 ) -> float:
-    """Largest error allowed: twice that of ``twin`` (torch in the same dtype), plus the rounding floor."""
+    """Largest error allowed: twice that of ``twin`` (torch in the same dtype), plus the rounding floor.
+
+    ``summand`` is the size of what is added up where that can cancel to something much smaller: f32 roundings
+    are of that size then, not of the result's.
+    """
     scale = exact.abs().max().item() if exact.numel() else 0.0
-    floor = 2 * (ROUNDOFF[dtype] + ROUNDOFF[torch.float32] * max(terms, 1) ** 0.5) * scale
+    f32 = ROUNDOFF[torch.float32] * max(terms, 1) ** 0.5
+    floor = 2 * (ROUNDOFF[dtype] * scale + f32 * max(scale, summand))
     twin_error = 0.0 if twin is None or not exact.numel() else (twin.double() - exact).abs().max().item()
     return 2 * twin_error + floor
 
@@ -33,6 +43,7 @@ def assert_close_to_exact(
     twin: torch.Tensor | None = None,
     *,
     terms: int = 1,
+    summand: float = 0.0,
     what: str = "output",
 ) -> None:
     """``got`` must be finite where ``exact`` is, and within :func:`error_bound` of it."""
@@ -41,7 +52,7 @@ def assert_close_to_exact(
     assert torch.equal(got.isfinite(), finite), f"{what}: finite in other places than the oracle"
     got64, exact64 = got.double()[finite], exact.double()[finite]
     twin64 = None if twin is None else twin.double()[finite]
-    bound = error_bound(exact64, twin64, got.dtype, terms=terms)
+    bound = error_bound(exact64, twin64, got.dtype, terms=terms, summand=summand)
     error = (got64 - exact64).abs().max().item() if got64.numel() else 0.0
     assert error <= bound, f"{what}: error {error:.3e} exceeds {bound:.3e}"
 
@@ -66,6 +77,7 @@ def check_against_float64(
     grad_outputs: Sequence[torch.Tensor],
     *,
     terms: int = 1,
+    summand: float = 0.0,
 ) -> None:
     """Values and gradients of ``kernel`` against ``reference`` in float64; the yardstick is torch in the same dtype."""
     got, got_gradients = value_and_gradients(kernel, inputs, grad_outputs)
@@ -74,7 +86,7 @@ def check_against_float64(
     for i, (a, b, c) in enumerate(zip(got, exact, twin, strict=True)):
         assert_close_to_exact(a, b, c, terms=terms, what=f"output {i}")
     for i, (a, b, c) in enumerate(zip(got_gradients, exact_gradients, twin_gradients, strict=True)):
-        assert_close_to_exact(a, b, c, terms=terms, what=f"gradient of input {i}")
+        assert_close_to_exact(a, b, c, terms=terms, summand=summand, what=f"gradient of input {i}")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
