@@ -26,7 +26,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():
-            value = _checked(getattr(self, name), hint, f"{self.section}.{name}")
+            value = _checked(getattr(self, name), hint, _key(self.section, name))
             object.__setattr__(self, name, value)
         self.validate()
 
@@ -42,8 +42,8 @@ class Spec:
         arguments = {}
         for name, value in values.items():
             if name not in hints:
-                known = [f"{cls.section}.{known}" for known in hints]
-                raise unknown_name("key", f"{cls.section}.{name}", known)
+                known = [_key(cls.section, known) for known in hints]
+                raise unknown_name("key", _key(cls.section, name), known)
             nested = _nested(hints[name])
             arguments[name] = nested.from_dict(value) if nested and not isinstance(value, nested) else value
         return cls(**arguments)
@@ -62,6 +62,11 @@ class Spec:
     def merged(self, overrides: Mapping[str, Any]) -> Self:
         """A copy with the nested ``overrides`` laid over it, checked as ``from_dict`` checks."""
         return type(self).from_dict(_merge(self.to_dict(), overrides))
+
+
+def _key(section: str, name: str) -> str:
+    """A key as the user wrote it; the outermost specification has no section."""
+    return f"{section}.{name}" if section else name
 
 
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

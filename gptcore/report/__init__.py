@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_SUBMODULES = frozenset({"progress"})
+_SUBMODULES = frozenset({"plot", "progress"})
 
 
 def __getattr__(name: str) -> ModuleType:

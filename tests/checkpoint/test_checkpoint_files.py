@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import gptcore
 from gptcore import checkpoint
 from gptcore.checkpoint import CheckpointError
 
+# The package under test, installed or not.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(gptcore.__file__).parents[1])}
 STATE = {"model": {"layers": 2}, "loss": 0.1 + 0.2, "text": "Grüße", "none": None}
 
 
@@ -218,7 +221,7 @@ def test_a_write_that_fails_half_way_keeps_the_old(tmp_path: Path) -> None:
     """A file-size limit stops the write after 100 kB, as a full disk does."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert done.stdout.count("\n") == 1 and "the last good one is step 1" in done.stdout
     assert os.listdir(tmp_path) == ["step-00000001.safetensors"]
@@ -255,7 +258,7 @@ KILLED = """
 def test_kill_during_saves_leaves_a_good_one(tmp_path: Path) -> None:
     """A process that does nothing but save is killed at arbitrary moments."""
     script = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGKILL)
     process.wait()

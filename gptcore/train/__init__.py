@@ -1,0 +1,9 @@
+"""Training: the loop, its settings, its measurements. See docs/training.md."""
+
+from __future__ import annotations
+
+from gptcore.train.config import TrainConfig, from_table, load
+from gptcore.train.evaluation import held_out
+from gptcore.train.loop import NonFiniteError, Result, run, update
+
+__all__ = ["NonFiniteError", "Result", "TrainConfig", "from_table", "held_out", "load", "run", "update"]

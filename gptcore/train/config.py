@@ -1,0 +1,264 @@
+"""The settings of a training run: one frozen, checked, nested dataclass, written as TOML."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from gptcore.errors import UserError
+from gptcore.models import presets
+from gptcore.models.config import GPTConfig
+from gptcore.models.schema import Spec
+from gptcore.optim import schedule as schedules
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _at_least(section: str, low: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not low <= value < float("inf"):
+            raise UserError(f"{section}{name}: expected {low} or more, got {value}")
+
+
+@dataclass(frozen=True)
+class DataSpec(Spec):
+    """What is trained on, and the shape of a batch.
+
+    ``path``: text files, prepared shards, or ``builtin``. ``tokenizer``: as ``gptcore.data.tokenizer.load``
+    takes it; None leaves it to what ``path`` was prepared with. One update sees ``accumulate`` micro-batches
+    of (``batch``, ``length``) tokens. ``packed`` keeps attention inside documents.
+    """
+
+    section: ClassVar[str] = "data"
+
+    path: str | tuple[str, ...] = "builtin"
+    tokenizer: str | None = None
+    vocab_size: int | None = None  # of a tokenizer that is to be trained
+    held_out: float = 0.1  # share of the text kept for evaluation
+    batch: int = 8  # B
+    length: int = 256  # T
+    accumulate: int = 1
+    packed: bool = False
+
+    def validate(self) -> None:
+        _at_least("data.", 1, batch=self.batch, length=self.length, accumulate=self.accumulate)
+        _at_least("data.", 1, vocab_size=self.vocab_size)
+        if not 0.0 < self.held_out < 1.0:
+            raise UserError(f"data.held_out: expected above 0 and below 1, got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class OptimizerSpec(Spec):
+    """AdamW. Matrices and embeddings decay, biases and norms do not. ``max_norm`` 0 switches clipping off."""
+
+    section: ClassVar[str] = "optimizer"
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_norm: float = 1.0
+
+    def validate(self) -> None:
+        _at_least("optimizer.", 0.0, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        _at_least("optimizer.", 0.0, max_norm=self.max_norm)
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise UserError(f"optimizer.betas: expected two numbers in [0, 1), got {list(self.betas)}")
+
+
+@dataclass(frozen=True)
+class ScheduleSpec(Spec):
+    """The learning rate over the steps; ``optimizer.lr`` is its peak.
+
+    ``floor``: the rate at the end (None: a tenth of the peak). ``decay``: updates of wsd's last phase.
+    """
+
+    section: ClassVar[str] = "schedule"
+
+    name: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    warmup: int = 100
+    floor: float | None = None
+    decay: int | None = None
+
+    def validate(self) -> None:
+        _at_least("schedule.", 0, warmup=self.warmup, floor=self.floor, decay=self.decay)
+
+
+@dataclass(frozen=True)
+class EvaluationSpec(Spec):
+    """Held-out loss over ``batches`` batches: at step 0, every ``every`` updates, at the end (0: never)."""
+
+    section: ClassVar[str] = "evaluation"
+
+    every: int = 250
+    batches: int = 20
+
+    def validate(self) -> None:
+        _at_least("evaluation.", 0, every=self.every)
+        _at_least("evaluation.", 1, batches=self.batches)
+
+
+@dataclass(frozen=True)
+class SampleSpec(Spec):
+    """Text written by the model every ``every`` updates (0: never)."""
+
+    section: ClassVar[str] = "sample"
+
+    every: int = 0
+    prompt: str = "\n"
+    tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 0
+
+    def validate(self) -> None:
+        _at_least("sample.", 0, every=self.every, temperature=self.temperature, top_k=self.top_k)
+        _at_least("sample.", 1, tokens=self.tokens)
+
+
+@dataclass(frozen=True)
+class CheckpointSpec(Spec):
+    """A checkpoint every ``every`` updates (0: only the last), of which the newest ``keep_last`` stay."""
+
+    section: ClassVar[str] = "checkpoint"
+
+    every: int = 250
+    keep_last: int = 3
+
+    def validate(self) -> None:
+        _at_least("checkpoint.", 0, every=self.every)
+        _at_least("checkpoint.", 1, keep_last=self.keep_last)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Spec):
+    """Everything that decides a run. The same config gives the same bits, whatever the thread count.
+
+    ``model`` is a table of :class:`GPTConfig`, optionally over ``preset = "gpt2"``; :meth:`model_config`
+    resolves it. ``dtype`` bfloat16 trains bf16 weights with f32 masters. ``threads`` 0 takes what the
+    machine gives. ``log_every`` is in updates.
+    """
+
+    section: ClassVar[str] = ""
+
+    run_dir: str = "runs/gpt"
+    steps: int = 2000
+    seed: int = 1337
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    threads: int = 0
+    z_loss: float = 0.0
+    log_every: int = 1
+    model: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    data: DataSpec = field(default_factory=DataSpec)
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    sample: SampleSpec = field(default_factory=SampleSpec)
+    checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+
+    def validate(self) -> None:
+        _at_least("", 1, steps=self.steps, log_every=self.log_every)
+        _at_least("", 0, seed=self.seed, threads=self.threads, z_loss=self.z_loss)
+        if not self.run_dir:
+            raise UserError("run_dir: expected a directory, got an empty string")
+        model = self.model_config()
+        if model.position.kind == "learned" and self.data.length > model.context_length:
+            raise UserError(
+                f"data.length: {self.data.length} is more than model.context_length {model.context_length}"
+            )
+
+    def model_config(self, vocab_size: int | None = None) -> GPTConfig:
+        """The model's own config; ``vocab_size`` is the tokenizer's, used unless the table names one.
+
+        Raises:
+            UserError: unknown preset or key, or a vocabulary smaller than the tokenizer's.
+        """
+        table = dict(self.model)
+        preset = table.pop("preset", None)
+        if vocab_size is not None:
+            table.setdefault("vocab_size", vocab_size)
+        config = presets.get(preset).merged(table) if preset else GPTConfig.from_dict(table)
+        if vocab_size is not None and config.vocab_size < vocab_size:
+            raise UserError(
+                f"model.vocab_size: {config.vocab_size} is less than the tokenizer's {vocab_size}; "
+                f"set model.vocab_size={vocab_size} or use the tokenizer that belongs to the model"
+            )
+        return config
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the update with zero-based index ``step``."""
+        spec, peak = self.schedule, self.optimizer.lr
+        options: dict[str, Any] = {"warmup": spec.warmup}
+        if spec.name in ("linear", "cosine", "wsd"):
+            options["steps"] = self.steps
+            options["floor"] = peak / 10 if spec.floor is None else spec.floor
+        if spec.name == "wsd":
+            options["decay"] = spec.decay
+        return schedules.get(spec.name)(step, peak=peak, **options)
+
+    def with_overrides(self, overrides: Sequence[str]) -> Self:
+        """A copy with ``key.sub=value`` settings laid over it; values are TOML, or else plain strings."""
+        config = self
+        for text in overrides:
+            config = config.merged(_override(text))
+        return config
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a TOML file and lays ``key.sub=value`` overrides over it.
+
+    Raises:
+        UserError: no such file, not TOML, an unknown key (with the nearest name), a wrong type or value.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no config file at {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config {path} is not valid TOML: {error}") from error
+    return from_table(table, overrides)
+
+
+def from_table(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
+    """As :func:`load`, from nested plain values."""
+    merged: dict[str, Any] = dict(table)
+    for text in overrides:
+        merged = merge(merged, _override(text))
+    return TrainConfig.from_dict(merged)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, table by table."""
+    result = dict(base)
+    for name, value in over.items():
+        inner = result.get(name)
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        result[name] = merge(inner, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"--set {text}: expected key=value, as in optimizer.lr=3e-4")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for name in reversed(names):
+        parsed = {name: parsed}
+    return dict(parsed)

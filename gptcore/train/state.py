@@ -1,0 +1,141 @@
+"""What a checkpoint of a run holds: collected from live objects, and put back into them bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptcore.checkpoint import CheckpointError
+from gptcore.checkpoint.files import MODEL_PREFIX
+from gptcore.models.config import GPTConfig
+from gptcore.train.config import TrainConfig
+
+OPTIMIZER_PREFIX = "optimizer/"
+RNG_PREFIX = "rng/"
+
+
+def collect(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and JSON state of model, optimizer and random generators.
+
+    Optimizer state goes by the parameter's name, so a checkpoint outlives a new order of parameters.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            tied[name] = seen[id(tensor)]
+            continue
+        seen[id(tensor)] = name
+        tensors[MODEL_PREFIX + name] = tensor.detach()
+    numbers: dict[str, dict[str, float]] = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{OPTIMIZER_PREFIX}{name}/{key}"] = value
+            else:
+                numbers.setdefault(name, {})[key] = value
+    tensors[RNG_PREFIX + "torch"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors[RNG_PREFIX + "cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"tied": tied, "optimizer": numbers}
+
+
+def restore(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    """Put back what :func:`collect` returned.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model; names the first difference.
+    """
+    _restore_model(model, tensors, state)
+    _restore_optimizer(model, optimizer, tensors, state)
+    torch.set_rng_state(tensors[RNG_PREFIX + "torch"])
+    if RNG_PREFIX + "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[RNG_PREFIX + "cuda"])
+
+
+def _restore_model(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+) -> None:
+    from gptcore.checkpoint import model_tensors
+
+    saved = model_tensors(tensors, state)
+    own = model.state_dict(keep_vars=True)
+    if saved.keys() != own.keys():
+        name = min(saved.keys() ^ own.keys())
+        where = "checkpoint" if name in saved else "model"
+        raise CheckpointError(f"the checkpoint is of another model: only the {where} has '{name}'")
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"the checkpoint is of another model: '{name}' is {saved[name].dtype} "
+                f"{tuple(saved[name].shape)}, the model has {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def _restore_optimizer(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> None:
+    names = {p: name for name, p in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+    found: dict[str, dict[str, Any]] = {name: dict(v) for name, v in state["optimizer"].items()}
+    for key, tensor in tensors.items():
+        if key.startswith(OPTIMIZER_PREFIX):
+            name, _, field = key[len(OPTIMIZER_PREFIX) :].rpartition("/")
+            found.setdefault(name, {})[field] = tensor
+    live = optimizer.state_dict()
+    states = {i: found[name] for i, name in enumerate(order) if name in found}
+    optimizer.load_state_dict({"state": states, "param_groups": live["param_groups"]})
+
+
+def identity(config: TrainConfig, model: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that resumes it, and the settings it was made with."""
+    own = getattr(model, "config", None)
+    return {
+        "model": own.to_dict() if isinstance(own, GPTConfig) else None,
+        "tokenizer": getattr(tokenizer, "fingerprint", None),
+        "config": config.to_dict(),
+    }
+
+
+def compare(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another model or tokenizer, with a sentence that names the difference."""
+    if saved["tokenizer"] != identity["tokenizer"]:
+        raise CheckpointError(
+            f"checkpoint {path} was trained with tokenizer {saved['tokenizer']}, "
+            f"this run has {identity['tokenizer']}; use the same tokenizer or another run_dir"
+        )
+    if saved["model"] != identity["model"]:
+        changed = changes(saved["model"] or {}, identity["model"] or {})
+        raise CheckpointError(
+            f"checkpoint {path} is of another model ({', '.join(changed)}); "
+            "use the same [model] settings or another run_dir"
+        )
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``key old -> new`` for every setting that differs."""
+    found: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found.extend(changes(a, b, f"{prefix}{key}."))
+        elif a != b and prefix + key != "run_dir":
+            found.append(f"{prefix}{key} {a} -> {b}")
+    return found
