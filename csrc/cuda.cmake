@@ -15,7 +15,7 @@ if(GPTCORE_CUDA_FOUND)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100a-real 80-virtual)
   endif()
-  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD 17)  # what every CMake from 3.25 on can ask of nvcc
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
   file(GLOB GPTCORE_CUDA_SOURCES CONFIGURE_DEPENDS csrc/core/cuda/*.cu csrc/kernels/*/*.cu)
