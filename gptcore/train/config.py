@@ -36,7 +36,8 @@ class DataSpec(Spec):
 
     ``path``: text files, prepared shards, or ``builtin``. ``tokenizer``: as ``gptcore.data.tokenizer.load``
     takes it; None leaves it to what ``path`` was prepared with. One update sees ``accumulate`` micro-batches
-    of (``batch``, ``length``) tokens. ``packed`` keeps attention inside documents.
+    of (``batch``, ``length``) tokens. ``mode`` is the loader's order: ``shuffled`` sees each window once per
+    epoch, ``random`` begins rows anywhere, with replacement. ``packed`` keeps attention inside documents.
     """
 
     section: ClassVar[str] = "data"
@@ -48,6 +49,7 @@ class DataSpec(Spec):
     batch: int = 8  # B
     length: int = 256  # T
     accumulate: int = 1
+    mode: Literal["shuffled", "random", "ordered"] = "shuffled"
     packed: bool = False
 
     def validate(self) -> None:

@@ -25,29 +25,29 @@ def tensors_of(batch: Any, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return tokens, targets, None if bounds is None else torch.as_tensor(bounds).to(device, torch.int32)
 
 
-def held_out(
-    loader: Batches, batches: int, *, bytes_per_token: float | None = None
-) -> Callable[[torch.nn.Module], dict[str, float]]:
-    """An ``evaluate`` for training: the mean loss in nats per token over the same batches every time.
+def held_out(loader: Batches, batches: int) -> Callable[[torch.nn.Module], dict[str, float]]:
+    """An ``evaluate`` for training: the mean over the targets of the first ``batches`` batches.
 
-    ``bytes_per_token`` of the held-out text (its UTF-8 bytes over its tokens) gives bits per byte,
-    loss / ln 2 / bytes_per_token, which compares models whatever their tokenizers.
+    ``val_loss`` is in nats per token. Batches that know their ``target_bytes`` (UTF-8 bytes of the
+    targets) give ``val_bits_per_byte`` too, which compares models whatever their tokenizers.
+    Ignored targets (negative) don't count.
     """
 
     @torch.no_grad()
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
-        total, count = 0.0, 0
+        nats, tokens_seen, bytes_seen = 0.0, 0, 0
         for index in range(batches):
-            tokens, targets, bounds = tensors_of(loader.batch_at(index), device)
+            batch = loader.batch_at(index)
+            tokens, targets, bounds = tensors_of(batch, device)
             options = {} if bounds is None else {"cu_seqlens": bounds}
-            seen = int((targets >= 0).sum())
-            total += float(model(tokens, targets, **options).loss) * seen
-            count += seen
-        loss = total / max(1, count)
-        result = {"val_loss": loss}
-        if bytes_per_token is not None:
-            result["val_bits_per_byte"] = loss / math.log(2) / bytes_per_token
+            count = int((targets >= 0).sum())
+            nats += float(model(tokens, targets, **options).loss) * count if count else 0.0
+            tokens_seen += count
+            bytes_seen += getattr(batch, "target_bytes", 0)
+        result = {"val_loss": nats / max(1, tokens_seen)}
+        if bytes_seen:
+            result["val_bits_per_byte"] = nats / math.log(2) / bytes_seen
         return result
 
     return evaluate

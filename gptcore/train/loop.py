@@ -91,7 +91,8 @@ def run(
         loader: ``batch_at(i)`` for i = step * accumulate + micro-batch.
         evaluate: model → named numbers, ``val_loss`` and ``val_bits_per_byte`` among them; see ``held_out``.
         sample: model → text.
-        tokenizer: with ``fingerprint``, kept in checkpoints and compared when resuming.
+        tokenizer: with ``fingerprint``, kept in checkpoints and compared when resuming; without one, the
+            loader's ``fingerprint`` is.
         resume: False refuses a run directory that holds checkpoints.
         measure_peak: False leaves out the second that MFU's peak costs; MFU is then unknown.
         quiet: no progress line.
@@ -116,7 +117,7 @@ def run(
     # Dropout starts from the seed, whatever the caller drew before; a resumed run restores the generator.
     torch.manual_seed(config.seed)
     with RunDirectory(config.run_dir) as directory:
-        identity = state.identity(config, model, tokenizer)
+        identity = state.identity(config, model, loader, tokenizer)
         now = _Run(config, model, optimizer, loader, directory, evaluate, sample, identity)
         began = time.perf_counter()
         checkpoint.clean(directory.checkpoints)

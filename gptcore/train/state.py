@@ -10,6 +10,7 @@ import torch
 
 from gptcore.checkpoint import CheckpointError
 from gptcore.checkpoint.files import MODEL_PREFIX
+from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
 from gptcore.train.config import TrainConfig
 
@@ -104,13 +105,31 @@ def _restore_optimizer(
     optimizer.load_state_dict({"state": states, "param_groups": live["param_groups"]})
 
 
-def identity(config: TrainConfig, model: torch.nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """What a checkpoint must agree on with the run that resumes it, and the settings it was made with."""
+def identity(
+    config: TrainConfig, model: torch.nn.Module, loader: Any, tokenizer: Any = None
+) -> dict[str, Any]:
+    """What a run and the checkpoint it resumes must agree on, and the settings it was made with.
+
+    Raises:
+        UserError: tokens of another tokenizer, or of a larger vocabulary than the model's.
+    """
     own = getattr(model, "config", None)
+    served = getattr(loader, "fingerprint", None)
+    known = getattr(tokenizer, "fingerprint", served)
+    if served is not None and known != served:
+        raise UserError(
+            f"the data was prepared with tokenizer {served}, this run has {known}; prepare it anew"
+        )
+    vocabulary = getattr(loader, "vocab_size", 0)
+    if isinstance(own, GPTConfig) and vocabulary > own.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {own.vocab_size} is less than the {vocabulary} of the data's tokenizer"
+        )
+    order = loader.state() if hasattr(loader, "state") else {}
     return {
         "model": own.to_dict() if isinstance(own, GPTConfig) else None,
-        "tokenizer": getattr(tokenizer, "fingerprint", None),
-        "config": config.to_dict(),
+        "tokenizer": known,
+        "config": {**config.to_dict(), "loader": {k: v for k, v in order.items() if k != "step"}},
     }
 
 
