@@ -93,6 +93,23 @@ def _sdpa(shape: Shape, device: str) -> Callable[..., Any]:
     return call
 
 
+def _per_document(shape: Shape) -> Callable[..., Any]:
+    """torch's attention once for each packed document: skips the pairs that a mask would compute."""
+    import torch
+
+    length = shape.T // shape.documents
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        documents = zip(*(x.transpose(1, 2).split(length, dim=2) for x in (q, k, v)), strict=True)
+        outs = [
+            torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=shape.causal)
+            for qkv in documents
+        ]
+        return torch.cat(outs, dim=2).transpose(1, 2)
+
+    return call
+
+
 def _flex(shape: Shape, device: str) -> Callable[..., Any]:
     """FlexAttention with a block mask; on the CPU it needs torch.compile and has no backward."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -148,6 +165,8 @@ def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
             "torch_eager": sdpa,
             "torch_compiled": compiled(sdpa),
         }
+        if shape.documents > 1:
+            functions["torch_per_document_eager"] = _per_document(shape)
         if not backward and shape.keys == shape.T and not target.quick:
             functions["torch_flex_compiled"] = _flex(shape, target.device)
         if backward:
