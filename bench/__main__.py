@@ -54,7 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="OpenMP threads for ours and peers alike (default: usable cores)",
     )
-    add("--allocator", choices=(*ALLOCATORS, "both"), default="both", help="malloc settings (default: both)")
+    add(
+        "--allocator",
+        choices=(*ALLOCATORS, "both"),
+        help="malloc settings (default: both, with --quick tuned)",
+    )
     add("--wait-policy", choices=(*WAIT_POLICIES, "both"), default="both",
         help="spin2000 for all and default for small operations (default: both)")  # fmt: skip
     add("--product-bits", choices=("gptcore", "torch"), default="gptcore",
@@ -82,7 +86,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         suites=chosen,
         patterns=arguments.case or (),
         dtypes=arguments.dtype or DTYPES,
-        allocators=both(arguments.allocator, ALLOCATORS),
+        allocators=both(arguments.allocator or ("tuned" if arguments.quick else "both"), ALLOCATORS),
         wait_policies=both(arguments.wait_policy, ("spin2000", "default")),
         product_bits=arguments.product_bits,
         device=arguments.device,

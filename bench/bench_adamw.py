@@ -93,7 +93,7 @@ _MANY = [(64, 64)] * 1000
 _ONE_SMALL = [(64, 64)] * 4
 
 CASES = [
-    Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), quick=True),
+    Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2)),
     Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
     Case("adamw/4_tensors_64x64/step", _setup(_ONE_SMALL), _cost(_ONE_SMALL), small=True),
 ]

@@ -228,7 +228,14 @@ SHAPES = (
     Shape(1, 4096, 12, 64, window=256),
     Shape(2, 1024, 12, 64, documents=4),
 )
-QUICK = {(64, None), (512, None), (1024, None), (4096, 256)}
+# Labels and directions that --quick measures.
+QUICK = {
+    ("B1_H1_T64_D64_causal", "forward_backward"),
+    ("B2_H12_T512_D64_causal", "forward"),
+    ("B2_H12_T512_D64_causal", "forward_backward"),
+    ("B4_H12_T1024_D64_causal", "forward"),
+    ("B1_H12_T4096_D64_window256_causal", "forward"),
+}
 DECODE = Shape(8, 1, 32, 128, Hkv=8, S=4096)
 
 
@@ -237,23 +244,19 @@ def _cases() -> list[Case]:
     for backward in (False, True):
         direction = "forward_backward" if backward else "forward"
         for shape in SHAPES:
-            quick = (
-                (shape.T, shape.window) in QUICK
-                and shape.documents == 1
-                and not (backward and shape.T > 1024)
-            )
             cases.append(
                 Case(
                     f"attention/{shape.label}/{direction}",
                     _setup(shape, backward=backward),
                     _cost(shape, backward=backward),
                     small=shape.T == 64,
-                    quick=quick,
+                    quick=(shape.label, direction) in QUICK,
                 )
             )
         fused = SHAPES[1]
         name = f"attention/qkv_{fused.label}/{direction}"
-        cases.append(Case(name, _setup_fused(fused, backward=backward), _cost(fused, backward=backward)))
+        setup = _setup_fused(fused, backward=backward)
+        cases.append(Case(name, setup, _cost(fused, backward=backward), quick=backward))
     decode = _setup(DECODE, backward=False)
     cases.append(
         Case(f"attention/decode_{DECODE.label}/forward", decode, _cost(DECODE, backward=False), quick=False)

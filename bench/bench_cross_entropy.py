@@ -52,7 +52,7 @@ def _cases() -> list[Case]:
                     _setup(tokens, vocabulary, smoothing, backward=backward),
                     _cost(tokens, vocabulary, backward=backward),
                     small=tokens == 64,
-                    quick=not smoothing,
+                    quick=backward and not smoothing,
                 )
             )
     return cases

@@ -55,10 +55,10 @@ def _import_seconds(module: str) -> float:
 CASES = [
     Case(
         "dispatch/noop_three_tensors/call", _setup_noop, dtypes=("float32",), small=True, tolerance=None,
-        limit_ms=TARGET_CALL_MS, footnotes={"torch_smallest_op": "a view of one tensor, for scale"},
+        target_ms=TARGET_CALL_MS, footnotes={"torch_smallest_op": "a view of one tensor, for scale"},
     ),
     Case(
         "dispatch/import_gptcore/call", dtypes=("float32",), measure=_measure_import,
-        limit_ms=TARGET_IMPORT_MS, footnotes={"numpy": "for scale", "torch": "for scale"},
+        target_ms=TARGET_IMPORT_MS, footnotes={"numpy": "for scale", "torch": "for scale"},
     ),
 ]  # fmt: skip

@@ -47,7 +47,7 @@ def _cases() -> list[Case]:
             name = f"embedding/V{vocabulary}_C{width}_N{tokens}/{direction}"
             setup = _setup(vocabulary, width, tokens, backward=backward)
             cost = _cost(vocabulary, width, tokens, backward=backward)
-            cases.append(Case(name, setup, cost, small=tokens == 64))
+            cases.append(Case(name, setup, cost, small=tokens == 64, quick=backward and tokens < 8192))
     return cases
 
 

@@ -11,6 +11,7 @@ from bench.case import Callables, Case, Cost, Target, both_directions
 def _functions(kind: str) -> dict[str, Callable[..., Any]]:
     """Ours and torch's for one activation."""
     import torch.nn.functional as F
+
     from gptcore.ops import gated_activation as ours
 
     return {
@@ -77,7 +78,7 @@ def _cases() -> list[Case]:
             name = f"gated_activation/{kind}_{rows}x{width}/{'forward_backward' if backward else 'forward'}"
             setup = _setup(kind, rows, width, backward=backward)
             cost = _cost(kind, rows, width, backward=backward)
-            quick = kind in ("gelu_tanh", "swiglu") and rows != 4096
+            quick = backward and kind in ("gelu_tanh", "swiglu") and rows != 4096
             cases.append(Case(name, setup, cost, small=rows == 64, quick=quick))
     return cases
 

@@ -79,6 +79,7 @@ def _cases() -> list[Case]:
             _setup_small(m, k, n),
             _cost_small(m, k, n),
             small=m * k * n < 1 << 19,
+            quick=n <= 3072,
         )
         for m, k, n in SMALL
     ]
@@ -88,6 +89,7 @@ def _cases() -> list[Case]:
             _setup_accumulate(k, m, n),
             _cost_accumulate(k, m, n),
             dtypes=("bfloat16",),
+            quick=m == 3072,
             footnotes={"torch_rounded_eager": ROUNDED, "torch_rounded_compiled": ROUNDED},
         )
         for k, m, n in ACCUMULATE

@@ -113,9 +113,10 @@ class Case:
     quick: part of ``--quick``.
     cold: flush the caches before each call.
     tolerance: largest accepted relative difference (2-norm) between our results and the first peer's, by
-        dtype; None where results are not comparable.
+        dtype; None where results are not comparable. It catches a broken kernel, no more: the peer's own
+        error counts too (torch sums layer_norm's bf16 weight gradient 5% off at 4,096 rows).
     footnotes: peers that do less than asked for (their text says what); they are shown, not judged against.
-    limit_ms: a fixed limit in place of the roofline, in milliseconds.
+    target_ms: a promised time in place of the roofline, in milliseconds.
     tokens: tokens per call, for tokens/s.
     measure: takes over the timing altogether (target, progress) -> Measured.
     """
@@ -129,9 +130,9 @@ class Case:
     quick: bool = True
     cold: bool = False
     heavy: bool = False
-    tolerance: Mapping[str, float] | None = field(default_factory=lambda: {"float32": 1e-3, "bfloat16": 4e-2})
+    tolerance: Mapping[str, float] | None = field(default_factory=lambda: {"float32": 1e-3, "bfloat16": 1e-1})
     footnotes: Mapping[str, str] = field(default_factory=dict)
-    limit_ms: float | None = None
+    target_ms: float | None = None
     tokens: int = 0
     measure: Callable[[Target, Callable[[str], None]], Measured] | None = None
 

@@ -22,8 +22,8 @@ from bench.timing import CacheFlush, interleave, statistics, time_calls, warm_up
 
 MAX_DRIFT = 0.05
 MAX_ATTEMPTS = 3
-# A case of --quick stops sampling after about this long, but never below five samples.
-QUICK_SECONDS = 1.2
+# A case of --quick stops sampling after about this long, but never below three samples.
+QUICK_SECONDS = 0.6
 
 
 class CaseError(Exception):
@@ -134,7 +134,8 @@ class Child:
         self, case: Case, calls: dict[str, Callable[[], Any]]
     ) -> tuple[dict[str, list[float]], float]:
         """Samples of the attempt with the least drift of the machine's ceiling, and that drift."""
-        warm = {name: warm_up(call, self._synchronize) for name, call in calls.items()}
+        settle = {"calls": 1, "min_seconds": 0.02} if self._job.quick else {}
+        warm = {name: warm_up(call, self._synchronize, **settle) for name, call in calls.items()}
         flush = self._flush if case.cold or self._job.cold else None
         repeats = self._repeats(case, warm)
         best: dict[str, list[float]] = {}
@@ -157,7 +158,7 @@ class Child:
         if not self._job.quick:
             return case.repeats
         one_round = sum(max(seconds, 1e-3) for seconds in warm.values())
-        return max(min(5, case.repeats), min(case.repeats, int(QUICK_SECONDS / one_round)))
+        return max(min(3, case.repeats), min(case.repeats, int(QUICK_SECONDS / one_round)))
 
     def _record(
         self,
@@ -167,10 +168,8 @@ class Child:
         drift: float,
         extra: Mapping[str, Any],
     ) -> dict[str, Any]:
-        limit = case.limit_ms / 1e3 if case.limit_ms is not None else None
         cost = case.cost(ELEMENT_BYTES[dtype])
-        if limit is None:
-            limit = self._ceilings.limit_seconds(cost, dtype)
+        limit = self._ceilings.limit_seconds(cost, dtype)
         return build_record(case, dtype, samples, limit, self._job) | {
             "flops": cost.flops,
             "bytes": cost.bytes,
@@ -207,6 +206,8 @@ def build_record(
         "wait_policy": job.wait_policy,
         "best_peer": best,
     }
+    if case.target_ms is not None:
+        record["target_ms"] = case.target_ms
     if case.tokens:
         record["tokens_per_s"] = round(case.tokens / ours.median, 1)
     if case.footnotes:

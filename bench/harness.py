@@ -34,6 +34,9 @@ DECIDED = (
     "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR",
 )  # fmt: skip
 
+# f32 products beyond this take a third of a second a call, too long for --quick.
+QUICK_F32_FLOPS = 1e11
+
 REQUIRED_KEYS = (
     "case", "device", "dtype", "threads", "repeats", "gptcore_ms", "spread", "peers", "ratio",
     "limit_fraction", "allocator", "wait_policy",
@@ -97,33 +100,40 @@ def select(options: Options) -> list[tuple[Case, str]]:
         if options.quick and suite in STEP_SUITES and not options.patterns:
             continue
         for case in load(suite):
-            if options.quick and not case.quick and not options.patterns:
-                continue
             chosen += [
                 (case, dtype)
                 for dtype in case.dtypes
-                if dtype in options.dtypes and (not options.patterns or case.matches(options.patterns, dtype))
+                if dtype in options.dtypes
+                and (
+                    case.matches(options.patterns, dtype)
+                    if options.patterns
+                    else _in_run(case, dtype, options)
+                )
             ]
     return chosen
+
+
+def _in_run(case: Case, dtype: str, options: Options) -> bool:
+    """Whether a case that no pattern names belongs to this run."""
+    too_long = dtype == "float32" and case.cost(4).flops > QUICK_F32_FLOPS
+    return not options.quick or (case.quick and not too_long)
 
 
 def plan(options: Options, chosen: Iterable[tuple[Case, str]]) -> list[tuple[Setting, list[tuple[str, str]]]]:
     """Which cases run under which setting.
 
     Every case under each allocator with the short spin; small operations also under OpenMP's default
-    waiting, which is what users run, once, because an allocator does not matter to them.
+    waiting, which is what users run, once, because an allocator does not matter to them. With ``quick``
+    a case runs once: small ones under default waiting, the others under the short spin.
     """
     pairs = list(chosen)
-    waiting = [policy for policy in options.wait_policies if policy == "spin2000"] or list(
-        options.wait_policies
-    )
-    jobs = [
-        (Setting(allocator, policy, options.product_bits), [(case.name, dtype) for case, dtype in pairs])
-        for allocator in options.allocators
-        for policy in waiting
-    ]
+    every = [(case.name, dtype) for case, dtype in pairs]
     small = [(case.name, dtype) for case, dtype in pairs if case.small]
-    if "spin2000" in options.wait_policies and "default" in options.wait_policies and small:
+    both = "spin2000" in options.wait_policies and "default" in options.wait_policies
+    policy = "spin2000" if both else options.wait_policies[0]
+    rest = [pair for pair in every if pair not in small] if both and options.quick else every
+    jobs = [(Setting(allocator, policy, options.product_bits), rest) for allocator in options.allocators]
+    if both:
         jobs.append((Setting(options.allocators[0], "default", options.product_bits), small))
     return [(setting, cases) for setting, cases in jobs if cases]
 
@@ -225,6 +235,9 @@ def describe_record(record: Mapping[str, Any]) -> str:
         parts.append(f"{best} {milliseconds(record['peers'][best])}, ratio {record['ratio']:.2f}")
     if record["limit_fraction"] is not None:
         parts.append(f"limit {record['limit_fraction']:.0%}")
+    if record.get("target_ms"):
+        met = "met" if record["gptcore_ms"] <= record["target_ms"] else "MISSED"
+        parts.append(f"target {milliseconds(record['target_ms'])} {met}")
     if record.get("tokens_per_s"):
         parts.append(f"{record['tokens_per_s']:.0f} tokens/s")
     if record.get("fallbacks"):

@@ -28,7 +28,7 @@ def test_cases_are_well_formed():
             for dtype in case.dtypes:
                 cost = case.cost(ELEMENT_BYTES[dtype])
                 assert cost.flops >= 0 and cost.read >= 0 and cost.written >= 0, case.name
-                assert case.limit_ms or cost.flops or cost.bytes, f"{case.name} has no limit to be judged by"
+                assert case.target_ms or cost.flops or cost.bytes, f"{case.name} has no limit to be judged by"
     assert len(names) == len(set(names)), "two cases share a name"
 
 
@@ -62,6 +62,14 @@ def test_plan_gives_every_allocator_and_small_operations_the_default_wait_policy
     ]
     assert len(jobs[0][1]) == len(jobs[1][1]) == len(chosen)
     assert jobs[2][1] == [(case.name, dtype) for case, dtype in chosen if case.small] != []
+
+
+def test_quick_measures_a_case_once():
+    chosen = select(Options(suites=["layer_norm"], quick=True))
+    jobs = plan(Options(quick=True, allocators=["tuned"]), chosen)
+    assert [setting for setting, _ in jobs] == [Setting("tuned", "spin2000"), Setting("tuned", "default")]
+    measured = [pair for _, cases in jobs for pair in cases]
+    assert sorted(measured) == sorted({(case.name, dtype) for case, dtype in chosen})
 
 
 def test_a_setting_replaces_what_the_caller_had_set():

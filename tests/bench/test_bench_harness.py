@@ -127,3 +127,16 @@ def test_plot_draws_one_picture_for_each_suite(tmp_path: Path, capsys: pytest.Ca
     assert [p.name for p in pictures] == ["roofline_layer_norm.png", "roofline_rms_norm.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["case"] == "rms_norm/4096x768/forward"
+
+
+def test_one_real_case_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "real.jsonl"
+    case = ["--case", "layer_norm/64x64/forward/float32", "--allocator", "tuned", "--wait-policy", "spin2000"]
+    assert main([*case, "--quick", "--repeats", "3", "--json", str(path)]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(key in last for key in REQUIRED_KEYS)
+    assert last["case"] == "layer_norm/64x64/forward" and last["dtype"] == "float32" and last["repeats"] == 3
+    assert last["gptcore_ms"] > 0 and set(last["peers"]) == {"torch_eager"} and last["ratio"] > 0
+    assert (last["allocator"], last["wait_policy"]) == ("tuned", "spin2000")
+    (machine,) = read_jsonl(str(path)).machines
+    assert machine["torch"] == torch.__version__ and machine["ceilings"]["peak"]["bfloat16"] > 0
