@@ -72,7 +72,7 @@ def _norm_parameters(config: GPTConfig) -> int:
     if config.norm.parallel == "shared":
         per_block = 1
     count = per_block * config.num_layers + config.norm.has_final
-    norms = count * vectors * config.width + config.embedding_norm * vectors * config.table_width
+    norms = count * vectors * config.width + config.embedding_norm * vectors * config.width
     if config.attention.qk_norm != "none":
         qk_vectors = 1 + (config.attention.qk_norm == "layer_norm" and config.norm.has_bias)
         norms += 2 * qk_vectors * config.head_dim * config.num_layers

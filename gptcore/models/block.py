@@ -1,0 +1,192 @@
+"""Attention, feed-forward, the block that joins them, and the stack of blocks.
+
+Shapes: x (B, T, C), or (N, C) where documents are packed; q (..., H, D); k, v (..., Hkv, D). A block takes
+and gives the residual stream as a pair (stream, delta) whose sum is meant: the next norm adds them in its own
+pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gptcore import ops
+from gptcore.models.config import GPTConfig
+from gptcore.models.norm import Norm
+from gptcore.models.positions import RotaryTables, alibi_attention, alibi_slopes
+from gptcore.nn.linear import Linear, linear
+
+
+class KeyValueCache(Protocol):
+    """What the model asks of a cache of keys and values."""
+
+    @property
+    def length(self) -> int:
+        """Tokens stored before this forward."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k and v (B, T, Hkv, D) and returns all of them, (B, S, Hkv, D)."""
+
+    def advance(self, tokens: int) -> None:
+        """Counts ``tokens`` more as stored; called once per forward, after every layer's ``update``."""
+
+
+class Context(NamedTuple):
+    """What every layer of one forward shares.
+
+    ``positions`` is the number of tokens before the first, or (N,) int32 places inside packed documents.
+    """
+
+    cu_seqlens: Tensor | None = None
+    positions: int | Tensor = 0
+    cache: KeyValueCache | None = None
+    rotary: RotaryTables | None = None
+
+
+class Attention(nn.Module):
+    """Self-attention: one projection to q, k and v, attention, one projection back."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        spec = config.attention
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.causal = spec.causal
+        self.window_size = config.window_size(layer)
+        self.softmax_scale = spec.softmax_scale or self.head_dim**-0.5
+        self.interleaved = config.position.interleaved
+        self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, spec.qkv_bias)
+        self.out = Linear(self.heads * self.head_dim, config.width, spec.out_bias)
+        normed = spec.qk_norm != "none"
+        self.q_norm = Norm(config.norm, self.head_dim, spec.qk_norm) if normed else None
+        self.k_norm = Norm(config.norm, self.head_dim, spec.qk_norm) if normed else None
+        self.slopes = alibi_slopes(self.heads) if config.position.kind == "alibi" else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        qkv = self.qkv(x)
+        as_projected = self.q_norm is None and self.slopes is None
+        if as_projected and context.rotary is None and context.cache is None:
+            y = ops.attention_qkv(
+                qkv, self.heads, self.kv_heads, causal=self.causal, window_size=self.window_size,
+                softmax_scale=self.softmax_scale, cu_seqlens_q=context.cu_seqlens,
+            )  # fmt: skip
+        else:
+            y = self._attend(*self._queries_keys_values(qkv, context), context).flatten(-2)
+        return self.out(y)
+
+    def _queries_keys_values(self, qkv: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Views into the fused projection as far as neither norm nor rotation moves the data."""
+        heads = qkv.unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([self.heads, self.kv_heads], dim=-2)
+            qk = torch.cat([self.q_norm(q.contiguous()), self.k_norm(k.contiguous())], dim=-2)
+        if context.rotary is not None:
+            cos, sin = context.rotary(self.layer)
+            qk = ops.rotary(qk, cos, sin, interleaved=self.interleaved, position=context.positions)
+        q, k = qk.split([self.heads, self.kv_heads], dim=-2)
+        return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)
+        if self.slopes is not None:
+            return alibi_attention(
+                q, k, v, torch.tensor(self.slopes), causal=self.causal, window_size=self.window_size,
+                softmax_scale=self.softmax_scale, cu_seqlens=context.cu_seqlens,
+            )  # fmt: skip
+        return ops.attention(
+            q, k, v, causal=self.causal, window_size=self.window_size, softmax_scale=self.softmax_scale,
+            cu_seqlens_q=context.cu_seqlens,
+        )  # fmt: skip
+
+
+class Mlp(nn.Module):
+    """Feed-forward; the bias of the first projection is added inside the activation."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        spec, hidden = config.mlp, config.hidden_size
+        self.activation, self.gated = spec.activation, spec.gated
+        self.up = Linear(config.width, 2 * hidden if self.gated else hidden, spec.bias)  # gate rows first
+        self.down = Linear(hidden, config.width, spec.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self._activate(linear(x, self.up.weight), self.up.bias))
+
+    def _activate(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.gated:
+            gate, up = x.chunk(2, dim=-1)
+            gate_bias, up_bias = bias.chunk(2) if bias is not None else (None, None)
+            if self.activation == "swiglu":
+                return ops.swiglu(gate, up, gate_bias, up_bias)
+            form = "tanh" if self.activation == "geglu_tanh" else "none"
+            return ops.geglu(gate, up, gate_bias, up_bias, approximate=form)
+        if self.activation == "relu":
+            return ops.relu(x, bias)
+        if self.activation == "silu":
+            return ops.silu(x, bias)
+        return ops.gelu(x, bias, approximate="tanh" if self.activation == "gelu" else "none")
+
+
+class Block(nn.Module):
+    """One layer, in the arrangement that ``NormSpec.placement`` and ``parallel`` name."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        spec = config.norm
+        self.placement, self.parallel = spec.placement, spec.parallel
+        self.alpha = config.deepnorm_alpha
+        self.attention = Attention(config, layer)
+        self.mlp = Mlp(config)
+        self.norm1 = Norm(spec, config.width)
+        if spec.parallel != "shared":
+            self.norm2 = Norm(spec, config.width)
+        sandwich = spec.placement == "sandwich"
+        self.attention_norm = Norm(spec, config.width) if sandwich else nn.Identity()
+        self.mlp_norm = Norm(spec, config.width) if sandwich else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
+        if self.placement in ("post", "deepnorm"):
+            return self._normed_after(x, context), None
+        y, x = self.norm1.add(x, delta)
+        if self.parallel == "none":
+            delta = self.dropout(self.attention_norm(self.attention(y, context)))
+            y, x = self.norm2.add(x, delta)
+            return x, self.dropout(self.mlp_norm(self.mlp(y)))
+        z = y if self.parallel == "shared" else self.norm2(x)
+        return x, self.dropout(self.attention(y, context) + self.mlp(z))
+
+    def _normed_after(self, x: Tensor, context: Context) -> Tensor:
+        """norm(alpha * x + f(x)) for attention and then the feed-forward; alpha is 1 for post-LN."""
+        x = self._add_after(self.norm1, x, self.attention(x, context))
+        return self._add_after(self.norm2, x, self.mlp(x))
+
+    def _add_after(self, norm: Norm, x: Tensor, delta: Tensor) -> Tensor:
+        residual = self.alpha * x if self.placement == "deepnorm" else x
+        return norm.add(self.dropout(delta), residual)[0]
+
+
+class Stack(nn.Module):
+    """L blocks and the final norm, if any: a decoder, or an encoder where attention is not causal."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = Norm(config.norm, config.width) if config.norm.has_final else None
+
+    def forward(
+        self, x: Tensor, delta: Tensor | None, context: Context, *, last_only: bool = False
+    ) -> Tensor:
+        """The normed output for the stream x + delta; of the last position alone if ``last_only``."""
+        for block in self.blocks:
+            x, delta = block(x, delta, context)
+        if last_only:
+            x = x[:, -1:].contiguous()
+            delta = None if delta is None else delta[:, -1:].contiguous()
+        if self.final_norm is not None:
+            return self.final_norm.add(x, delta)[0]
+        return x if delta is None else x + delta

@@ -1,0 +1,304 @@
+"""The GPT: token and position embeddings, a stack of blocks, a head with its loss.
+
+Shapes: B batch, T tokens, C width, V vocabulary, N rows. Packed documents are carried as (N, C), otherwise
+the stream is (B, T, C).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gptcore import backend, ops
+from gptcore.errors import UserError
+from gptcore.models import accounting
+from gptcore.models.block import Context, KeyValueCache, Stack
+from gptcore.models.config import GPTConfig
+from gptcore.models.init import Projection, initialise
+from gptcore.models.norm import Norm
+from gptcore.models.positions import RotaryTables, document_positions
+from gptcore.nn.embedding import Embedding
+from gptcore.nn.linear import linear, product
+
+__all__ = ["GPT", "GPTLoss", "KeyValueCache"]
+
+
+class GPTLoss(NamedTuple):
+    """``loss`` without the z-loss, ``z_loss`` with its coefficient, ``logprobs`` (B, T) f32 of the targets.
+
+    ``logprobs`` is detached; with ``reduction="none"`` the first two are (B, T) f32 too, and differentiable.
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+    logprobs: Tensor
+
+
+class GPT(nn.Module):
+    """A language model as ``config`` describes it, with weights drawn from ``seed``.
+
+    ``dtype`` is that of every parameter, f32 or bf16 (master copies belong to the optimizer); ``device`` may
+    be "meta" to count without memory. A feature that no forward path computes yet is refused here.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        refuse_unimplemented(config)
+        self.config = config
+        with torch.device("meta"):
+            self._build(config)
+        self.to(dtype)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            initialise(self, config, seed)
+
+    def _build(self, config: GPTConfig) -> None:
+        c, table = config.width, config.table_width
+        self.token_embedding = Embedding(config.vocab_size, table)
+        learned = config.position.kind == "learned"
+        rows = config.context_length + config.position.offset
+        self.position_embedding = Embedding(rows, c) if learned else None
+        self.project_in = _projection(table, c) if table != c else None
+        self.embedding_norm = Norm(config.norm, c) if config.embedding_norm else None
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+        self.rotary = RotaryTables(config) if config.position.kind == "rotary" else None
+        self.stack = Stack(config)
+        self.project_out = _projection(c, table) if table != c else None
+        self.head = None if config.tied_head else _projection(table, config.vocab_size)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the token embedding where it is tied."""
+        return self.token_embedding.weight if self.head is None else self.head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        all_logits: bool = False,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Any:
+        """The loss on ``targets``, or f32 logits.
+
+        tokens, targets: (B, T) integers; targets of -100 don't count. ``cu_seqlens`` (documents + 1,) int32
+        bounds documents in the B·T tokens laid end to end: none sees another, and positions start anew.
+        With targets: ``GPTLoss``. Without: logits (B, T, V). With ``cache``: keys and values are appended to
+        it, and the logits are those of the last position (B, V) unless ``all_logits``.
+        """
+        last_only = cache is not None and not all_logits
+        if cache is not None and (targets is not None or cu_seqlens is not None):
+            raise ValueError("GPT: cache goes with neither targets nor cu_seqlens, got both")
+        x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only)
+        if targets is not None:
+            if targets.shape != tokens.shape:
+                got, expected = tuple(targets.shape), tuple(tokens.shape)
+                raise ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
+            return self._loss(x, targets, z_loss, label_smoothing, reduction)
+        logits = self.logits(x)
+        return logits[:, 0] if last_only else logits.view(*tokens.shape, -1)
+
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """(B, T, C): what the head would read, for heads of another kind."""
+        return self._hidden(tokens, cu_seqlens, None).view(*tokens.shape, -1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """f32 logits (..., V) for hidden states x (..., C)."""
+        x, weight = self._to_head(x), self.head_weight
+        if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+            logits = linear(x, weight).float()
+        else:  # straight to f32: rounding logits to bf16 would make ties
+            flat = x.reshape(-1, x.shape[-1])
+            out = flat.new_empty(flat.shape[0], weight.shape[0], dtype=torch.float32)
+            ops.matmul(flat, weight, out=out, transpose_b=True)
+            logits = out.view(*x.shape[:-1], -1)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        cap = self.config.logit_soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _to_head(self, x: Tensor) -> Tensor:
+        return x if self.project_out is None else self.project_out(x)
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: KeyValueCache | None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Normed output of the stack: (B, T, C), packed (B·T, C), or (B, 1, C) if ``last_only``."""
+        before = 0 if cache is None else cache.length
+        self._check(tokens, cu_seqlens, before)
+        positions: int | Tensor = before
+        if cu_seqlens is not None:
+            tokens = tokens.reshape(-1)
+            positions = document_positions(cu_seqlens, tokens.shape[0])
+        x, delta = self._embed(tokens, positions)
+        x = self.stack(x, delta, Context(cu_seqlens, positions, cache, self.rotary), last_only=last_only)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return x
+
+    def _embed(self, tokens: Tensor, positions: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The stream as (token part, position part), added by the first norm where it can."""
+        config = self.config
+        x = self.token_embedding(tokens)
+        if config.embedding_grad_shrink != 1.0:
+            x = _ShrinkGradient.apply(x, config.embedding_grad_shrink)
+        if config.embedding_scale != 1.0:
+            x = x * config.embedding_scale
+        if self.project_in is not None:
+            x = self.project_in(x)
+        delta = None
+        if self.position_embedding is not None:
+            if not isinstance(positions, Tensor):
+                positions = torch.arange(positions, positions + tokens.shape[-1], device=tokens.device)
+            # gathered for every token rather than broadcast: the gather's backward sums in a fixed order
+            rows = (positions + config.position.offset).expand(tokens.shape).contiguous()
+            delta = self.position_embedding(rows)
+        if self.embedding_norm is not None:
+            x, delta = self.embedding_norm.add(x, delta)[0], None
+        if self.dropout is not None:
+            x, delta = self.dropout(x if delta is None else x + delta), None
+        if delta is not None and config.norm.placement in ("post", "deepnorm"):
+            x, delta = x + delta, None
+        return x, delta
+
+    def _loss(
+        self, x: Tensor, targets: Tensor, z_loss: float, label_smoothing: float, reduction: str
+    ) -> GPTLoss:
+        x, shape = self._to_head(x), targets.shape
+        flat, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        if self.config.logit_soft_cap is not None:
+            cap = self.config.logit_soft_cap
+            loss, z, logprobs = self._capped_loss(flat, targets, cap, z_loss, label_smoothing, reduction)
+        else:
+            loss, z, logprobs, _ = ops.linear_cross_entropy(
+                flat, self.head_weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
+                logit_scale=self.config.logit_scale, reduction=reduction,
+            )  # fmt: skip
+        if reduction == "none":
+            loss, z = loss.view(shape), z.view(shape)
+        return GPTLoss(loss, z, logprobs.view(shape))
+
+    def _capped_loss(
+        self, x: Tensor, targets: Tensor, cap: float, z_loss: float, label_smoothing: float, reduction: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss over soft-capped logits, with all N·V of them in memory, until the kernel has the cap."""
+        if not torch.compiler.is_compiling():
+            backend.note_fallback("linear_cross_entropy", "logit soft-cap")
+        logits = product(x, self.head_weight, transpose_b=True).float() * self.config.logit_scale
+        logits = cap * torch.tanh(logits / cap)
+        kept = targets != -100
+        lse = torch.logsumexp(logits, -1) * kept
+        logprobs = (logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0] - lse) * kept
+        loss = -(1.0 - label_smoothing) * logprobs
+        if label_smoothing:
+            loss = loss + label_smoothing * (lse - logits.mean(-1) * kept)
+        z = z_loss * lse * lse
+        if reduction != "none":
+            count = kept.sum() if reduction == "mean" else 1
+            loss, z = loss.sum() / count, z.sum() / count
+        return loss, z, logprobs.detach()
+
+    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, before: int) -> None:
+        if tokens.dim() != 2 or tokens.numel() == 0:
+            got = tuple(tokens.shape)
+            raise ValueError(f"GPT: argument 'tokens': got shape {got}, expected (B, T) with B and T above 0")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"GPT: argument 'tokens': got {tokens.dtype}, expected torch.int64 or torch.int32"
+            )
+        longest = before + tokens.shape[1]
+        if cu_seqlens is not None:
+            self._check_documents(tokens, cu_seqlens)
+        elif longest > self.config.context_length and self.config.position.kind in ("learned", "rotary"):
+            raise ValueError(
+                f"GPT: argument 'tokens': got {longest} positions, expected at most the context length "
+                f"{self.config.context_length}"
+            )
+
+    def _check_documents(self, tokens: Tensor, cu_seqlens: Tensor) -> None:
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+            raise TypeError(
+                f"GPT: argument 'cu_seqlens': got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, "
+                "expected torch.int32 of shape (documents + 1,)"
+            )
+        if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+            return  # would wait for the device; the kernels check their own bounds
+        lengths = cu_seqlens.diff()
+        fits = len(lengths) > 0 and int(cu_seqlens[0]) == 0 and int(cu_seqlens[-1]) == tokens.numel()
+        if not fits or int(lengths.min()) < 0:
+            raise ValueError(
+                f"GPT: argument 'cu_seqlens': got {cu_seqlens.tolist()[:8]}, expected rising from 0 to the "
+                f"{tokens.numel()} tokens"
+            )
+        longest = int(lengths.max())
+        if longest > self.config.context_length and self.config.position.kind in ("learned", "rotary"):
+            raise ValueError(
+                f"GPT: argument 'cu_seqlens': got a document of {longest} tokens, expected at most the "
+                f"context length {self.config.context_length}"
+            )
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Number of parameters; ``embeddings`` false leaves tables and an own head out (Kaplan's N)."""
+        counts = accounting.parameter_counts(self.config)
+        return sum(p.numel() for p in self.parameters()) if embeddings else counts.without_embeddings
+
+    def flops_per_token(self, length: int, *, causal_halved: bool = False) -> int:
+        """Model FLOPs of training on one token: see ``accounting.flops_per_token``."""
+        return accounting.flops_per_token(self.config, length, causal_halved=causal_halved)
+
+    def state_bytes(self) -> accounting.StateBytes:
+        """Bytes of parameters, gradients and AdamW state in this model's dtype."""
+        size = self.token_embedding.weight.element_size()
+        return accounting.state_bytes(self.config, parameter_bytes=size)
+
+
+class _ShrinkGradient(torch.autograd.Function):
+    """alpha * x + (1 - alpha) * stop_gradient(x): x itself, with alpha of its gradient (GLM-130B)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: float) -> Tensor:
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.alpha, None
+
+
+def _projection(fan_in: int, fan_out: int) -> Projection:
+    return Projection(fan_in, fan_out, bias=False)
+
+
+def refuse_unimplemented(config: GPTConfig) -> None:
+    """Raises ``UserError`` for what the configuration can say but no forward path computes yet."""
+    spec = config.attention
+    foreseen = {
+        "model.attention.dropout": spec.dropout > 0.0,
+        "model.attention.soft_cap": spec.soft_cap is not None,
+        "model.attention.sinks": spec.sinks,
+        "model.attention.relative_bias": spec.relative_bias,
+        "model.attention.cross_attention": spec.cross_attention,
+    }
+    for key, wanted in foreseen.items():
+        if wanted:
+            raise UserError(
+                f"{key} is part of the format, but no model computes it yet; leave it at its default"
+            )

@@ -1,0 +1,8 @@
+"""torch.nn's modules over gptcore's kernels: the same arguments, the same state dict, another engine."""
+
+from gptcore.nn.activation import GELU, SiLU
+from gptcore.nn.embedding import Embedding
+from gptcore.nn.linear import Linear
+from gptcore.nn.norm import LayerNorm, RMSNorm
+
+__all__ = ["GELU", "Embedding", "LayerNorm", "Linear", "RMSNorm", "SiLU"]

@@ -1,0 +1,26 @@
+"""``torch.nn.Embedding`` over ``ops.embedding``, whose gradient is summed in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptcore import backend, ops
+from gptcore.nn.support import covered
+
+
+class Embedding(torch.nn.Embedding):
+    """Rows of a table; ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` go to torch and are reported."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+            backend.note_fallback("embedding", "max_norm, scale_grad_by_freq or sparse")
+            return super().forward(input)
+        if not covered("embedding", self.weight):
+            return super().forward(input)
+        if self.padding_idx is None:
+            return ops.embedding(input, self.weight)
+        # the padding row gets no gradient: its rows of the output are taken out of the graph
+        padding = (input == self.padding_idx).unsqueeze(-1)
+        rows = ops.embedding(input, self.weight)
+        return torch.where(padding, rows.detach(), rows)
