@@ -8,6 +8,7 @@ namespace py = pybind11;
 using gptcore::TensorView;
 
 void register_layer_norm(py::module_& m);
+void register_matmul(py::module_& m);
 
 namespace {
 
@@ -49,4 +50,5 @@ PYBIND11_MODULE(_C, m) {
   });
   register_machine(m);
   register_layer_norm(m);
+  register_matmul(m);
 }

@@ -1,0 +1,64 @@
+#include "kernels/matmul/matmul.h"
+
+#include "core/check.h"
+#include "core/isa.h"
+#include "kernels/matmul/matmul_body.h"
+
+namespace gptcore {
+
+GPTCORE_BODIES(MatmulBodies, matmul_f32_bodies)
+GPTCORE_BODIES_AMX(MatmulBodies, matmul_bf16_bodies)
+
+namespace {
+
+// The stride of the dimension that is not contiguous, and which one that is.
+struct Layout {
+  bool depth_lines;
+  int64_t stride;
+};
+
+Layout layout_of(const Checker& check, const TensorView& tensor, const char* name, int depth_dim) {
+  const int64_t across = tensor.stride(1 - depth_dim), along = tensor.stride(depth_dim);
+  if (along == 1 || tensor.size(depth_dim) <= 1) return {true, across};
+  check.that(across == 1 || tensor.size(1 - depth_dim) <= 1, name,
+             "strides (" + std::to_string(tensor.stride(0)) + ", " + std::to_string(tensor.stride(1)) + ")",
+             "a contiguous dimension");
+  return {false, along};
+}
+
+}  // namespace
+
+void matmul(const TensorView& a, const TensorView& b, const TensorView& out, bool accumulate, bool transpose_a,
+            bool transpose_b) {
+  const Checker check("matmul");
+  check.input(a, "a", {DType::f32, DType::bf16});
+  check.input(b, "b", {a.dtype});
+  check.ndim(a, "a", 2);
+  check.ndim(b, "b", 2);
+  MatmulArgs x{};
+  x.m = a.size(transpose_a ? 1 : 0), x.k = a.size(transpose_a ? 0 : 1), x.n = b.size(transpose_b ? 0 : 1);
+  check.that(b.size(transpose_b ? 1 : 0) == x.k, "b", describe(b), "a depth of " + std::to_string(x.k) + " as in a");
+  check.output(out, "out", {DType::f32, a.dtype});
+  check.shape(out, "out", {x.m, x.n});
+  check.last_contiguous(out, "out");
+  check.that(!accumulate || out.dtype == DType::f32, "out", describe(out), "f32 to accumulate into");
+  const Layout a_layout = layout_of(check, a, "a", transpose_a ? 0 : 1);
+  const Layout b_layout = layout_of(check, b, "b", transpose_b ? 1 : 0);
+  if (x.m == 0 || x.n == 0) return;
+
+  x.a = a.data, x.b = b.data, x.out = out.data;
+  x.a_depth_lines = a_layout.depth_lines, x.a_stride = a_layout.stride;
+  x.b_depth_lines = b_layout.depth_lines, x.b_stride = b_layout.stride;
+  x.out_stride = out.stride(0);
+  x.accumulate = accumulate, x.f32_out = out.dtype == DType::f32, x.dtype = a.dtype;
+  const IsaTable<MatmulBodies>& table =
+      a.dtype == DType::f32 ? matmul_f32_bodies_table : matmul_bf16_bodies_table;
+  const bool few = x.m <= kFewRows && x.a_depth_lines && x.b_depth_lines;
+  if (few) {
+    table.pick().few_rows(x);
+  } else {
+    table.pick().packed(x);
+  }
+}
+
+}  // namespace gptcore
