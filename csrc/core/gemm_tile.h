@@ -1,15 +1,15 @@
-// Blocks of matrix products, C = A B, for kernels that fuse something around a product. Operands are packed into
-// lines of 64 bytes first; one format serves AMX tiles, AVX512-BF16 dot products and plain FMA:
+// Blocks of matrix products, C = A B, for kernels that fuse something around a product. Operands are packed
+// into lines of 64 bytes first; one format serves AMX tiles, AVX512-BF16 dot products and plain FMA:
 //
 //   packed A   [group of 16 rows]   [step] [16 rows]          [64 bytes: 16 f32 or 32 bf16 along the depth k]
 //   packed B   [panel of 16 columns][step] [16 k or k pairs]  [64 bytes: 16 columns of f32, or of bf16 pairs]
 //
-// A step is 64 bytes of depth: 1 KiB of a group or panel, which is one AMX tile. What the matrices lack to whole
-// groups, panels and steps is packed as zeros.
+// A step is 64 bytes of depth: 1 KiB of a group or panel, which is one AMX tile. What the matrices lack to
+// whole groups, panels and steps is packed as zeros.
 //
-// Bits: an element of C is one chain of sums over k, the same whatever surrounds it. It does not know the number of
-// rows or columns, the blocking or the thread. bf16 on AMX and AVX512-BF16 treats subnormal inputs as zero (the
-// instructions do); elsewhere bf16 is widened to f32 when packed.
+// Bits: an element of C is one chain of sums over k, the same whatever surrounds it. It does not know the
+// number of rows or columns, the blocking or the thread. bf16 on AMX and AVX512-BF16 treats subnormal inputs
+// as zero (the instructions do); elsewhere bf16 is widened to f32 when packed.
 #pragma once
 
 #include "core/dtype.h"
@@ -29,11 +29,15 @@ GPTCORE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 GPTCORE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Bytes of `count` rows or columns packed with `steps` steps of depth.
-GPTCORE_INLINE int64_t packed_bytes(int64_t count, int64_t steps) { return ceil_div(count, kGroup) * steps * kStepBytes; }
+GPTCORE_INLINE int64_t packed_bytes(int64_t count, int64_t steps) {
+  return ceil_div(count, kGroup) * steps * kStepBytes;
+}
 
-// --- packing -----------------------------------------------------------------------------------------------------
+// --- packing
+// -----------------------------------------------------------------------------------------------------
 
-// A matrix in memory as lines of `width` contiguous elements; line i starts at index[i] * stride (i without index).
+// A matrix in memory as lines of `width` contiguous elements; line i starts at index[i] * stride (i without
+// index).
 struct Lines {
   const void* data;
   DType dtype;  // f32 or bf16
@@ -123,8 +127,9 @@ GPTCORE_INLINE Line32 interleave(Half16 low, Half16 high) {
   return __builtin_convertvector(low, Line32) | (__builtin_convertvector(high, Line32) << 16);
 }
 
-// One tile (1 KiB) of packed P from elements of T. depth_lines: the matrix's lines run along the depth, so the tile
-// takes 16 lines from `line` and a step of depth from `column`; else it takes a step of lines and 16 columns.
+// One tile (1 KiB) of packed P from elements of T. depth_lines: the matrix's lines run along the depth, so
+// the tile takes 16 lines from `line` and a step of depth from `column`; else it takes a step of lines and 16
+// columns.
 template <class P, class T>
 GPTCORE_INLINE void pack_tile(const Lines& m, bool depth_lines, bool transpose, int64_t line, int64_t column,
                               Line32* out) {
@@ -138,13 +143,15 @@ GPTCORE_INLINE void pack_tile(const Lines& m, bool depth_lines, bool transpose, 
     } else {
       for (int i = 0; i < 16; ++i) {
         t[i] = Line32{};
-        if (i < lines) t[i] = read_line(line_start<T>(m, line + i) + column, width, static_cast<const P*>(nullptr));
+        if (i < lines)
+          t[i] = read_line(line_start<T>(m, line + i) + column, width, static_cast<const P*>(nullptr));
       }
     }
   } else if constexpr (sizeof(P) == 2) {
     for (int i = 0; i < 16; ++i) {
       const Half16 low = 2 * i < lines ? read_half(line_start<T>(m, line + 2 * i) + column, width) : Half16{};
-      const Half16 high = 2 * i + 1 < lines ? read_half(line_start<T>(m, line + 2 * i + 1) + column, width) : Half16{};
+      const Half16 high =
+          2 * i + 1 < lines ? read_half(line_start<T>(m, line + 2 * i + 1) + column, width) : Half16{};
       t[i] = interleave(low, high);
     }
   }
@@ -153,8 +160,8 @@ GPTCORE_INLINE void pack_tile(const Lines& m, bool depth_lines, bool transpose, 
 }
 
 template <class P, class T>
-static inline void pack_typed(const Lines& m, bool depth_lines, bool transpose, int64_t first, int64_t depth_first,
-                              int64_t steps, char* out) {
+static inline void pack_typed(const Lines& m, bool depth_lines, bool transpose, int64_t first,
+                              int64_t depth_first, int64_t steps, char* out) {
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t k = depth_first + step * kStepDepth<P>;
     Line32* tile = reinterpret_cast<Line32*>(out + step * kStepBytes);
@@ -163,8 +170,8 @@ static inline void pack_typed(const Lines& m, bool depth_lines, bool transpose, 
 }
 
 template <class P>
-static inline void pack_any(const Lines& m, bool depth_lines, bool transpose, int64_t first, int64_t depth_first,
-                            int64_t steps, char* out) {
+static inline void pack_any(const Lines& m, bool depth_lines, bool transpose, int64_t first,
+                            int64_t depth_first, int64_t steps, char* out) {
   if constexpr (sizeof(P) == 2) {
     pack_typed<bf16, bf16>(m, depth_lines, transpose, first, depth_first, steps, out);
   } else if (m.dtype == DType::bf16) {
@@ -183,15 +190,16 @@ static inline void pack_a(const Lines& m, bool depth_lines, int64_t row, int64_t
 
 // A panel of packed B: columns column..column+15. depth_lines: a line of m is a column of B.
 template <class P>
-static inline void pack_b(const Lines& m, bool depth_lines, int64_t column, int64_t depth_first, int64_t steps,
-                          char* out) {
+static inline void pack_b(const Lines& m, bool depth_lines, int64_t column, int64_t depth_first,
+                          int64_t steps, char* out) {
   pack_any<P>(m, depth_lines, depth_lines, column, depth_first, steps, out);
 }
 
-// --- products of packed blocks -----------------------------------------------------------------------------------
+// --- products of packed blocks
+// -----------------------------------------------------------------------------------
 
-// Rows x vectors of accumulators of the plain and dot-product kernels. AVX-512: 8 x 3 of 32 registers, three for a
-// line of three panels, one for the broadcast; AVX2: 4 x 2 and SSE: 2 x 4 of 16.
+// Rows x vectors of accumulators of the plain and dot-product kernels. AVX-512: 8 x 3 of 32 registers, three
+// for a line of three panels, one for the broadcast; AVX2: 4 x 2 and SSE: 2 x 4 of 16.
 #if defined(__AVX512F__)
 constexpr int kMicroRows = 8, kMicroPanels = 3;
 #elif defined(__AVX2__)
@@ -213,8 +221,8 @@ struct PlainStep {
 
 // rows x (16 * panels) of C += packed A x packed B over `steps`.
 template <class Step, int kRows, int kPanels>
-static inline void multiply_micro(const char* a, const char* b, int64_t b_stride, int64_t steps, float* c, int64_t ldc,
-                                  bool accumulate) {
+static inline void multiply_micro(const char* a, const char* b, int64_t b_stride, int64_t steps, float* c,
+                                  int64_t ldc, bool accumulate) {
   constexpr int kVecs = kPanels * kVecsPerLine;
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
@@ -233,7 +241,8 @@ static inline void multiply_micro(const char* a, const char* b, int64_t b_stride
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) sum[r][v] = Step::multiply_add(a + r * kLine + k * 4, line[v], sum[r][v]);
+        for (int v = 0; v < kVecs; ++v)
+          sum[r][v] = Step::multiply_add(a + r * kLine + k * 4, line[v], sum[r][v]);
       }
     }
     a += kStepBytes;
@@ -247,16 +256,16 @@ static inline void multiply_micro(const char* a, const char* b, int64_t b_stride
 }
 
 // What a policy offers: the packed element P; kGroups x kPanels, the tile that multiply() makes at most;
-// kBlockSteps, the steps after which C goes back to memory so that kPanels panels stay in half of L1; Scope, held
-// while multiplying.
+// kBlockSteps, the steps after which C goes back to memory so that kPanels panels stay in half of L1; Scope,
+// held while multiplying.
 template <class Step, class Element>
 struct VectorPolicy {
   using P = Element;
   static constexpr int kGroups = 1, kPanels = kMicroPanels, kBlockSteps = 8;
   struct Scope {};
 
-  static void multiply(const char* a, int64_t, int64_t, const char* b, int64_t b_stride, int64_t panels, int64_t steps,
-                       float* c, int64_t ldc, bool accumulate) {
+  static void multiply(const char* a, int64_t, int64_t, const char* b, int64_t b_stride, int64_t panels,
+                       int64_t steps, float* c, int64_t ldc, bool accumulate) {
     for (int r = 0; r < kGroup; r += kMicroRows) {
       const char* rows = a + r * kLine;
       float* out = c + r * ldc;
@@ -291,11 +300,13 @@ using Bf16Policy = PlainPolicy;  // bf16 is widened when packed
 
 }  // namespace
 
-// C (16 * groups x 16 * panels, row stride ldc) = or += packed A x packed B. Strides in bytes between groups and
-// between panels. For each block of depth: panels that fit in L1, under them the groups, streamed from L2.
+// C (16 * groups x 16 * panels, row stride ldc) = or += packed A x packed B. Strides in bytes between groups
+// and between panels. For each block of depth: panels that fit in L1, under them the groups, streamed from
+// L2.
 template <class Policy>
-static inline void multiply_block(const char* a, int64_t a_stride, int64_t groups, const char* b, int64_t b_stride,
-                                  int64_t panels, int64_t steps, float* c, int64_t ldc, bool accumulate) {
+static inline void multiply_block(const char* a, int64_t a_stride, int64_t groups, const char* b,
+                                  int64_t b_stride, int64_t panels, int64_t steps, float* c, int64_t ldc,
+                                  bool accumulate) {
   if (steps == 0 && !accumulate) {
     for (int64_t r = 0; r < groups * kGroup; ++r) {
       __builtin_memset(c + r * ldc, 0, static_cast<size_t>(panels * kGroup) * sizeof(float));
@@ -305,8 +316,9 @@ static inline void multiply_block(const char* a, int64_t a_stride, int64_t group
     const int64_t count = smaller(Policy::kBlockSteps, steps - first);
     for (int64_t p = 0; p < panels; p += Policy::kPanels) {
       for (int64_t g = 0; g < groups; g += Policy::kGroups) {
-        Policy::multiply(a + g * a_stride + first * kStepBytes, a_stride, smaller(Policy::kGroups, groups - g),
-                         b + p * b_stride + first * kStepBytes, b_stride, smaller(Policy::kPanels, panels - p), count,
+        Policy::multiply(a + g * a_stride + first * kStepBytes, a_stride,
+                         smaller(Policy::kGroups, groups - g), b + p * b_stride + first * kStepBytes,
+                         b_stride, smaller(Policy::kPanels, panels - p), count,
                          c + g * kGroup * ldc + p * kGroup, ldc, accumulate || first > 0);
       }
     }

@@ -1,4 +1,5 @@
-// The AMX policy of gemm_tile.h: 32 x 32 of C in four tiles, two tiles of A, two of B. Only *_amx.cpp include this.
+// The AMX policy of gemm_tile.h: 32 x 32 of C in four tiles, two tiles of A, two of B. Only *_amx.cpp include
+// this.
 #pragma once
 
 #include "core/amx.h"
@@ -8,9 +9,10 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 
 template <int kGroupCount, int kPanelCount>
-static inline void multiply_tiles(const char* a, int64_t a_stride, const char* b, int64_t b_stride, int64_t steps,
-                                  float* c, int64_t ldc, bool accumulate) {
+static inline void multiply_tiles(const char* a, int64_t a_stride, const char* b, int64_t b_stride,
+                                  int64_t steps, float* c, int64_t ldc, bool accumulate) {
   const size_t row_bytes = static_cast<size_t>(ldc) * sizeof(float);
+  tile_fence();
   if (accumulate) {
     _tile_loadd(0, c, row_bytes);
     if constexpr (kPanelCount == 2) _tile_loadd(1, c + 16, row_bytes);

@@ -9,9 +9,11 @@ function, and ``from gptcore.ops.layer_norm import ...`` still reaches the modul
 """
 
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
+from gptcore.ops.matmul import matmul
 
 __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_stats",
+    "matmul",
 ]

@@ -28,8 +28,8 @@ Layout layout_of(const Checker& check, const TensorView& tensor, const char* nam
 
 }  // namespace
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& out, bool accumulate, bool transpose_a,
-            bool transpose_b) {
+void matmul(const TensorView& a, const TensorView& b, const TensorView& out, bool accumulate,
+            bool transpose_a, bool transpose_b) {
   const Checker check("matmul");
   check.input(a, "a", {DType::f32, DType::bf16});
   check.input(b, "b", {a.dtype});
@@ -37,7 +37,8 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& out, boo
   check.ndim(b, "b", 2);
   MatmulArgs x{};
   x.m = a.size(transpose_a ? 1 : 0), x.k = a.size(transpose_a ? 0 : 1), x.n = b.size(transpose_b ? 0 : 1);
-  check.that(b.size(transpose_b ? 1 : 0) == x.k, "b", describe(b), "a depth of " + std::to_string(x.k) + " as in a");
+  check.that(b.size(transpose_b ? 1 : 0) == x.k, "b", describe(b),
+             "a depth of " + std::to_string(x.k) + " as in a");
   check.output(out, "out", {DType::f32, a.dtype});
   check.shape(out, "out", {x.m, x.n});
   check.last_contiguous(out, "out");

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kTaskBytes = 1 << 17;
 
-// Where a group of 16 rows of b lies, seen as the A operand: steps[0 .. whole) at rows + 64 * step bytes with the
-// matrix's own stride, and what is left of the depth, if any, packed at `rest`.
+// Where a group of 16 rows of b lies, seen as the A operand: steps[0 .. whole) at rows + 64 * step bytes with
+// the matrix's own stride, and what is left of the depth, if any, packed at `rest`.
 struct Group {
   const char* rows;
   size_t stride;
@@ -20,8 +20,9 @@ struct Group {
 
 // Tiles 0-3 hold out^T: a group by up to four panels of rows of a, or two groups by two panels.
 template <int kGroups, int kPanels>
-GPTCORE_INLINE void multiply_groups(const Group* group, const char* panel, int64_t panel_stride, int64_t whole,
-                                    int64_t steps) {
+GPTCORE_INLINE void multiply_groups(const Group* group, const char* panel, int64_t panel_stride,
+                                    int64_t whole, int64_t steps) {
+  tile_fence();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -76,10 +77,11 @@ GPTCORE_INLINE void put_tile(const MatmulArgs& x, Line32* tile, int64_t m, int64
   }
 }
 
-// The few rows of a become the B operand, padded to whole panels of 16, so one row costs and gives what sixteen do;
-// b is read in place, once. AMX multiplies faster than memory delivers up to all 64 rows.
+// The few rows of a become the B operand, padded to whole panels of 16, so one row costs and gives what
+// sixteen do; b is read in place, once. AMX multiplies faster than memory delivers up to all 64 rows.
 void few_rows(const MatmulArgs& x) {
-  const Lines a{x.a, DType::bf16, x.a_stride, nullptr, x.m, x.k}, b{x.b, DType::bf16, x.b_stride, nullptr, x.n, x.k};
+  const Lines a{x.a, DType::bf16, x.a_stride, nullptr, x.m, x.k},
+      b{x.b, DType::bf16, x.b_stride, nullptr, x.n, x.k};
   const int64_t steps = ceil_div(x.k, 32), whole = x.k / 32, panels = ceil_div(x.m, kGroup);
   const int64_t stride = steps * kStepBytes;
   const Scratch packed(static_cast<size_t>(panels * stride));

@@ -53,8 +53,8 @@ GPTCORE_INLINE void put(const MatmulArgs& x, int64_t m, int64_t n, float value) 
   }
 }
 
-// Dots of kM rows of a with kN rows of b. Whatever kM and kN, an element is one running vector over k, then the tree
-// of reduce_add: blocks of any shape give the same bits.
+// Dots of kM rows of a with kN rows of b. Whatever kM and kN, an element is one running vector over k, then
+// the tree of reduce_add: blocks of any shape give the same bits.
 template <class Dot, int kM, int kN>
 GPTCORE_INLINE void dots(const MatmulArgs& x, int64_t m, int64_t n) {
   using T = typename Dot::Element;

@@ -1,4 +1,5 @@
-// The product through packed operands, for every shape and layout; included by matmul_cpu.cpp and matmul_amx.cpp.
+// The product through packed operands, for every shape and layout; included by matmul_cpu.cpp and
+// matmul_amx.cpp.
 #pragma once
 
 #include "core/arena.h"
@@ -25,8 +26,8 @@ inline int64_t rows_per_task(int64_t m) {
 }
 
 template <class T>
-GPTCORE_INLINE void store_block(const float* c, int64_t ldc, T* out, int64_t out_stride, int64_t rows, int64_t columns,
-                                bool accumulate) {
+GPTCORE_INLINE void store_block(const float* c, int64_t ldc, T* out, int64_t out_stride, int64_t rows,
+                                int64_t columns, bool accumulate) {
   for (int64_t r = 0; r < rows; ++r) {
     for_lanes(columns, [&](int64_t j, int64_t n) {
       Vec value = load_some(c + r * ldc + j, n);
@@ -45,20 +46,30 @@ struct PackedProduct {
 
   explicit PackedProduct(const MatmulArgs& args)
       : x(args),
-        a{args.a, args.dtype, args.a_stride, nullptr, args.a_depth_lines ? args.m : args.k,
+        a{args.a,
+          args.dtype,
+          args.a_stride,
+          nullptr,
+          args.a_depth_lines ? args.m : args.k,
           args.a_depth_lines ? args.k : args.m},
-        b{args.b, args.dtype, args.b_stride, nullptr, args.b_depth_lines ? args.n : args.k,
+        b{args.b,
+          args.dtype,
+          args.b_stride,
+          nullptr,
+          args.b_depth_lines ? args.n : args.k,
           args.b_depth_lines ? args.k : args.n},
         depth_steps(args.f32_out ? kDepthSteps : ceil_div(args.k, kStepDepth<typename Policy::P>)),
         columns(nullptr) {}
 
   // out[row .. row + rows, first_column ...] from depth steps [step, step + steps).
-  void task(int64_t row, int64_t rows, int64_t first_column, int64_t count, int64_t step, int64_t steps) const {
+  void task(int64_t row, int64_t rows, int64_t first_column, int64_t count, int64_t step,
+            int64_t steps) const {
     using P = typename Policy::P;
     const int64_t groups = ceil_div(rows, kGroup), stride = steps * kStepBytes;
     const Scratch packed(static_cast<size_t>(groups * stride));
     for (int64_t g = 0; g < groups; ++g) {
-      pack_a<P>(a, x.a_depth_lines, row + g * kGroup, step * kStepDepth<P>, steps, packed.as<char>() + g * stride);
+      pack_a<P>(a, x.a_depth_lines, row + g * kGroup, step * kStepDepth<P>, steps,
+                packed.as<char>() + g * stride);
     }
     const bool add = x.accumulate || step > 0;
     const bool direct = x.f32_out && rows % kGroup == 0;

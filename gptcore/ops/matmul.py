@@ -1,0 +1,87 @@
+"""Matrix products where libraries are weak: few rows in fixed order, and bf16 x bf16 accumulated into f32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptcore import backend
+from gptcore.ops.arrays import Array, empty, is_torch
+from gptcore.ops.registration import TorchOp, refuse_out_with_grad
+
+
+def matmul(
+    a: Array,
+    b: Array,
+    *,
+    out: Array | None = None,
+    accumulate: bool = False,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+) -> Array:
+    """``out = a @ b``, or ``out += a @ b``, summed in f32 in an order that only K fixes.
+
+    Meant for few rows (decoding: M <= 64, weight stored (N, K) with ``transpose_b=True``, which reads the weight
+    once at memory speed and gives a row the same bits in any batch) and for weight gradients
+    (``matmul(dy, x, out=dw, accumulate=True, transpose_a=True)``). Any shape works; large plain products with a
+    result of their own are torch's business.
+
+    Args:
+        a: (M, K), or (K, M) with ``transpose_a``; f32 or bf16; one dimension contiguous.
+        b: (K, N), or (N, K) with ``transpose_b``; a's dtype; one dimension contiguous.
+        out: (M, N), rows contiguous; f32 or a's dtype; default a fresh array of a's dtype.
+        accumulate: add to ``out``, which must be given and f32.
+
+    Returns:
+        ``out``, or the fresh array.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, layouts or devices that do not fit; nothing is written then.
+        RuntimeError: an argument requires grad; the product is not differentiable.
+    """
+    if is_torch(a):
+        refuse_out_with_grad("matmul", a, b, out)
+        if out is None and not accumulate:
+            return _matmul(a, b, transpose_a, transpose_b)
+    if out is None:
+        if accumulate:
+            raise ValueError("matmul: argument 'out': got None, expected an f32 array to accumulate into")
+        out = _new_result(a, b, transpose_a, transpose_b)
+    backend.extension().matmul(a, b, out, accumulate, transpose_a, transpose_b)
+    return out
+
+
+def matmul_reference(
+    a: Any,
+    b: Any,
+    *,
+    out: Any = None,
+    accumulate: bool = False,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+) -> Any:
+    """The same in plain torch, any floating dtype; returns the new value of ``out`` and leaves it alone."""
+    product = (a.mT if transpose_a else a) @ (b.mT if transpose_b else b)
+    if out is None:
+        return product
+    return out + product.to(out.dtype) if accumulate else product.to(out.dtype)
+
+
+def _new_result(a: Array, b: Array, transpose_a: bool, transpose_b: bool) -> Array:
+    if a.ndim != 2 or b.ndim != 2:
+        raise ValueError(f"matmul: got {a.ndim} and {b.ndim} dimensions, expected 2 and 2")
+    return empty(a, (a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1]))
+
+
+def _forward(a: Any, b: Any, transpose_a: bool, transpose_b: bool) -> Any:
+    out = _new_result(a, b, transpose_a, transpose_b)
+    backend.extension().matmul(a, b, out, False, transpose_a, transpose_b)
+    return out
+
+
+_matmul = TorchOp(
+    "matmul",
+    "(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor",
+    forward=_forward,
+    fake=_new_result,
+    lower_precision=True,
+)
