@@ -63,6 +63,9 @@ class BpeTokenizer(Tokenizer):
             )
         # Text that merely spells a special token must not become one.
         self._engine.encode_special_tokens = True
+        # Some published files cut or fill every text to one model's length.
+        self._engine.no_truncation()
+        self._engine.no_padding()
         self._content = content
         self._json = tokenizer_json
         self.special_tokens = {token["content"]: token["id"] for token in self._added if token.get("special")}

@@ -98,14 +98,17 @@ class Corpus:
     def _split_tails(self, fraction: float) -> Iterator[tuple[str, Document]]:
         lengths = [sum(len(document.text) for document in documents) for documents in self._by_file()]
         for length, documents in zip(lengths, self._by_file(), strict=True):
-            left = int(length * (1 - fraction))
+            left = int(length * (1 - fraction))  # characters still to train on
+            begun = False  # the held-out part of this file
             for document in documents:
-                text, size = document.text, len(document.text)
-                if size <= left or not fraction:
+                if not fraction or len(document.text) < left:
                     yield "train", document
-                elif left <= 0:
-                    yield "val", document
-                else:
-                    yield "train", Document(text[:left], document.origin)
-                    yield "val", Document(text[left:], document.origin, document.ends)
-                left -= size
+                    left -= len(document.text)
+                    continue
+                head, tail = document.text[:left], document.text[left:]
+                left = 0
+                if head:  # the training part of the document ends here, whether or not the document does
+                    yield "train", Document(head, document.origin)
+                if tail or begun:
+                    yield "val", Document(tail, document.origin, document.ends)
+                    begun = True

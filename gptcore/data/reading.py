@@ -19,7 +19,7 @@ from gptcore.errors import UserError
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".zst", ".gz")
-PIECE_CHARACTERS = 1 << 20  # a longer text file comes in pieces of about this size
+PIECE_CHARACTERS = 1 << 18  # a longer text file comes in pieces of about this size, one thread's work
 _READ_BYTES = 1 << 18
 
 

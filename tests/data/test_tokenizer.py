@@ -208,6 +208,19 @@ def test_tokenizer_json_of_another_kind_is_refused(tmp_path: Path) -> None:
         tokenizer.load(tmp_path)
 
 
+def test_settings_of_one_model_do_not_cut_texts(bpe: Tokenizer, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Engine
+
+    bpe.save(tmp_path)
+    engine = Engine.from_file(str(tmp_path / "tokenizer.json"))
+    engine.enable_truncation(4)
+    engine.enable_padding(length=8)
+    engine.save(str(tmp_path / "tokenizer.json"))
+    again = tokenizer.load(tmp_path)
+    assert again.encode(TEXT) == bpe.encode(TEXT) and again.encode("a") == bpe.encode("a")
+    assert again.fingerprint == bpe.fingerprint
+
+
 def test_damaged_gpt2_pair(tmp_path: Path) -> None:
     letters = byte_of_letter()
     (tmp_path / "encoder.json").write_text(json.dumps(letters))
