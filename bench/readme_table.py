@@ -15,8 +15,8 @@ from typing import Any
 from bench import ROOT
 from bench.harness import Results, milliseconds, read_jsonl
 
-START = "<!-- bench:start -->"
-END = "<!-- bench:end -->"
+START = "<!-- benchmark-table:begin -->"
+END = "<!-- benchmark-table:end -->"
 # One or two telling cases of each operation; the whole list is in the results file.
 ROWS = (
     "train_step/*",
