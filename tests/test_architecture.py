@@ -27,6 +27,7 @@ FLOORS = [
     {"align"},
     {"serve", "integrations"},
     {"cli"},
+    {"__main__"},
 ]
 # functional is torch's face over the same kernels.
 SIDEWAYS = {("functional", "ops")}

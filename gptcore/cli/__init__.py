@@ -1,0 +1,1 @@
+"""The command line: ``gptcore VERB``. One file per verb, loaded when it is called."""

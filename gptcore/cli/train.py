@@ -1,0 +1,118 @@
+"""Train a GPT, or continue a run.
+
+WHAT is the name of a preset ('gptcore presets' lists them) and what to train on: text files, a directory
+that 'gptcore prepare' made, or 'builtin', text found on this machine. Settings come from the preset, then
+from --config, then from the other options, then from --set; docs/training.md explains them.
+
+A run lives in its directory: checkpoints, metrics.jsonl, loss.png, config.json. The same command
+continues a run that was stopped; --resume continues it with the settings kept there.
+
+Examples:
+  gptcore train shakespeare-char shakespeare.txt --set data.tokenizer=characters
+  gptcore train quickstart book.txt --out runs/book --steps 2000 --set optimizer.lr=1e-3
+  gptcore train gpt2 prepared/ --set dtype=bfloat16 --set data.batch=4 --set data.length=512
+  gptcore train --config my.toml --set steps=5000
+  gptcore train --resume runs/book
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptcore.errors import UserError
+
+if TYPE_CHECKING:
+    from gptcore.train import Result, TrainConfig
+
+_DEFAULT_PRESET = "quickstart"
+_DEFAULT_LENGTH = 256  # tokens of a row, or the model's context where that is shorter
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".zst", ".gz")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="*", metavar="WHAT", help="a preset, then files or directories")
+    parser.add_argument("--config", metavar="FILE", help="settings as TOML")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one setting, such as optimizer.lr=3e-4",
+    )
+    parser.add_argument("--out", metavar="DIR", help="directory of the run (runs/gpt)")
+    parser.add_argument("--steps", type=int, metavar="N", help="updates (2000)")
+    parser.add_argument("--resume", metavar="DIR", help="continue this run with the settings kept there")
+    parser.add_argument("--quiet", action="store_true", help="no progress line")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gptcore.cli import pipeline
+
+    if args.resume:
+        config = _continued(args)
+    else:
+        config = _configured(args)
+        pipeline.refuse_changed_settings(config)
+    print(_closing(config, pipeline.train(config, quiet=args.quiet)))
+    return 0
+
+
+def _configured(args: argparse.Namespace) -> TrainConfig:
+    """The settings that the arguments add up to."""
+    from gptcore import train as training
+    from gptcore.models import presets
+
+    preset, paths = _split(args.what)
+    settings = list(args.set)
+    if args.steps is not None:
+        settings.insert(0, f"steps={args.steps}")
+    if args.out is not None:
+        settings.insert(0, f"run_dir={json.dumps(args.out)}")
+    if paths:
+        settings.insert(0, f"data.path={json.dumps(paths)}")
+    if args.config is not None:
+        if preset is not None:
+            settings.insert(0, f"model.preset={json.dumps(preset)}")
+        return training.load(args.config, settings)
+    preset = preset or _DEFAULT_PRESET
+    length = min(_DEFAULT_LENGTH, presets.get(preset).context_length)
+    return training.from_table({"model": {"preset": preset}, "data": {"length": length}}, settings)
+
+
+def _split(what: list[str]) -> tuple[str | None, list[str]]:
+    """The preset, if the first word is one, and the paths. Raises UserError for a word that is neither."""
+    from gptcore.models import presets
+
+    if not what or what[0] == "builtin" or Path(what[0]).exists():
+        return None, what
+    if len(what) == 1 and (Path(what[0]).suffix in _TEXT_SUFFIXES or "/" in what[0]):
+        raise UserError(f"no file or directory at '{what[0]}'")
+    presets.describe(what[0])
+    return what[0], what[1:]
+
+
+def _continued(args: argparse.Namespace) -> TrainConfig:
+    """The settings of the run to resume; only the length of the run may be given anew."""
+    from gptcore.cli import pipeline
+
+    if args.what or args.config or args.out:
+        raise UserError("--resume takes the settings kept with the run; leave out WHAT, --config and --out")
+    config = pipeline.kept_settings(args.resume)
+    steps = [] if args.steps is None else [f"steps={args.steps}"]
+    return config.with_overrides([*steps, *args.set])
+
+
+def _closing(config: TrainConfig, result: Result) -> str:
+    """What the run came to, and what to do next."""
+    loss = result.evaluation.get("val_loss")
+    bits = result.evaluation.get("val_bits_per_byte")
+    held_out = f", held out {loss:.4f} nats per token" if loss is not None else ""
+    held_out += f", {bits:.4f} bits per byte" if bits is not None else ""
+    lines = [f"step {result.step}{held_out}", f"checkpoint: {result.checkpoint}"]
+    if result.curve is not None:
+        lines.append(f"loss curve: {result.curve}")
+    lines.append(f'next: gptcore generate {config.run_dir} --prompt "..."')
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""A trained model and its tokenizer, from a run's directory or one checkpoint file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptcore import checkpoint
+from gptcore.errors import UserError
+
+if TYPE_CHECKING:
+    from gptcore.data.vocabulary import Tokenizer
+    from gptcore.models import GPT
+
+TOKENIZER_DIRECTORY = "tokenizer"
+_CHECKPOINT_DIRECTORY = "checkpoints"
+
+
+def load(
+    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
+) -> tuple[GPT, Tokenizer]:
+    """The newest good model of run ``path``, or that of checkpoint file ``path``, and its tokenizer.
+
+    tokenizer: what ``gptcore.data.tokenizer.load`` takes; default the one kept in the run's directory.
+
+    Raises UserError when there is no run or checkpoint, when it is damaged, when there is no tokenizer, and
+    when the tokenizer is not the one the model was trained with.
+    """
+    run, tensors, state = _read(Path(path))
+    return _model(run, tensors, state), _tokenizer(run, state, tokenizer)
+
+
+def _read(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The run's directory, and tensors and state of the checkpoint asked for."""
+    if path.is_file():
+        return path.parent.parent, *checkpoint.load(path)
+    if not path.exists():
+        raise UserError(f"no run or checkpoint at {path}")
+    run = path.parent if path.name == _CHECKPOINT_DIRECTORY else path
+    found = checkpoint.load_latest(run / _CHECKPOINT_DIRECTORY)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint; give the directory of a run that 'gptcore train' made")
+    return run, found.tensors, found.state
+
+
+def _model(run: Path, tensors: dict[str, Any], state: dict[str, Any]) -> GPT:
+    from gptcore.models import GPT, GPTConfig
+
+    if not isinstance(state.get("model"), dict):
+        raise UserError(f"the checkpoint in {run} does not say which model it is of")
+    weights = checkpoint.model_tensors(tensors, state)
+    dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
+    model = GPT(GPTConfig.from_dict(state["model"]), dtype=dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if missing or unexpected:
+        name = [*missing, *unexpected][0]
+        raise UserError(f"the checkpoint in {run} is of another version of the model: '{name}' differs")
+    return model.eval()
+
+
+def _tokenizer(run: Path, state: dict[str, Any], spec: str | os.PathLike[str] | None) -> Tokenizer:
+    from gptcore.data import tokenizer as tokenizers
+
+    place = run / TOKENIZER_DIRECTORY if spec is None else spec
+    if spec is None and not (run / TOKENIZER_DIRECTORY).is_dir():
+        raise UserError(f"{run} holds no tokenizer; name the one the model was trained with")
+    found = tokenizers.load(place)
+    trained_with = state.get("tokenizer")
+    if trained_with is not None:
+        tokenizers.require_same(trained_with, f"the checkpoint in {run}", found.fingerprint, str(place))
+    return found

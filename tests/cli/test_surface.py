@@ -1,0 +1,33 @@
+"""The command line's public surface, frozen: a change here is a change for users and needs CHANGELOG.md."""
+
+from gptcore.cli.main import VERBS, build_parser
+
+SURFACE = {
+    "quickstart": ["--out", "--quiet", "--seed", "--short", "--steps"],
+    "prepare": [
+        "INPUT...", "--held-out", "--out", "--quiet", "--replace", "--separator", "--text-field", "--tokenizer",
+        "--vocab-size",
+    ],
+    "train": ["WHAT...", "--config", "--out", "--quiet", "--resume", "--set", "--steps"],
+    "generate": [
+        "MODEL", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples", "--seed",
+        "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",
+    ],
+    "info": ["--json"],
+    "presets": ["NAME"],
+}  # fmt: skip
+
+
+def surface(verb):
+    positional, options = [], []
+    for action in build_parser(verb)._actions:
+        if action.option_strings:
+            options += [name for name in action.option_strings if name not in ("-h", "--help")]
+        else:
+            name = (action.metavar or action.dest).upper()
+            positional.append(name + ("..." if action.nargs in ("*", "+") else ""))
+    return positional + sorted(options)
+
+
+def test_verbs_and_options_are_as_announced():
+    assert {verb: surface(verb) for verb in VERBS} == SURFACE
