@@ -121,8 +121,8 @@ class Child:
         for name in factories:
             if name != OURS:
                 call = factories[name]()
-                warm_up(call, self._synchronize, calls=3)
-                heats[name] = min(time_calls(call, 1, self._synchronize) for _ in range(3))
+                warm_up(call, self._synchronize, calls=2)
+                heats[name] = min(time_calls(call, 1, self._synchronize) for _ in range(2))
                 self._emit({"event": "note", "text": f"{name}: {heats[name] * 1e3:.0f} ms"})
                 del call
                 self._clear()
