@@ -12,6 +12,7 @@ def _setup_small(m: int, k: int, n: int) -> Callable[[Target], Callables]:
 
     def setup(target: Target) -> Callables:
         import torch
+
         from gptcore.ops.matmul import matmul
 
         x, weight = target.randn(m, k), target.randn(n, k, scale=k**-0.5)
@@ -34,6 +35,7 @@ def _setup_accumulate(k: int, m: int, n: int) -> Callable[[Target], Callables]:
 
     def setup(target: Target) -> Callables:
         import torch
+
         from gptcore.ops.matmul import matmul
 
         dy, x = target.randn(k, m), target.randn(k, n)

@@ -44,3 +44,33 @@ class GptcoreTrainer:
     @torch.no_grad()
     def loss(self, tokens: Tensor, targets: Tensor) -> float:
         return float(self.model(tokens, targets).loss)
+
+
+# How the peer names what gptcore names otherwise.
+_RENAMED = (
+    ("token_embedding.", "tokens."),
+    ("position_embedding.", "positions."),
+    ("stack.final_norm.", "norm."),
+    ("stack.blocks.", "blocks."),
+    (".norm1.", ".attention_norm."),
+    (".norm2.", ".mlp_norm."),
+)
+
+
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give our GPT the weights of the peer's TorchGPT2 of the same shape.
+
+    Raises ValueError when the two do not have the same parameters.
+    """
+    theirs = dict(source.named_parameters())
+    ours = {}
+    for name, parameter in target.named_parameters():
+        for mine, peers in _RENAMED:
+            name = name.replace(mine, peers)
+        ours[name] = parameter
+    if {n: p.shape for n, p in ours.items()} != {n: p.shape for n, p in theirs.items()}:
+        different = sorted(set(ours) ^ set(theirs)) or "shapes"
+        raise ValueError(f"the models do not have the same parameters: {different}")
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(theirs[name])

@@ -1,0 +1,59 @@
+"""Both sides of the whole-step benchmarks train the same model: equal weights give equal losses and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import bench_shakespeare as shakespeare
+from bench.bench_train_step import PARAMETERS
+from bench.peers.torch_gpt2 import MODES, GPT2Config, Hyper, TorchGPT2, TorchTrainer
+
+TINY = GPT2Config(65, 64, layers=2, heads=4, width=128, bias=False)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(65, (4, 65), generator=torch.Generator().manual_seed(5))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def test_the_peer_has_gpt2s_parameters():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in TorchGPT2(GPT2Config()).parameters()) == PARAMETERS
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_the_peer_learns_a_batch(mode: str):
+    trainer = TorchTrainer(TINY, mode, Hyper(lr=1e-3), compiled=False)
+    first = float(trainer.step(*batch()))
+    for _ in range(9):
+        last = float(trainer.step(*batch(), lr=1e-3))
+    assert first == pytest.approx(4.17, abs=0.2)  # ln 65
+    assert last < first - 0.3
+    dtype = torch.bfloat16 if mode.startswith("bf16") else torch.float32
+    assert all(p.dtype == dtype and p.grad is None for p in trainer.parameters)
+    assert all(m.dtype == (torch.bfloat16 if mode == "bf16" else torch.float32) for m in trainer.masters)
+
+
+def test_shakespeare_batches_are_a_function_of_seed_and_step(tmp_path: Path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefghij" * 500)
+    one, again, other = (shakespeare.Batches(text, seed) for seed in (1, 1, 2))
+    tokens, targets = one.at(7)
+    assert tokens.shape == (shakespeare.BATCH, shakespeare.LENGTH) and one.vocabulary == 10
+    assert torch.equal(targets, (tokens + 1) % 10)
+    assert torch.equal(tokens, again.at(7)[0]) and not torch.equal(tokens, other.at(7)[0])
+    held_out = zip(one.held_out, other.held_out, strict=True)
+    assert len(one.held_out) == 200 and all(torch.equal(a[0], b[0]) for a, b in held_out)
+    with pytest.raises(ValueError, match="name it with --data"):
+        shakespeare.Batches(tmp_path / "absent.txt", 1)
+
+
+def test_the_learning_rate_follows_the_recipe():
+    rates = [shakespeare.learning_rate(step) for step in (0, 99, 100, 1050, 1999)]
+    assert rates[0] == pytest.approx(1e-3 / 101) and rates[1] == pytest.approx(1e-3 * 100 / 101)
+    assert (
+        rates[2] == 1e-3 and rates[3] == pytest.approx(5.5e-4) and rates[4] == pytest.approx(1e-4, rel=1e-2)
+    )
