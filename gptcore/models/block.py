@@ -117,13 +117,11 @@ class Mlp(nn.Module):
         return self.down(self._activate(linear(x, self.up.weight), self.up.bias))
 
     def _activate(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.activation == "swiglu":
+            return ops.swiglu_packed(x, bias)
         if self.gated:
-            gate, up = x.chunk(2, dim=-1)
-            gate_bias, up_bias = bias.chunk(2) if bias is not None else (None, None)
-            if self.activation == "swiglu":
-                return ops.swiglu(gate, up, gate_bias, up_bias)
             form = "tanh" if self.activation == "geglu_tanh" else "none"
-            return ops.geglu(gate, up, gate_bias, up_bias, approximate=form)
+            return ops.geglu_packed(x, bias, approximate=form)
         if self.activation == "relu":
             return ops.relu(x, bias)
         if self.activation == "silu":

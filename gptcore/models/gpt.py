@@ -20,7 +20,7 @@ from gptcore.models.init import Projection, initialise
 from gptcore.models.norm import Norm
 from gptcore.models.positions import RotaryTables, document_positions
 from gptcore.nn.embedding import Embedding
-from gptcore.nn.linear import linear, product
+from gptcore.nn.linear import linear
 
 __all__ = ["GPT", "GPTLoss", "KeyValueCache"]
 
@@ -202,7 +202,7 @@ class GPT(nn.Module):
         """The loss over soft-capped logits, with all N·V of them in memory, until the kernel has the cap."""
         if not torch.compiler.is_compiling():
             backend.note_fallback("linear_cross_entropy", "logit soft-cap")
-        logits = product(x, self.head_weight, transpose_b=True).float() * self.config.logit_scale
+        logits = linear(x, self.head_weight).float() * self.config.logit_scale
         logits = cap * torch.tanh(logits / cap)
         kept = targets != -100
         lse = torch.logsumexp(logits, -1) * kept
