@@ -243,6 +243,29 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.listdir(tmp_path) == ["step-00000001.safetensors"]
 
 
+def test_the_name_appears_only_after_the_data_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Order of the system calls: sync the whole file, rename it, sync the directory."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        calls.append("sync directory" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "sync file")
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        calls.append("rename")
+        assert_same(checkpoint.load(source)[0], make_tensors())
+        assert not target.exists()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    checkpoint.save(tmp_path, 1, make_tensors(), {})
+    assert calls == ["sync file", "rename", "sync directory"]
+
+
 KILLED = """
     import sys, torch
     from gptcore import checkpoint
