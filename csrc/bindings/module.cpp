@@ -7,6 +7,7 @@
 namespace py = pybind11;
 using gptcore::TensorView;
 
+void register_attention(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_matmul(py::module_& m);
 
@@ -49,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   register_machine(m);
+  register_attention(m);
   register_layer_norm(m);
   register_matmul(m);
 }

@@ -8,10 +8,14 @@ A module and its function share their name: after ``import gptcore.ops``, ``gptc
 function, and ``from gptcore.ops.layer_norm import ...`` still reaches the module.
 """
 
+from gptcore.ops.attention import attention, attention_backward, attention_qkv
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
 from gptcore.ops.matmul import matmul
 
 __all__ = [
+    "attention",
+    "attention_backward",
+    "attention_qkv",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_stats",

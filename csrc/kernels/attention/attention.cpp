@@ -1,0 +1,166 @@
+#include "kernels/attention/attention.h"
+
+#include <cmath>
+
+#include "core/check.h"
+#include "core/isa.h"
+#include "kernels/attention/attention_body.h"
+
+namespace gptcore {
+
+GPTCORE_BODIES(AttentionBodies, attention_f32_bodies)
+GPTCORE_BODIES_AMX(AttentionBodies, attention_bf16_bodies)
+
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+
+AttentionTensor tensor_of(const TensorView& view) {
+  const int lead = view.ndim - 3;
+  return {view.data, lead ? view.stride(0) : 0, view.stride(lead), view.stride(lead + 1)};
+}
+
+// (B, T, heads, D) or (total, heads, D), of q's type and head size.
+void check_tensor(const Checker& check, const TensorView& tensor, const char* name, const TensorView& q) {
+  check.input(tensor, name, {q.dtype});
+  check.ndim(tensor, name, q.ndim);
+  check.last_contiguous(tensor, name);
+}
+
+// Cumulative lengths of documents; returns the longest.
+int64_t check_lengths(const Checker& check, const TensorView& lengths, const char* name, int64_t total) {
+  check.input(lengths, name, {DType::i32});
+  check.ndim(lengths, name, 1);
+  check.contiguous(lengths, name);
+  const int64_t count = lengths.size(0);
+  check.that(count >= 1, name, "0 elements", "documents + 1 of them");
+  const int32_t* at = lengths.as<int32_t>();
+  check.that(at[0] == 0, name, "a first element of " + std::to_string(at[0]), "0");
+  int64_t longest = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    const int64_t length = int64_t{at[i]} - at[i - 1];
+    check.that(
+        length >= 0, name,
+        std::to_string(at[i]) + " after " + std::to_string(at[i - 1]) + " at position " + std::to_string(i),
+        "lengths that do not decrease");
+    if (length > longest) longest = length;
+  }
+  check.that(at[count - 1] == total, name, "a last element of " + std::to_string(at[count - 1]),
+             "the number of tokens, " + std::to_string(total));
+  return longest;
+}
+
+void check_documents(const Checker& check, const TensorView& cu_q, const TensorView& cu_k, int64_t total_q,
+                     int64_t total_k, AttentionProblem* p) {
+  check.defined(cu_q, "cu_seqlens_q");
+  check.defined(cu_k, "cu_seqlens_k");
+  p->queries = check_lengths(check, cu_q, "cu_seqlens_q", total_q);
+  p->keys = check_lengths(check, cu_k, "cu_seqlens_k", total_k);
+  check.that(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k", std::to_string(cu_k.size(0) - 1) + " documents",
+             "as many as cu_seqlens_q has, " + std::to_string(cu_q.size(0) - 1));
+  p->batch = cu_q.size(0) - 1;
+  p->cu_q = cu_q.as<int32_t>(), p->cu_k = cu_k.as<int32_t>();
+}
+
+void check_heads(const Checker& check, const TensorView& q, const TensorView& k) {
+  const int64_t heads = q.size(-2), kv_heads = k.size(-2), head_dim = q.size(-1);
+  check.that(head_dim >= 1 && head_dim <= kMaxHeadDim, "q", "head size " + std::to_string(head_dim),
+             "1 to 256");
+  check.that(k.size(-1) == head_dim, "k", "head size " + std::to_string(k.size(-1)),
+             "that of 'q', " + std::to_string(head_dim));
+  check.that(heads == 0 || (kv_heads > 0 && heads % kv_heads == 0), "k", std::to_string(kv_heads) + " heads",
+             "a divisor of the " + std::to_string(heads) + " query heads");
+}
+
+// What both passes take; fills everything but outputs and gradients.
+AttentionProblem check_inputs(const Checker& check, const TensorView& q, const TensorView& k,
+                              const TensorView& v, const TensorView& cu_q, const TensorView& cu_k,
+                              const AttentionOptions& options) {
+  check.input(q, "q", {DType::f32, DType::bf16});
+  const bool packed = cu_q || cu_k;
+  check.that(q.ndim == (packed ? 3 : 4), "q", std::to_string(q.ndim) + " dimensions",
+             packed ? "3, (total, H, D), with cu_seqlens" : "4, (B, T, H, D), without cu_seqlens");
+  check.last_contiguous(q, "q");
+  check_tensor(check, k, "k", q);
+  check_tensor(check, v, "v", q);
+  check.same_shape(v, "v", k, "k");
+  check_heads(check, q, k);
+  check.that(std::isfinite(options.softmax_scale), "softmax_scale", std::to_string(options.softmax_scale),
+             "a finite number");
+  check.that(options.left >= -1 && options.right >= -1, "window_size",
+             "(" + std::to_string(options.left) + ", " + std::to_string(options.right) + ")",
+             "numbers of keys to the left and right, or -1 for all");
+  AttentionProblem p{};
+  if (packed) {
+    check_documents(check, cu_q, cu_k, q.size(0), k.size(0), &p);
+  } else {
+    check.that(k.size(0) == q.size(0), "k", "batch " + std::to_string(k.size(0)),
+               "that of 'q', " + std::to_string(q.size(0)));
+    p.batch = q.size(0), p.queries = q.size(1), p.keys = k.size(1);
+  }
+  p.q = tensor_of(q), p.k = tensor_of(k), p.v = tensor_of(v);
+  p.heads = q.size(-2), p.kv_heads = k.size(-2), p.head_dim = q.size(-1);
+  p.scale = options.softmax_scale;
+  p.left = options.left, p.right = options.causal ? 0 : options.right;
+  return p;
+}
+
+void check_lse(const Checker& check, const TensorView& lse, const TensorView& q, AttentionProblem* p) {
+  check.input(lse, "lse", {DType::f32});
+  if (q.ndim == 4) {
+    check.shape(lse, "lse", {q.size(0), q.size(2), q.size(1)});
+  } else {
+    check.shape(lse, "lse", {q.size(1), q.size(0)});
+  }
+  check.contiguous(lse, "lse");
+  p->lse = lse.as<float>();
+  p->lse_head = q.ndim == 4 ? q.size(1) : q.size(0);
+  p->lse_batch = q.ndim == 4 ? q.size(1) * q.size(2) : 0;
+}
+
+AttentionTensor check_like(const Checker& check, const TensorView& tensor, const char* name,
+                           const TensorView& like, const char* like_name, bool written) {
+  check.input(tensor, name, {like.dtype});
+  check.same_shape(tensor, name, like, like_name);
+  check.last_contiguous(tensor, name);
+  if (written) check.writable(tensor, name);
+  return tensor_of(tensor);
+}
+
+const AttentionBodies& bodies(DType dtype) {
+  return dtype == DType::bf16 ? attention_bf16_bodies_table.pick() : attention_f32_bodies_table.pick();
+}
+
+}  // namespace
+
+void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
+                       const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k,
+                       const AttentionOptions& options, const TensorView& out, const TensorView& lse) {
+  const Checker check("attention");
+  AttentionProblem p = check_inputs(check, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
+  p.out = check_like(check, out, "out", q, "q", true);
+  if (lse) {
+    check_lse(check, lse, q, &p);
+    check.writable(lse, "lse");
+  }
+  if (p.heads == 0) return;
+  bodies(q.dtype).forward(p);
+}
+
+void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
+                        const TensorView& out, const TensorView& lse, const TensorView& cu_seqlens_q,
+                        const TensorView& cu_seqlens_k, const AttentionOptions& options, const TensorView& dq,
+                        const TensorView& dk, const TensorView& dv) {
+  const Checker check("attention_backward");
+  AttentionProblem p = check_inputs(check, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
+  p.dout = check_like(check, dout, "dout", q, "q", false);
+  p.out = check_like(check, out, "out", q, "q", false);
+  check_lse(check, lse, q, &p);
+  p.dq = check_like(check, dq, "dq", q, "q", true);
+  p.dk = check_like(check, dk, "dk", k, "k", true);
+  p.dv = check_like(check, dv, "dv", v, "v", true);
+  if (p.kv_heads == 0) return;
+  bodies(q.dtype).backward(p);
+}
+
+}  // namespace gptcore

@@ -1,0 +1,333 @@
+// Backward pass. A task is one sequence, one key head and a run of key blocks. Scores are computed transposed
+// (keys by rows), so that row constants are vectors and every product finds its operand as it falls:
+//
+//   S' = K Q'   P' = exp2(S' c - lse)   dP' = V dO'   dS' = P' (dP' - delta)     by strips of kStrip keys
+//   dV += P' dO   dK += dS' Q                                                    per strip
+//   dQ' += K' dS'                                                                per key block and row block
+//
+// Query-side operands are packed once per task; dK and dV sum over row blocks in order, dQ over key blocks in
+// order. Few heads are split by key blocks, by the shape alone, each part with its own dQ, added in order.
+#pragma once
+
+#include "core/arena.h"
+#include "core/parallel.h"
+#include "kernels/attention/pack.h"
+#include "kernels/attention/softmax.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+// Takes 64-byte aligned pieces off a block of scratch; with a null base, adds up how much is needed.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Writes rows [first, first + count) of a (depth, row) block of sums, transposed and scaled.
+template <class T, class Rows>
+void write_transposed(const float* sums, int64_t sums_row, int64_t count, int64_t size, float scale,
+                      const Rows& rows, int64_t first) {
+  for (int64_t r = 0; r < count; r += kLanes) {
+    for (int64_t d = 0; d < size; d += kLanes) {
+      Vec block[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) block[i] = load(sums + (d + i) * sums_row + r) * scale;
+      transpose(block);
+      const int64_t n = at_most(size - d, kLanes), last = at_most(count - r, kLanes);
+      for (int64_t i = 0; i < last; ++i) store_some(rows(first + r + i) + d, block[i], n);
+    }
+  }
+}
+
+template <class Engine, class T>
+class BackwardTask {
+ public:
+  using Units = typename Engine::Units;
+  using Unit = typename Units::Unit;
+  using Score = typename Engine::Score;
+  static constexpr int kRows = Engine::kBackwardRows;
+  static constexpr int kKeys = Engine::kBackwardKeys;
+  static constexpr int kStrip = Engine::kStrip;
+  static constexpr int kPer = Units::kPerUnit;
+  static constexpr int kScoreRow = kRows + 16;
+  static constexpr int kKeyRow = kKeys / kPer + 16;
+  static constexpr bool kPaired = kPer == 2;
+  static_assert(kRows % kStrip == 0 && kKeys % kStrip == 0);
+
+  // dq: sums of this task, (row blocks, width, kRows).
+  BackwardTask(const AttentionProblem& p, const Sequence& s, float* dq)
+      : p_(p),
+        s_(s),
+        row_blocks_((s.rows() + kRows - 1) / kRows),
+        depth_(round_up(p.head_dim, kPer * kLanes) / kPer),
+        width_(round_up(p.head_dim, kLanes)),
+        scratch_(carve(Carver(nullptr)).used()),
+        dq_(dq) {
+    carve(Carver(scratch_.template as<char>()));
+  }
+
+  // Key blocks [blocks.begin, blocks.end).
+  void run(Range blocks) {
+    prepare_rows();
+    __builtin_memset(dq_, 0, static_cast<size_t>(row_blocks_ * width_ * kRows) * sizeof(float));
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) key_block(block * kKeys);
+  }
+
+ private:
+  Carver carve(Carver memory) {
+    const int64_t rows = row_blocks_ * kRows;
+    q_columns_ = memory.take<Unit>(rows * depth_);
+    dout_columns_ = memory.take<Unit>(rows * depth_);
+    q_pairs_ = memory.take<Unit>(rows / kPer * width_);
+    dout_pairs_ = memory.take<Unit>(rows / kPer * width_);
+    lse_ = memory.take<float>(rows);
+    delta_ = memory.take<float>(rows);
+    visible_begin_ = memory.take<int32_t>(rows);
+    visible_end_ = memory.take<int32_t>(rows);
+    k_rows_ = memory.take<Unit>(kKeys * depth_);
+    v_rows_ = memory.take<Unit>(kKeys * depth_);
+    k_transposed_ = memory.take<Unit>(width_ * kKeyRow);
+    dk_ = memory.take<float>(kKeys * width_);
+    dv_ = memory.take<float>(kKeys * width_);
+    scores_ = memory.take<float>(kStrip * kScoreRow);
+    gradients_ = memory.take<float>(kStrip * kScoreRow);
+    gradient_units_ = memory.take<Unit>(kKeys / kPer * kScoreRow);
+    return memory;
+  }
+
+  void prepare_rows() {
+    const QueryRows<const T> q(p_.q, s_), dout(p_.dout, s_), out(p_.out, s_);
+    const LseRows lse(p_, s_);
+    const int64_t size = p_.head_dim;
+    for (int64_t block = 0; block < row_blocks_; ++block) {
+      const int64_t first = block * kRows, count = at_most(s_.rows() - first, kRows);
+      const int64_t columns = first * depth_, pairs = first / kPer * width_, panel = kRows / kPer * kLanes;
+      pack_columns<Units, T>(q, first, count, kRows, size, depth_, q_columns_ + columns);
+      pack_columns<Units, T>(dout, first, count, kRows, size, depth_, dout_columns_ + columns);
+      pack_pairs<Units, T>(q, first, count, kRows / kPer, panel, size, q_pairs_ + pairs);
+      pack_pairs<Units, T>(dout, first, count, kRows / kPer, panel, size, dout_pairs_ + pairs);
+      for (int64_t row = first; row < first + kRows; ++row) {
+        // Rows that see nothing, and those beyond the last, get probability exp2(-inf) = 0.
+        const bool real = row < first + count;
+        const float value = real ? lse(row) : -kInfinity;
+        lse_[row] = value == -kInfinity ? kInfinity : value * kLog2e;
+        delta_[row] = real ? dot(dout(row), out(row), size) : 0;
+        const Range keys = real ? s_.keys_of(row) : Range{0, 0};
+        visible_begin_[row] = static_cast<int32_t>(keys.begin),
+        visible_end_[row] = static_cast<int32_t>(keys.end);
+      }
+    }
+  }
+
+  static float dot(const T* x, const T* y, int64_t size) {
+    Vec sum = {};
+    for_lanes(size, [&](int64_t d, int64_t n) { sum += load_some(x + d, n) * load_some(y + d, n); });
+    return reduce_add(sum);
+  }
+
+  void key_block(int64_t base) {
+    const KeyRows<const T> k(p_.k, s_), v(p_.v, s_);
+    const int64_t count = at_most(s_.keys - base, kKeys), padded = round_up(count, kStrip),
+                  size = p_.head_dim;
+    pack_rows<Units, T>(k, base, count, padded, size, depth_, false, k_rows_);
+    pack_rows<Units, T>(v, base, count, padded, size, depth_, false, v_rows_);
+    pack_transposed<Units, T>(k, base, count, padded / kPer, size, kKeyRow, k_transposed_);
+    __builtin_memset(dk_, 0, static_cast<size_t>(padded * width_) * sizeof(float));
+    __builtin_memset(dv_, 0, static_cast<size_t>(padded * width_) * sizeof(float));
+    const Range rows = s_.rows_of_keys(base, base + count);
+    if (!rows.empty()) {
+      for (int64_t block = rows.begin / kRows; block * kRows < rows.end; ++block)
+        block_pair(base, count, block);
+    }
+    const KeyRows<T> dk(p_.dk, s_), dv(p_.dv, s_);
+    for (int64_t key = 0; key < count; ++key) {
+      T *dk_row = dk(base + key), *dv_row = dv(base + key);
+      const float *dk_sum = dk_ + key * width_, *dv_sum = dv_ + key * width_;
+      for_lanes(size, [&](int64_t d, int64_t n) {
+        store_some(dk_row + d, load(dk_sum + d) * p_.scale, n);
+        store_some(dv_row + d, load(dv_sum + d), n);
+      });
+    }
+  }
+
+  // Rows of this block that see any of the keys, relative to the block, in whole steps of kStrip.
+  Range rows_within(int64_t keys_begin, int64_t keys_end, int64_t first) const {
+    const Range rows = s_.rows_of_keys(keys_begin, keys_end);
+    const Range r{at_least(rows.begin - first, 0), at_most(rows.end - first, kRows)};
+    return r.empty() ? Range{0, 0} : Range{round_down(r.begin, kStrip), round_up(r.end, kStrip)};
+  }
+
+  void block_pair(int64_t base, int64_t count, int64_t block) {
+    const int64_t first = block * kRows;
+    const Range all = rows_within(base, base + count, first);
+    Range keys{kKeys, 0};
+    for (int64_t key = 0; key < count; key += kStrip) {
+      const Range rows = rows_within(base + key, at_most(base + key + kStrip, s_.keys), first);
+      zero_gradients(key, all, rows);
+      if (rows.empty()) continue;
+      keys = {at_most(keys.begin, key), key + kStrip};
+      strip(base, key, block, rows);
+    }
+    if (keys.empty()) return;
+    Engine::product(k_transposed_ + keys.begin / kPer, kKeyRow,
+                    {gradient_units_ + keys.begin / kPer * kScoreRow + all.begin, kScoreRow, kLanes},
+                    dq_ + block * width_ * kRows + all.begin, kRows, width_, all.end - all.begin,
+                    (keys.end - keys.begin) / kPer, true);
+  }
+
+  // Gradients of scores that a strip skips but the product for dQ reads.
+  void zero_gradients(int64_t key, Range all, Range rows) {
+    if (rows.begin == all.begin && rows.end == all.end) return;
+    for (int64_t unit = key / kPer; unit < (key + kStrip) / kPer; ++unit) {
+      Unit* line = gradient_units_ + unit * kScoreRow;
+      for (int64_t r = all.begin; r < (rows.empty() ? all.end : rows.begin); r += kLanes)
+        store_units(line + r, Vec{});
+      for (int64_t r = rows.empty() ? all.end : rows.end; r < all.end; r += kLanes)
+        store_units(line + r, Vec{});
+    }
+  }
+
+  void strip(int64_t base, int64_t key, int64_t block, Range rows) {
+    const int64_t columns = rows.end - rows.begin, first = block * kRows;
+    const int64_t column_offset = (first + rows.begin) * depth_;
+    Engine::product(k_rows_ + key * depth_, depth_, {q_columns_ + column_offset, kLanes, kLanes * depth_},
+                    scores_ + rows.begin, kScoreRow, kStrip, columns, depth_, false);
+    Engine::product(v_rows_ + key * depth_, depth_, {dout_columns_ + column_offset, kLanes, kLanes * depth_},
+                    gradients_ + rows.begin, kScoreRow, kStrip, columns, depth_, false);
+    const int64_t last = at_most(first + rows.end, s_.rows()) - 1;
+    const bool whole =
+        s_.keys_of(last).begin <= base + key && s_.keys_of(first + rows.begin).end >= base + key + kStrip;
+    if (whole) {
+      score_gradients<true>(base, key, first, rows);
+    } else {
+      score_gradients<false>(base, key, first, rows);
+    }
+    const int64_t pair_offset = first / kPer * width_ + rows.begin / kPer * kLanes,
+                  panel = kRows / kPer * kLanes;
+    Engine::product(reinterpret_cast<const Unit*>(scores_) + rows.begin / kPer, kScoreRow,
+                    {dout_pairs_ + pair_offset, kLanes, panel}, dv_ + key * width_, width_, kStrip, width_,
+                    columns / kPer, true);
+    const Unit* gradient_rows =
+        kPaired ? reinterpret_cast<const Unit*>(gradients_) : gradient_units_ + key * kScoreRow;
+    Engine::product(gradient_rows + rows.begin / kPer, kScoreRow, {q_pairs_ + pair_offset, kLanes, panel},
+                    dk_ + key * width_, width_, kStrip, width_, columns / kPer, true);
+  }
+
+  // Scores to probabilities, in place; their gradients to gradient_units_ and, paired, in place as rows too.
+  template <bool kWhole>
+  void score_gradients(int64_t base, int64_t key, int64_t first, Range rows) {
+    const Vec scale = splat(p_.scale * kLog2e);
+    for (int64_t j = 0; j < kStrip; j += 2) {
+      float *s0 = scores_ + j * kScoreRow, *s1 = s0 + kScoreRow;
+      float *g0 = gradients_ + j * kScoreRow, *g1 = g0 + kScoreRow;
+      Unit* units = gradient_units_ + (key + j) / kPer * kScoreRow;
+      const int32_t at = static_cast<int32_t>(base + key + j);
+      for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+        const Vec lse = load(lse_ + first + r), delta = load(delta_ + first + r);
+        Vec x = exp2_of<Engine::kFine>(load(s0 + r) * scale - lse);
+        Vec y = exp2_of<Engine::kFine>(load(s1 + r) * scale - lse);
+        if constexpr (!kWhole) {
+          x = visible(at, first + r) ? x : Vec{};
+          y = visible(at + 1, first + r) ? y : Vec{};
+        }
+        const Vec dx = x * (load(g0 + r) - delta), dy = y * (load(g1 + r) - delta);
+        Engine::store_rows(reinterpret_cast<Score*>(s0), reinterpret_cast<Score*>(s1), r, x, y);
+        if constexpr (kPaired) {
+          Engine::store_both(reinterpret_cast<Score*>(g0), reinterpret_cast<Score*>(g1), units, r, dx, dy);
+        } else {
+          Engine::store_rows(units, units + kScoreRow, r, dx, dy);
+        }
+      }
+    }
+  }
+
+  VecI visible(int32_t key, int64_t row) const {
+    const VecI begin = (VecI)load(reinterpret_cast<const float*>(visible_begin_ + row));
+    const VecI end = (VecI)load(reinterpret_cast<const float*>(visible_end_ + row));
+    return (splat_int(key) >= begin) & (splat_int(key) < end);
+  }
+
+  const AttentionProblem& p_;
+  const Sequence& s_;
+  const int64_t row_blocks_, depth_, width_;
+  Unit *q_columns_, *dout_columns_, *q_pairs_, *dout_pairs_, *k_rows_, *v_rows_, *k_transposed_,
+      *gradient_units_;
+  float *lse_, *delta_, *dk_, *dv_, *scores_, *gradients_;
+  int32_t *visible_begin_, *visible_end_;
+  Scratch scratch_;
+  float* dq_;
+};
+
+// Parts that each sequence's keys are split into: enough tasks for 16 threads, by the shape alone so that the
+// bits do not know the thread count, within 128 MiB of partial dQ.
+template <class Engine>
+int64_t backward_parts(const AttentionProblem& p, int64_t dq_size) {
+  const int64_t units = p.batch * p.kv_heads;
+  const int64_t by_memory = (int64_t{128} << 20) / static_cast<int64_t>(sizeof(float)) / (units * dq_size);
+  const int64_t key_blocks = (p.keys + Engine::kBackwardKeys - 1) / Engine::kBackwardKeys;
+  return at_least(at_most(at_most((16 + units - 1) / units, key_blocks), by_memory), 1);
+}
+
+template <class Engine, class T>
+void write_dq(const AttentionProblem& p, const Sequence& s, const float* dq, int64_t block) {
+  const int64_t width = round_up(p.head_dim, kLanes), first = block * Engine::kBackwardRows;
+  write_transposed<T>(dq + block * width * Engine::kBackwardRows, Engine::kBackwardRows,
+                      at_most(s.rows() - first, Engine::kBackwardRows), p.head_dim, p.scale,
+                      QueryRows<T>(p.dq, s), first);
+}
+
+template <class Engine, class T>
+void backward(const AttentionProblem& p) {
+  constexpr int kRows = Engine::kBackwardRows, kKeys = Engine::kBackwardKeys;
+  const int64_t units = p.batch * p.kv_heads;
+  const int64_t row_blocks = (p.queries * (p.heads / p.kv_heads) + kRows - 1) / kRows;
+  const int64_t dq_size = at_least(row_blocks * kRows * round_up(p.head_dim, kLanes), 1);
+  if (units == 0) return;
+  const int64_t parts = backward_parts<Engine>(p, dq_size);
+  const Scratch shared(parts > 1 ? static_cast<size_t>(units * parts * dq_size) * sizeof(float) : 0);
+  float* partial = shared.template as<float>();
+  parallel_for(units * parts, [&](int64_t task, int) {
+    const int64_t unit = task / parts, part = task % parts;
+    const Sequence s = sequence_of(p, unit / p.kv_heads, unit % p.kv_heads);
+    const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
+    const Scratch own(parts > 1 ? 0 : static_cast<size_t>(dq_size) * sizeof(float));
+    float* dq = parts > 1 ? partial + task * dq_size : own.template as<float>();
+    {
+      const typename Engine::Scope scope;
+      BackwardTask<Engine, T>(p, s, dq).run({blocks * part / parts, blocks * (part + 1) / parts});
+    }
+    if (parts > 1) return;
+    for (int64_t block = 0; block * kRows < s.rows(); ++block) write_dq<Engine, T>(p, s, dq, block);
+  });
+  if (parts == 1) return;
+  parallel_for(units * row_blocks, [&](int64_t task, int) {
+    const int64_t unit = task / row_blocks, block = task % row_blocks;
+    const Sequence s = sequence_of(p, unit / p.kv_heads, unit % p.kv_heads);
+    if (block * kRows >= s.rows()) return;
+    const int64_t size = kRows * round_up(p.head_dim, kLanes);
+    float* sum = partial + unit * parts * dq_size;
+    for (int64_t part = 1; part < parts; ++part) {
+      const float* more = sum + part * dq_size + block * size;
+      for (int64_t i = block * size, j = 0; j < size; i += kLanes, j += kLanes)
+        store(sum + i, load(sum + i) + load(more + j));
+    }
+    write_dq<Engine, T>(p, s, sum, block);
+  });
+}
+
+}  // namespace
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore

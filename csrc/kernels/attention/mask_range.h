@@ -1,0 +1,118 @@
+// Which keys a query row sees. Every mask offered here (causal, window, both) gives each row one interval of
+// keys, and both ends move forward with the row; so blocks are skipped by interval arithmetic and no mask is
+// ever stored.
+//
+// Rows number the queries of all heads that share a key head: row r is token r / group of head r % group.
+// Blocks of rows then load their keys once for the whole group, and stay narrow in tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "core/simd.h"
+#include "kernels/attention/attention_body.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+GPTCORE_INLINE int64_t at_least(int64_t x, int64_t low) { return x < low ? low : x; }
+GPTCORE_INLINE int64_t at_most(int64_t x, int64_t high) { return x > high ? high : x; }
+GPTCORE_INLINE int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
+GPTCORE_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return end <= begin; }
+};
+
+// One sequence (or packed document) and one key head of a problem.
+struct Sequence {
+  int64_t index;             // in the batch
+  int64_t q_begin, k_begin;  // first token, when packed
+  int64_t queries, keys;
+  int64_t kv_head, group;
+  int64_t left, right;
+
+  int64_t rows() const { return queries * group; }
+
+  // Keys that row r sees; empty ranges may lie anywhere in [0, keys].
+  Range keys_of(int64_t row) const {
+    const int64_t last = row / group + keys - queries;  // causal is aligned at the bottom right
+    const int64_t begin = left < 0 ? 0 : at_most(at_least(last - left, 0), keys);
+    const int64_t end = right < 0 ? keys : at_most(at_least(last + right + 1, 0), keys);
+    return {begin, end};
+  }
+
+  // Keys that any row of [begin, end) sees.
+  Range keys_of_rows(int64_t begin, int64_t end) const {
+    return {keys_of(begin).begin, keys_of(end - 1).end};
+  }
+
+  // Rows that see any key of [begin, end).
+  Range rows_of_keys(int64_t begin, int64_t end) const {
+    const int64_t shift = keys - queries;
+    const int64_t first = right < 0 ? 0 : at_least(begin - shift - right, 0);
+    const int64_t last = left < 0 ? queries : at_most(end - shift + left, queries);
+    return {first * group, last * group};
+  }
+};
+
+GPTCORE_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t index, int64_t kv_head) {
+  Sequence s{};
+  s.index = index, s.kv_head = kv_head, s.group = p.heads / p.kv_heads;
+  s.queries = p.queries, s.keys = p.keys;
+  if (p.cu_q) {
+    s.q_begin = p.cu_q[index], s.queries = p.cu_q[index + 1] - p.cu_q[index];
+    s.k_begin = p.cu_k[index], s.keys = p.cu_k[index + 1] - p.cu_k[index];
+  }
+  s.left = p.left, s.right = p.right;
+  return s;
+}
+
+// Rows of a query-side tensor of one sequence.
+template <class T>
+struct QueryRows {
+  T* base;
+  int64_t token, head, group;
+
+  QueryRows(const AttentionTensor& t, const Sequence& s)
+      : base(static_cast<T*>(t.data) + s.index * t.batch + s.q_begin * t.token +
+             s.kv_head * s.group * t.head),
+        token(t.token),
+        head(t.head),
+        group(s.group) {}
+
+  T* operator()(int64_t row) const {
+    return group == 1 ? base + row * token : base + row / group * token + row % group * head;
+  }
+};
+
+// Rows of a key-side tensor: one per token.
+template <class T>
+struct KeyRows {
+  T* base;
+  int64_t token;
+
+  KeyRows(const AttentionTensor& t, const Sequence& s)
+      : base(static_cast<T*>(t.data) + s.index * t.batch + s.k_begin * t.token + s.kv_head * t.head),
+        token(t.token) {}
+
+  T* operator()(int64_t row) const { return base + row * token; }
+};
+
+// Where row r's lse stands.
+struct LseRows {
+  float* base;
+  int64_t head, group;
+
+  LseRows(const AttentionProblem& p, const Sequence& s)
+      : base(p.lse + s.index * p.lse_batch + s.q_begin + s.kv_head * s.group * p.lse_head),
+        head(p.lse_head),
+        group(s.group) {}
+
+  float& operator()(int64_t row) const { return base[row / group + row % group * head]; }
+};
+
+}  // namespace
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore

@@ -1,0 +1,374 @@
+"""Scaled dot-product attention, fused: causal, windowed, grouped heads, packed documents."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from gptcore import backend
+from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.registration import TorchOp, refuse_out_with_grad
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """``softmax(softmax_scale * q @ k.T) @ v`` over the keys each query sees, head by head.
+
+    Args:
+        q: (B, T, H, D), f32 or bf16, 1 <= D <= 256; torch tensor (differentiable), NumPy or CuPy array. Any
+            strides with a contiguous last dimension are read in place, so views of a fused projection are fine.
+        k, v: (B, S, Hkv, D) of q's dtype; Hkv divides H, query head h reads key head h // (H // Hkv).
+        causal: the last query sees the last key, the one before it all but that, and so on (bottom-right).
+        window_size: keys seen to the left and right of a query's own place, inclusive; -1 means all.
+        softmax_scale: default D ** -0.5.
+        cu_seqlens_q: (documents + 1,) int32, from 0 to total: packed documents that do not see each other. Then
+            q is (total, H, D), k and v (total_k, Hkv, D).
+        cu_seqlens_k: the same for keys; default ``cu_seqlens_q``.
+        return_lse: also return the logarithm of each row's softmax denominator.
+        out: where to write; shape and dtype of ``q``. Not differentiable.
+
+    Returns:
+        ``out`` like ``q``; with ``return_lse`` the pair ``(out, lse)``, lse (B, H, T) or (H, total) f32. A query
+        that sees no key has out 0 and lse -inf. lse carries no gradient: it is marked not differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, lengths that do not fit; nothing is written then.
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; tiling and recomputation after Dao et
+    al. 2022, "FlashAttention". Scores, softmax and sums are f32; with bf16 tensors the probabilities are rounded
+    to bf16 before they meet v where the processor multiplies bf16.
+    """
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    left, right = window_size
+    scale = _default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
+    if out is None and is_torch(q):
+        result = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, left, right, return_lse)
+        return result if return_lse else result[0]
+    if is_torch(q):
+        refuse_out_with_grad("attention", q, k, v)
+    lse = _new_lse(q) if return_lse else None
+    out = empty_like(q) if out is None else out
+    _run(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, left, right, out, lse)
+    return (out, lse) if return_lse else out
+
+
+def attention_qkv(
+    qkv: Array,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Any:
+    """:func:`attention` on the output of a fused projection; backward writes one gradient for all of it.
+
+    Args:
+        qkv: (B, T, (H + 2 Hkv) D), or (total, (H + 2 Hkv) D) with ``cu_seqlens_q``: the query heads, then the key
+            heads, then the value heads.
+        num_heads, num_kv_heads: H and Hkv. The others as in :func:`attention`.
+
+    Returns:
+        (B, T, H D) or (total, H D); with ``return_lse`` the pair with lse.
+    """
+    left, right = window_size
+    _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
+    scale = _default_scale(size) if softmax_scale is None else softmax_scale
+    if out is None and is_torch(qkv):
+        result = _attention_qkv(
+            qkv, cu_seqlens_q, num_heads, num_kv_heads, scale, causal, left, right, return_lse
+        )
+        return result if return_lse else result[0]
+    if is_torch(qkv):
+        refuse_out_with_grad("attention_qkv", qkv)
+    out = empty(qkv, (*qkv.shape[:-1], num_heads * size)) if out is None else out
+    lse = _new_lse_qkv(qkv, num_heads) if return_lse else None
+    q, k, v = _split(last_contiguous(qkv), num_heads, num_kv_heads)
+    _run(
+        q, k, v, cu_seqlens_q, cu_seqlens_q, scale, causal, left, right, _as_heads(out, num_heads, size), lse
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients ``(dq, dk, dv)`` of :func:`attention` from ``dout`` (like ``out``) and what forward returned."""
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    scale = _default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
+    return _run_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal, *window_size)
+
+
+def attention_reference(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """The same in plain torch, any floating dtype, differentiable any number of times, lse included."""
+    options = (causal, window_size, _default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale)
+    if cu_seqlens_q is None:
+        out, lse = _dense_reference(q, k, v, *options)
+    else:
+        out, lse = _packed_reference(
+            q, k, v, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, options
+        )
+    return (out, lse) if return_lse else out
+
+
+def _dense_reference(q: Any, k: Any, v: Any, causal: bool, window: tuple[int, int], scale: float) -> Any:
+    import torch
+
+    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    place = torch.arange(queries, device=q.device)[:, None] + keys - queries
+    key = torch.arange(keys, device=q.device)[None, :]
+    left, right = window[0], 0 if causal else window[1]
+    hidden = torch.zeros(queries, keys, dtype=torch.bool, device=q.device)
+    if left >= 0:
+        hidden = hidden | (key < place - left)
+    if right >= 0:
+        hidden = hidden | (key > place + right)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    lse = scores.logsumexp(-1) if keys else scores.new_full(scores.shape[:3], float("-inf"))
+    # Rows that see nothing: any finite number in place of -inf keeps values and gradients at exactly 0.
+    p = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
+    return torch.einsum("bhts,bshd->bthd", p, v), lse
+
+
+def _packed_reference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, options: tuple[Any, ...]) -> Any:
+    import torch
+
+    outs, lses = [q[:0]], [q.new_zeros((q.shape[1], 0))]
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        out, lse = _dense_reference(q[None, a:b], k[None, c:d], v[None, c:d], *options)
+        outs.append(out[0])
+        lses.append(lse[0])
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def _default_scale(head_dim: int) -> float:
+    return head_dim**-0.5 if head_dim else 1.0
+
+
+def _new_lse(q: Array) -> Array:
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[-2], q.shape[0])
+    return empty(q, shape, "float32")
+
+
+def _new_lse_qkv(qkv: Array, heads: int) -> Array:
+    lead = qkv.shape[:-1]
+    return empty(qkv, (lead[0], heads, lead[1]) if len(lead) == 2 else (heads, lead[0]), "float32")
+
+
+def _check_fused(qkv: Array, heads: int, kv_heads: int) -> tuple[int, int, int, int]:
+    """(heads, kv_heads, their sum in qkv, D)."""
+    total, width = heads + 2 * kv_heads, qkv.shape[-1]
+    if heads < 1 or kv_heads < 1 or width % total:
+        raise ValueError(
+            f"attention_qkv: argument 'qkv': got a last dimension of {width}, expected (num_heads + 2 * "
+            f"num_kv_heads) * D with num_heads {heads} and num_kv_heads {kv_heads}, each at least 1"
+        )
+    return heads, kv_heads, total, width // total
+
+
+def _as_heads(x: Array, heads: int, size: int) -> Array:
+    """(..., heads * size) as (..., heads, size), a view."""
+    return x.unflatten(-1, (heads, size)) if is_torch(x) else x.reshape(*x.shape[:-1], heads, size)
+
+
+def _split(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
+    """Views of query, key and value heads within a fused projection."""
+    heads, kv_heads, total, size = _check_fused(qkv, heads, kv_heads)
+    x = _as_heads(qkv, total, size)
+    return x[..., :heads, :], x[..., heads : heads + kv_heads, :], x[..., heads + kv_heads :, :]
+
+
+def _run(
+    q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, scale: float, causal: bool, left: int, right: int,
+    out: Array, lse: Any,
+) -> None:  # fmt: skip
+    backend.extension().attention_forward(
+        last_contiguous(q), last_contiguous(k), last_contiguous(v), cu_q, cu_k, scale, causal, left, right, out, lse
+    )  # fmt: skip
+
+
+def _run_backward(
+    dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, cu_q: Any, cu_k: Any, scale: float,
+    causal: bool, left: int, right: int,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    backend.extension().attention_backward(
+        last_contiguous(dout), last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(out), lse,
+        cu_q, cu_k, scale, causal, left, right, dq, dk, dv,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+# --- torch ------------------------------------------------------------------------------------------------------
+# attention(q, k, v, ...) -> (out, lse) and attention_qkv(qkv, ...) -> (out, lse), with their backward ops. The
+# last argument says whether lse is wanted: without gradients it is not even computed otherwise.
+
+_OPTIONS = "float scale, bool causal, int left, int right"
+
+
+def _forward(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
+    out, lse = empty_like(q), _new_lse(q)
+    _run(q, k, v, cu_q, cu_k, *options[:4], out, lse)
+    return out, lse
+
+
+def _inference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
+    out, lse = empty_like(q), _new_lse(q) if options[4] else None
+    _run(q, k, v, cu_q, cu_k, *options[:4], out, lse)
+    return out, lse
+
+
+def _fake(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
+    return q.new_empty(q.shape), _new_lse(q)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, cu_q, cu_k, *options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+    ctx.options = tuple(options[:4])
+
+
+def _backward(ctx: Any, grad_out: Any, _: Any) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 10
+    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    return *_attention_backward(grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.options), *(None,) * 7
+
+
+def _backward_fake(dout: Any, q: Any, k: Any, v: Any, *_: Any) -> tuple[Any, Any, Any]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _qkv_run(qkv: Any, cu: Any, heads: int, kv_heads: int, options: tuple[Any, ...], lse: Any) -> Any:
+    q, k, v = _split(last_contiguous(qkv), heads, kv_heads)
+    out = qkv.new_empty((*qkv.shape[:-1], heads * q.shape[-1]))
+    _run(q, k, v, cu, cu, *options, _as_heads(out, heads, q.shape[-1]), lse)
+    return out
+
+
+def _qkv_forward(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tuple[Any, Any]:
+    lse = _new_lse_qkv(qkv, heads)
+    return _qkv_run(qkv, cu, heads, kv_heads, options[:4], lse), lse
+
+
+def _qkv_inference(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tuple[Any, Any]:
+    lse = _new_lse_qkv(qkv, heads) if options[4] else None
+    return _qkv_run(qkv, cu, heads, kv_heads, options[:4], lse), lse
+
+
+def _qkv_fake(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tuple[Any, Any]:
+    size = qkv.shape[-1] // (heads + 2 * kv_heads)
+    return qkv.new_empty((*qkv.shape[:-1], heads * size)), _new_lse_qkv(qkv, heads)
+
+
+def _qkv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    qkv, cu, *options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse, cu)
+    ctx.options = tuple(options[:6])
+
+
+def _qkv_backward(ctx: Any, grad_out: Any, _: Any) -> tuple[Any, ...]:
+    if grad_out is None:
+        return (None,) * 9
+    qkv, out, lse, cu = ctx.saved_tensors
+    return _attention_qkv_backward(grad_out, qkv, out, lse, cu, *ctx.options), *(None,) * 8
+
+
+def _qkv_backward_forward(
+    dout: Any, qkv: Any, out: Any, lse: Any, cu: Any, heads: int, kv_heads: int, *options: Any
+) -> Any:
+    dqkv = qkv.new_empty(qkv.shape)
+    q, k, v = _split(last_contiguous(qkv), heads, kv_heads)
+    size = q.shape[-1]
+    backend.extension().attention_backward(
+        _as_heads(last_contiguous(dout), heads, size), q, k, v, _as_heads(out, heads, size), lse, cu, cu, *options,
+        *_split(dqkv, heads, kv_heads),
+    )  # fmt: skip
+    return dqkv
+
+
+def _qkv_backward_fake(dout: Any, qkv: Any, *_: Any) -> Any:
+    return qkv.new_empty(qkv.shape)
+
+
+_attention_backward = TorchOp(
+    "attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
+    f"Tensor? cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    forward=_run_backward,
+    fake=_backward_fake,
+)
+_attention = TorchOp(
+    "attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {_OPTIONS}, bool want_lse)"
+    " -> (Tensor, Tensor)",
+    forward=_forward,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    inference=_inference,
+    lower_precision=True,
+)
+_attention_qkv_backward = TorchOp(
+    "attention_qkv_backward",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, int heads, int kv_heads, "
+    f"{_OPTIONS}) -> Tensor",
+    forward=_qkv_backward_forward,
+    fake=_qkv_backward_fake,
+)
+_attention_qkv = TorchOp(
+    "attention_qkv",
+    f"(Tensor qkv, Tensor? cu_seqlens, int heads, int kv_heads, {_OPTIONS}, bool want_lse) -> (Tensor, Tensor)",
+    forward=_qkv_forward,
+    fake=_qkv_fake,
+    setup_context=_qkv_setup,
+    backward=_qkv_backward,
+    inference=_qkv_inference,
+    lower_precision=True,
+)
