@@ -125,7 +125,7 @@ class AdamW(torch.optim.Optimizer):
                 key = (*settings, p.dtype == torch.bfloat16, p.device)
                 call = calls.setdefault(key, _Call(settings))
                 call.params.append(p)
-                call.grads.append(grad)
+                call.grads.append(grad.contiguous())  # as torch's own gradients of contiguous parameters are
                 call.weight_decay.append(group["weight_decay"])
         return list(calls.values())
 
