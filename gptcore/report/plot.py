@@ -18,7 +18,7 @@ def loss_curve(
 ) -> Path | None:
     """Draws training and held-out loss (nats per token) over the updates into a PNG of 1200 x 750 pixels.
 
-    The points of ``train`` are drawn thin, and their running mean over a fiftieth of the run on top.
+    The points of ``train`` are drawn thin, and their mean over a fiftieth of the run around each on top.
     Returns the path, or None when there is nothing to draw. None values (a loss that was not finite) are
     left out.
 
@@ -39,7 +39,7 @@ def loss_curve(
     if train_points:
         steps = [step for step, _ in train_points]
         losses = [loss for _, loss in train_points]
-        mean = running_mean(losses, max(1, len(losses) // 50))
+        mean = running_mean(losses, len(losses) // 100)
         axes.plot(steps, losses, color=_TRAIN, alpha=0.25, linewidth=0.8)
         axes.plot(steps, mean, color=_TRAIN, linewidth=1.8, label=f"training, {mean[-1]:.3f}")
     if held_points:
@@ -57,12 +57,13 @@ def loss_curve(
     return path
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and up to ``window`` - 1 before it."""
-    means, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value
-        if i >= window:
-            total -= values[i - window]
-        means.append(total / min(i + 1, window))
+def running_mean(values: Sequence[float], half: int) -> list[float]:
+    """The mean of each value with up to ``half`` before and ``half`` after it: centred, so it does not lag."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = []
+    for i in range(len(values)):
+        low, high = max(0, i - half), min(len(values), i + half + 1)
+        means.append((sums[high] - sums[low]) / (high - low))
     return means

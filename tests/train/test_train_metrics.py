@@ -94,7 +94,8 @@ def test_unwritable_metrics_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_running_mean() -> None:
-    assert running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert running_mean([1.0, 3.0, 5.0, 10.0], 1) == [2.0, 3.0, 6.0, 7.5]
+    assert running_mean([1.0, 3.0], 0) == [1.0, 3.0]
     assert running_mean([], 3) == []
 
 
