@@ -10,6 +10,11 @@ using gptcore::TensorView;
 void register_attention(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_matmul(py::module_& m);
+void register_gated_activation(py::module_& m);
+void register_adamw(py::module_& m);
+void register_rotary(py::module_& m);
+void register_embedding(py::module_& m);
+void register_rms_norm(py::module_& m);
 
 namespace {
 
@@ -53,4 +58,9 @@ PYBIND11_MODULE(_C, m) {
   register_attention(m);
   register_layer_norm(m);
   register_matmul(m);
+  register_gated_activation(m);
+  register_adamw(m);
+  register_rotary(m);
+  register_embedding(m);
+  register_rms_norm(m);
 }

@@ -1,23 +1,53 @@
 """One public function per kernel, on torch tensors, NumPy and CuPy arrays.
 
 Layout (B, T, H, D); letters as in ``docs/architecture.md``. Each module holds the function, its plain-torch
-reference (any floating dtype, the tests' oracle in float64) and its torch registration. Importing this package
-imports neither torch nor NumPy.
+reference (any floating dtype, the tests' oracle in float64) and its torch registration. Importing this
+package imports neither torch nor NumPy.
 
 A module and its function share their name: after ``import gptcore.ops``, ``gptcore.ops.layer_norm`` is the
 function, and ``from gptcore.ops.layer_norm import ...`` still reaches the module.
 """
 
+from gptcore.ops.adamw import adamw_
 from gptcore.ops.attention import attention, attention_backward, attention_qkv
+from gptcore.ops.embedding import embedding, embedding_backward
+from gptcore.ops.gated_activation import (
+    gated_activation_backward,
+    geglu,
+    geglu_packed,
+    gelu,
+    relu,
+    silu,
+    swiglu,
+    swiglu_packed,
+)
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
 from gptcore.ops.matmul import matmul
+from gptcore.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_stats
+from gptcore.ops.rotary import rotary, rotary_tables
 
 __all__ = [
+    "adamw_",
     "attention",
     "attention_backward",
     "attention_qkv",
+    "embedding",
+    "embedding_backward",
+    "gated_activation_backward",
+    "geglu",
+    "geglu_packed",
+    "gelu",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_stats",
     "matmul",
+    "relu",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_stats",
+    "rotary",
+    "rotary_tables",
+    "silu",
+    "swiglu",
+    "swiglu_packed",
 ]

@@ -1,4 +1,4 @@
-"""Allocation in the caller's framework: torch, NumPy (bf16 by ml_dtypes) or CuPy arrays in, the same kind out."""
+"""Allocation in the caller's framework: torch, NumPy (bf16 by ml_dtypes) or CuPy in, the same kind out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     """An uninitialised array of ``like``'s framework and device.
 
     Args:
-        dtype: one of that framework's, or ``"float32"`` / ``"int32"``, which all have; default ``like.dtype``.
+        dtype: one of that framework's, or ``"float32"`` / ``"int32"``, which all have; default: like's.
     """
     module = namespace(like)
     if isinstance(dtype, str):
@@ -51,7 +51,7 @@ def empty_like(x: Array) -> Array:
 
 
 def as_rows(x: Array) -> Array:
-    """``x`` of shape (..., C) as a matrix (N, C): a view where the strides allow it, else a copy. None stays None."""
+    """``x`` of shape (..., C) as a matrix (N, C): a view where the strides allow it, else a copy."""
     return x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -62,3 +62,32 @@ def last_contiguous(x: Array) -> Array:
     if is_torch(x):
         return x if x.stride(-1) == 1 else x.contiguous()
     return x if x.strides[-1] == x.itemsize else namespace(x).ascontiguousarray(x)
+
+
+def rows(x: Array) -> Array:
+    """``x`` (..., C) itself if its rows lie at one stride, so that kernels take it as (N, C); else a copy.
+
+    A contiguous array qualifies, and so does a slice of a fused projection's last dimension. None stays None.
+    """
+    if x is None:
+        return None
+    if is_torch(x):
+        if x.is_contiguous() or _rows_at_one_stride(x.shape, x.stride()):
+            return x
+        return x.contiguous()
+    if x.flags.c_contiguous or _rows_at_one_stride(x.shape, tuple(s // x.itemsize for s in x.strides)):
+        return x
+    return namespace(x).ascontiguousarray(x)
+
+
+def _rows_at_one_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    if not shape or (shape[-1] > 1 and strides[-1] != 1):
+        return False
+    expected = None
+    for size, stride in zip(shape[-2::-1], strides[-2::-1], strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return False
+        expected = stride * size
+    return True

@@ -46,7 +46,7 @@ def layer_norm(
 
 
 def layer_norm_stats(x: Array, eps: float = 1e-5) -> Array:
-    """Mean and reciprocal deviation of each row of ``x`` (..., C): (2, N) f32, as the backward pass wants them."""
+    """Mean and reciprocal deviation of each row of ``x`` (..., C): (2, N) f32, as backward wants them."""
     return _run(x, None, None, None, eps, _new_stats(x))[2]
 
 
@@ -118,8 +118,9 @@ def _run_backward(
     return dx, dweight, dbias
 
 
-# --- torch ------------------------------------------------------------------------------------------------------
-# layer_norm(x, weight, bias, eps) -> (y, stats);  add_layer_norm(x, residual, weight, bias, eps) -> (y, h, stats)
+# --- torch -------------------------------------------------------------------------------------------------
+# layer_norm(x, weight, bias, eps) -> (y, stats)
+# add_layer_norm(x, residual, weight, bias, eps) -> (y, h, stats)
 
 
 def _forward(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:

@@ -4,9 +4,9 @@ A kernel call has three routes, the cheapest that is right:
 
 - eager without gradients: straight to the extension;
 - eager with gradients: one ``autograd.Function`` around it;
-- under torch.compile, FakeTensor, functorch or any dispatch mode: the op ``torch.ops.gptcore.<name>``, which is
-  functional, has a fake implementation and an autograd formula, and is registered when gptcore.ops is imported
-  after torch, else with the first eager call.
+- under torch.compile, FakeTensor, functorch or any dispatch mode: the op ``torch.ops.gptcore.<name>``, which
+  is functional, has a fake implementation and an autograd formula, and is registered when gptcore.ops is
+  imported after torch, else with the first eager call.
 
 All three share the same forward and backward functions.
 """
@@ -40,9 +40,10 @@ class TorchOp:
         setup_context: ``(ctx, inputs, output)``; saves what backward needs.
         backward: ``(ctx, *grads)``; returns one gradient (or None) per input. Both or neither are given.
         inference: like forward, for calls without gradients, where it may skip what only backward needs.
-        eager_forward: ``(ctx, *inputs)``, in place of forward and setup_context in the eager Function, where a
-            microsecond counts; its outputs may be fewer, and backward must cope with what it saved.
-        lower_precision: under autocast, floating tensors are cast to its dtype first, as torch does for products.
+        eager_forward: ``(ctx, *inputs)``, in place of forward and setup_context in the eager Function, where
+            a microsecond counts; its outputs may be fewer, and backward must cope with what it saved.
+        lower_precision: under autocast, floating tensors are cast to its dtype first, as torch does for
+            products.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ def test_any_shape_and_option(rows: int, width: int, affine: str, dtype, f32_wei
         weight, bias = weight.float(), bias.float()
     inputs = [x, *{"none": [], "weight": [weight], "both": [weight, bias]}[affine]]
     grad = torch.randn(rows, width)
-    # Rows of few elements give gradients that cancel almost to nothing: what is added up is gradient * weight * rstd.
+    # Rows of few elements give gradients that cancel to almost nothing: what is added up is grad * weight * rstd.
     spread = x.double().var(-1, correction=0) + 1e-5
     summand = (grad.abs().max() * weight.abs().max() * spread.min() ** -0.5).item() if rows else 0.0
     check_against_float64(
@@ -81,7 +81,8 @@ def test_ill_conditioned_rows_keep_their_variance() -> None:
     x, weight, bias = _inputs(8, 768, torch.float32, shift=1e4)
     exact = layer_norm_reference(x.double(), weight.double(), bias.double())
     error = (layer_norm(x, weight, bias).double() - exact).abs().max().item()
-    # Rounding the mean costs |mean| * 2^-24 = 6e-4 of a deviation, times the largest weight; two passes add no more.
+    # Rounding the mean costs |mean| * 2^-24 = 6e-4 of a deviation, times the largest weight; two passes add
+    # no more.
     assert error < 4 * 1e4 * 2.0**-24 * weight.abs().max().item()
 
 

@@ -1,0 +1,23 @@
+// What embedding.cpp hands to the per-ISA bodies: pointers, sizes and strides, already checked.
+#pragma once
+
+#include <cstdint>
+
+namespace gptcore {
+
+// The occurrences of all ids, sorted by id: those of v are order[vocabulary_start[v]] and on.
+struct EmbeddingBackward {
+  const int32_t* vocabulary_start;  // (V + 1): where id v's occurrences begin in `order`
+  const int32_t* order;             // (N): row numbers of grad_out, by id, then by number
+  const void* grad_out;
+  void* dweight;
+  int64_t vocabulary, tokens, width, grad_stride;
+  bool accumulate;
+};
+
+// [grad_out bf16?][dweight bf16?]
+struct EmbeddingBodies {
+  void (*backward[2][2])(const EmbeddingBackward&);
+};
+
+}  // namespace gptcore

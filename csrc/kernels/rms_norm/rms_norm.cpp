@@ -1,0 +1,86 @@
+#include "kernels/rms_norm/rms_norm.h"
+
+#include "core/isa.h"
+#include "core/rows.h"
+#include "kernels/rms_norm/rms_norm_body.h"
+
+namespace gptcore {
+
+GPTCORE_BODIES(RmsNormBodies, rms_norm_bodies)
+
+namespace {
+
+int is_bf16(const TensorView& tensor) { return tensor.dtype == DType::bf16; }
+
+// The stride of the rows of a tensor like `like`.
+int64_t checked_stride(const Checker& check, const TensorView& tensor, const char* name,
+                       const TensorView& like, const char* like_name) {
+  check.input(tensor, name, {like.dtype});
+  check.same_shape(tensor, name, like, like_name);
+  return rows_of(check, tensor, name).stride;
+}
+
+void check_vector(const Checker& check, const TensorView& tensor, const char* name, int64_t size,
+                  std::initializer_list<DType> types) {
+  check.input(tensor, name, types);
+  check.shape(tensor, name, {size});
+  check.contiguous(tensor, name);
+}
+
+}  // namespace
+
+void rms_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight, float eps,
+                      const TensorView& y, const TensorView& h, const TensorView& rstd) {
+  const Checker check("rms_norm");
+  check.input(x, "x", {DType::f32, DType::bf16});
+  const Rows rows = rows_of(check, x, "x");
+  check.that(rows.width > 0, "x", "a last dimension of 0", "at least 1 element to normalise");
+  RmsNormForward a{};
+  if (residual) a.residual_stride = checked_stride(check, residual, "residual", x, "x");
+  if (weight) check_vector(check, weight, "weight", rows.width, {DType::f32, DType::bf16});
+  a.y_stride = checked_stride(check, y, "out", x, "x");
+  check.writable(y, "out");
+  if (residual) {
+    a.h_stride = checked_stride(check, h, "h", x, "x");
+    check.writable(h, "h");
+  }
+  if (rstd) {
+    check_vector(check, rstd, "rstd", rows.count, {DType::f32});
+    check.writable(rstd, "rstd");
+  }
+  check.that(eps >= 0, "eps", std::to_string(eps), "0 or more");
+
+  a.x = x.data, a.residual = residual.data, a.weight = weight.data;
+  a.y = y.data, a.h = residual ? h.data : nullptr, a.rstd = rstd.as<float>();
+  a.rows = rows.count, a.width = rows.width, a.x_stride = rows.stride, a.eps = eps;
+  rms_norm_bodies_table.pick().forward[is_bf16(x)][is_bf16(weight ? weight : x)](a);
+}
+
+void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
+                       const TensorView& weight, const TensorView& rstd, const TensorView& dx,
+                       const TensorView& dweight) {
+  const Checker check("rms_norm_backward");
+  check.input(h, "h", {DType::f32, DType::bf16});
+  const Rows rows = rows_of(check, h, "h");
+  check.that(rows.width > 0, "h", "a last dimension of 0", "at least 1 element");
+  RmsNormBackward a{};
+  a.grad_y_stride = checked_stride(check, grad_y, "grad_y", h, "h");
+  if (grad_h) a.grad_h_stride = checked_stride(check, grad_h, "grad_h", h, "h");
+  if (weight) check_vector(check, weight, "weight", rows.width, {DType::f32, DType::bf16});
+  check_vector(check, rstd, "rstd", rows.count, {DType::f32});
+  a.dx_stride = checked_stride(check, dx, "dx", h, "h");
+  check.writable(dx, "dx");
+  const DType weight_dtype = weight ? weight.dtype : h.dtype;
+  if (dweight) {
+    check_vector(check, dweight, "dweight", rows.width, {DType::f32, weight_dtype});
+    check.writable(dweight, "dweight");
+  }
+
+  a.grad_y = grad_y.data, a.grad_h = grad_h.data, a.h = h.data, a.weight = weight.data;
+  a.rstd = rstd.as<float>(), a.dx = dx.data, a.dweight = dweight.data;
+  a.f32_dweight = dweight.dtype == DType::f32;
+  a.rows = rows.count, a.width = rows.width, a.h_stride = rows.stride;
+  rms_norm_bodies_table.pick().backward[is_bf16(h)][weight_dtype == DType::bf16](a);
+}
+
+}  // namespace gptcore

@@ -1,0 +1,93 @@
+"""AdamW over many tensors in one call: global norm and check, then clip, unscale, update and bf16 copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from gptcore import backend
+from gptcore.ops.arrays import Array
+
+
+def adamw_(
+    params: Sequence[Array],
+    grads: Sequence[Array],
+    exp_avgs: Sequence[Array],
+    exp_avg_sqs: Sequence[Array],
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | Sequence[float] = 0.0,
+    copies: Sequence[Array] | None = None,
+    max_norm: float | None = None,
+    grad_scale: float = 1.0,
+) -> tuple[float, bool]:
+    """One step in place: ``p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps)`` with the bias-corrected moments.
+
+    Two passes: the first reads the gradients for their global norm and for infinities and NaN, the second
+    updates. Where a gradient is not finite, nothing is written.
+
+    Args:
+        params: f32, contiguous; torch tensors, NumPy or CuPy arrays. Not differentiable.
+        grads: f32 or bf16, each like its parameter; not changed by clipping or unscaling.
+        exp_avgs, exp_avg_sqs: f32 moments m and v, like the parameters.
+        step: number of this update, from 1, for the bias correction.
+        lr, beta1, beta2, eps: as in the paper.
+        weight_decay: decoupled, one number or one per parameter.
+        copies: bf16, like the parameters: overwritten with their rounding, as the weights that a model
+            computes with beside its f32 masters.
+        max_norm: the norm of all gradients together, after unscaling, is clipped to this.
+        grad_scale: gradients are divided by it first (a loss scale, or the number of micro-batches).
+
+    Returns:
+        ``(grad_norm, found_inf)``: the norm after unscaling and before clipping; whether a gradient was inf
+        or NaN.
+
+    Raises:
+        ValueError, TypeError: lists, shapes, dtypes or numbers that do not fit; nothing is written then.
+
+    Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; the clip is that of
+    torch.nn.utils.clip_grad_norm_.
+    """
+    decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    return backend.extension().adamw(
+        params, grads, exp_avgs, exp_avg_sqs, () if copies is None else copies, decays,
+        step, lr, beta1, beta2, eps, max_norm, grad_scale,
+    )  # fmt: skip
+
+
+def adamw_reference(
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    exp_avgs: Sequence[Any],
+    exp_avg_sqs: Sequence[Any],
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | Sequence[float] = 0.0,
+    copies: Sequence[Any] | None = None,
+    max_norm: float | None = None,
+    grad_scale: float = 1.0,
+) -> tuple[float, bool]:
+    """The same in plain torch, in place, any floating dtype."""
+    decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    norm = math.sqrt(math.fsum(g.double().square().sum().item() for g in grads)) / grad_scale
+    if not all(g.isfinite().all().item() for g in grads):
+        return norm, True
+    factor = (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / grad_scale
+    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        g = g.to(p.dtype) * factor
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (v / (1 - beta2**step)).sqrt() + eps
+        p.mul_(1 - lr * decays[i]).addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+        if copies is not None:
+            copies[i].copy_(p)
+    return norm, False

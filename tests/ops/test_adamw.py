@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptcore.ops.adamw import adamw_, adamw_reference
+from tests.tolerance import ROUNDOFF, assert_same_for_threads, same_bits
+
+SETTINGS = {"lr": 0.02, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6}
+# Every size from none to beyond two AVX-512 vectors, four running sums, and more than one chunk of 16384.
+SIZES = [*range(0, 34), 63, 64, 65, 16383, 16384, 16385, 40000]
+
+
+class State:
+    """Parameters, gradients and moments of the given sizes, after some imagined steps."""
+
+    def __init__(self, sizes, grad_dtype=torch.float32, *, copies: bool = False, scale: float = 1.0) -> None:
+        self.params = [torch.randn(n) for n in sizes]
+        self.grads = [(torch.randn(n) * scale).to(grad_dtype) for n in sizes]
+        self.exp_avgs = [torch.randn(n) * 0.1 for n in sizes]
+        self.exp_avg_sqs = [torch.rand(n) * 0.1 for n in sizes]
+        self.copies = [torch.zeros(n, dtype=torch.bfloat16) for n in sizes] if copies else None
+
+    def clone(self, dtype: torch.dtype = torch.float32) -> State:
+        other = State([])
+        other.params, other.exp_avgs, other.exp_avg_sqs = (
+            [t.to(dtype, copy=True) for t in list_]
+            for list_ in (self.params, self.exp_avgs, self.exp_avg_sqs)
+        )
+        other.grads = [g.to(dtype) if dtype == torch.float64 else g for g in self.grads]
+        other.copies = None if self.copies is None else [c.clone() for c in self.copies]
+        return other
+
+    def step(self, function=adamw_, **options):
+        return function(
+            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, copies=self.copies,
+            **{**SETTINGS, "step": 3, **options},
+        )  # fmt: skip
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(self.copies or [])]
+
+
+def _check(state: State, **options) -> None:
+    exact, twin = state.clone(torch.float64), state.clone()
+    norm, found = state.step(**options)
+    exact_norm, _ = exact.step(adamw_reference, **options)
+    twin.step(adamw_reference, **options)
+    assert not found
+    count = sum(g.numel() for g in state.grads)
+    # f32 partial sums over chunks of 16384 in 64 lanes: 256 roundings of half a unit at worst, a walk of 16.
+    assert abs(norm - exact_norm) <= 16 * ROUNDOFF[torch.float32] * exact_norm, count
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        for got, want, torchs in zip(*(getattr(s, name) for s in (state, exact, twin)), strict=True):
+            if not got.numel():
+                continue
+            # A handful of roundings on operands no larger than the tensor's scale; torch makes as many.
+            bound = 2 * (torchs.double() - want).abs().max() + 4 * ROUNDOFF[torch.float32] * want.abs().max()
+            assert (got.double() - want).abs().max() <= bound, name
+    if state.copies is not None:
+        for copy, p in zip(state.copies, state.params, strict=True):
+            assert same_bits(copy, p.bfloat16())
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_matches_float64_at_every_size_on_every_isa(isa: str, grad_dtype: torch.dtype) -> None:
+    decays = [0.1 * (i % 3) for i in range(len(SIZES))]
+    _check(State(SIZES, grad_dtype, copies=True), weight_decay=decays, max_norm=0.5, grad_scale=4.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 200), max_size=6),
+    grad_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    copies=st.booleans(),
+    max_norm=st.sampled_from([None, 1e-3, 1e6]),
+    grad_scale=st.sampled_from([1.0, 1024.0]),
+    step=st.sampled_from([1, 2, 10_000]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_lists_and_options(sizes, grad_dtype, copies, max_norm, grad_scale, step, seed) -> None:
+    torch.manual_seed(seed)
+    state = State(sizes, grad_dtype, copies=copies, scale=grad_scale)
+    _check(state, step=step, weight_decay=0.1, max_norm=max_norm, grad_scale=grad_scale)
+
+
+def test_follows_torch_over_a_hundred_steps() -> None:
+    state = State([300, 7])
+    ours = state.clone()
+    params = [torch.nn.Parameter(p.clone()) for p in state.params]
+    optimizer = torch.optim.AdamW(params, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    ours.exp_avgs = [torch.zeros_like(p) for p in ours.params]
+    ours.exp_avg_sqs = [torch.zeros_like(p) for p in ours.params]
+    for step in range(1, 101):
+        ours.grads = [torch.randn_like(p) for p in ours.params]
+        for p, g in zip(params, ours.grads, strict=True):
+            p.grad = g.clone()
+        torch_norm = torch.nn.utils.clip_grad_norm_(params, 5.0)
+        optimizer.step()
+        norm, _ = ours.step(
+            step=step, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_norm=5.0
+        )
+        assert norm == pytest.approx(torch_norm.item(), rel=1e-5)
+    for p, q in zip(ours.params, params, strict=True):
+        # 100 steps of lr 0.01, each a few roundings of a value near 1.
+        torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_written_where_a_gradient_is_not_finite(isa: str, bad: float, grad_dtype) -> None:
+    for position in (0, 16, 65, 20000, 39999):
+        state = State([5, 40000], grad_dtype, copies=True)
+        state.grads[1][position] = bad
+        before = [t.clone() for t in state.tensors()]
+        norm, found = state.step(max_norm=1.0)
+        assert found is True and not math.isfinite(norm)
+        assert all(same_bits(a, b) for a, b in zip(state.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e20, 1e30])
+def test_norm_survives_squares_beyond_f32(scale: float) -> None:
+    state = State([100, 30000], scale=scale)
+    exact = math.sqrt(sum(g.double().square().sum().item() for g in state.grads))
+    norm, found = state.step(max_norm=1.0)
+    assert not found
+    assert norm == pytest.approx(exact, rel=1e-6)
+    assert all(t.isfinite().all() for t in state.tensors())
+
+
+def test_gradients_stay_as_they_are_and_zero_gradients_only_decay() -> None:
+    state = State([50])
+    grad = state.grads[0].clone()
+    state.step(max_norm=0.1, grad_scale=8.0)
+    assert same_bits(state.grads[0], grad)
+    state.grads[0].zero_(), state.exp_avgs[0].zero_()
+    expected = state.params[0] * (1 - SETTINGS["lr"] * 0.5)
+    norm, _ = state.step(weight_decay=0.5)
+    assert norm == 0.0
+    torch.testing.assert_close(state.params[0], expected, rtol=1e-6, atol=0)
+
+
+def test_same_bits_for_every_thread_count_and_run(threads: None) -> None:
+    start = State([100_000, 3, 17, 40_000], torch.bfloat16, copies=True)
+
+    def step() -> list[torch.Tensor]:
+        state = start.clone()
+        norm, _ = state.step(max_norm=0.1, weight_decay=0.1)
+        return [*state.tensors(), torch.tensor(norm, dtype=torch.float64)]
+
+    assert_same_for_threads(step)
+
+
+def test_misaligned_tensors_and_several_dimensions() -> None:
+    def views(dtype=torch.float32):
+        return [torch.rand(61, dtype=torch.float32).to(dtype)[1:].view(3, 20)]
+
+    state = State([])
+    state.params, state.grads, state.exp_avgs, state.exp_avg_sqs = (views() for _ in range(4))
+    state.copies = views(torch.bfloat16)
+    _check(state, max_norm=1.0)
+
+
+def test_parameters_that_require_grad_and_numpy_arrays() -> None:
+    state = State([33, 5])
+    other = state.clone()
+    state.params = [torch.nn.Parameter(p) for p in state.params]
+    arrays = [
+        [t.numpy() for t in list_] for list_ in (other.params, other.grads, other.exp_avgs, other.exp_avg_sqs)
+    ]
+    state.step(max_norm=1.0)
+    adamw_(*arrays, step=3, max_norm=1.0, **SETTINGS)
+    for a, b in zip(state.params, arrays[0], strict=True):
+        assert isinstance(b, np.ndarray) and same_bits(a.detach(), torch.from_numpy(b))
+
+
+def _call(**changes):
+    state = State([4, 5], copies=True)
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "copies"):
+        if name in changes:
+            setattr(state, name, changes.pop(name))
+    before = [t.clone() for t in state.tensors()]
+    try:
+        state.step(**changes)
+    finally:
+        assert all(same_bits(a, b) for a, b in zip(state.tensors(), before, strict=True))
+
+
+BAD = [
+    (
+        {"params": [torch.zeros(4), torch.zeros(5, dtype=torch.float64)]},
+        TypeError,
+        "'params\\[1\\]': got float64",
+    ),
+    ({"grads": [torch.zeros(4)]}, ValueError, "'grads': got 1 entries, expected 2"),
+    ({"grads": [torch.zeros(4), torch.zeros(6)]}, ValueError, "'grads\\[1\\]': got shape \\(6,\\)"),
+    ({"grads": [torch.zeros(4), torch.zeros(10)[::2]]}, ValueError, "'grads\\[1\\]'.*contiguous"),
+    ({"exp_avgs": [torch.zeros(4), torch.zeros(5).bfloat16()]}, TypeError, "'exp_avgs\\[1\\]'"),
+    (
+        {"copies": [torch.zeros(4), torch.zeros(5)]},
+        TypeError,
+        "'copies\\[0\\]': got float32, expected bfloat16",
+    ),
+    ({"weight_decay": [0.1]}, ValueError, "'weight_decay': got 1 entries"),
+    ({"weight_decay": -0.1}, ValueError, "'weight_decay\\[0\\]'"),
+    ({"step": 0}, ValueError, "'step': got 0, expected 1 or more"),
+    ({"lr": math.nan}, ValueError, "'lr'"),
+    ({"beta1": 1.0}, ValueError, "'beta1'.*\\[0, 1\\)"),
+    ({"max_norm": 0.0}, ValueError, "'max_norm'.*above 0"),
+    ({"grad_scale": 0.0}, ValueError, "'grad_scale'"),
+]
+
+
+@pytest.mark.parametrize("changes, error, text", BAD)
+def test_bad_input_is_named_and_nothing_written(changes, error, text: str) -> None:
+    with pytest.raises(error, match=text):
+        _call(**dict(changes))
