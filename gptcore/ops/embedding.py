@@ -45,13 +45,9 @@ def embedding_backward(
         vocabulary: V.
         accumulate_into: (V, C) f32 or bf16: the gradient is added to it and it is returned.
     """
-    if accumulate_into is None:
-        dweight = empty(grad_out, (vocabulary, grad_out.shape[-1]))
-    else:
-        dweight = accumulate_into
-    backend.extension().embedding_backward(
-        _contiguous(ids), rows(grad_out), dweight, accumulate_into is not None
-    )
+    accumulate = accumulate_into is not None
+    dweight = accumulate_into if accumulate else empty(grad_out, (vocabulary, grad_out.shape[-1]))
+    backend.extension().embedding_backward(_contiguous(ids), rows(grad_out), dweight, accumulate)
     return dweight
 
 
