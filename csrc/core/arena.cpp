@@ -50,7 +50,8 @@ thread_local Stack stack;
 }  // namespace
 
 Scratch::Scratch(size_t bytes) {
-  bytes = bytes ? (bytes + kAlign - 1) / kAlign * kAlign : kAlign;  // an empty first frame maps no memory otherwise
+  bytes = bytes ? (bytes + kAlign - 1) / kAlign * kAlign
+                : kAlign;  // an empty first frame maps no memory otherwise
   int index = stack.top;
   const int count = static_cast<int>(stack.blocks.size());
   while (index < count && stack.blocks[index].used + bytes > stack.blocks[index].size) ++index;
