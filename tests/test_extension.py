@@ -128,3 +128,15 @@ def test_threads_follow_the_affinity() -> None:
     )
     count, reason = _python(code).split(" ", 1)
     assert (count == "1" and "affinity" in reason) or "OpenMP" in reason
+
+
+def test_the_stub_names_what_the_module_has() -> None:
+    stub = (ROOT / "gptcore" / "_C.pyi").read_text()
+    declared = set(re.findall(r"^def (\w+)\(", stub, flags=re.MULTILINE))
+    module = {name for name in dir(backend.extension()) if not name.startswith("_")}
+    assert declared == module
+    for name in sorted(module):
+        signature = backend.extension().__dict__[name].__doc__.partition("\n")[0]
+        parameters = re.findall(r"(?:\(|, )(\w+): ", signature)
+        body = re.search(rf"^def {name}\((.*?)\) ->", stub, flags=re.MULTILINE | re.DOTALL)
+        assert body and re.findall(r"(\w+): ", body.group(1)) == parameters, name

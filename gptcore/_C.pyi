@@ -1,0 +1,193 @@
+"""Types of the native module. Arrays are torch, NumPy or CuPy; the contracts stand in csrc/kernels/<op>/<op>.h."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Tensor = Any
+
+__version__: str
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
+    weight_decay: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    max_norm: float | None,
+    grad_scale: float,
+) -> tuple[float, bool]: ...
+def attention_backward(
+    dout: Tensor | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+) -> None: ...
+def attention_forward(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    left: int,
+    right: int,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> None: ...
+def available_isas() -> list[str]: ...
+def cross_entropy_backward(
+    grad_loss: Tensor | None,
+    logits: Tensor | None,
+    targets: Tensor | None,
+    weight: Tensor | None,
+    lse: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    dlogits: Tensor | None,
+) -> None: ...
+def cross_entropy_forward(
+    logits: Tensor | None,
+    targets: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    loss: Tensor | None,
+    lse: Tensor | None,
+) -> None: ...
+def embedding_backward(
+    ids: Tensor | None, grad_out: Tensor | None, dweight: Tensor | None, accumulate: bool
+) -> None: ...
+def embedding_forward(ids: Tensor | None, weight: Tensor | None, out: Tensor | None) -> None: ...
+def gated_activation_backward(
+    kind: int,
+    grad_y: Tensor | None,
+    gate: Tensor | None,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    dgate: Tensor | None,
+    dup: Tensor | None,
+    dgate_bias: Tensor | None,
+    dup_bias: Tensor | None,
+) -> None: ...
+def gated_activation_forward(
+    kind: int,
+    gate: Tensor | None,
+    up: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    y: Tensor | None,
+) -> None: ...
+def isa() -> str: ...
+def layer_norm_backward(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor | None,
+    stats: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None: ...
+def layer_norm_forward(
+    x: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor | None,
+    h: Tensor | None,
+    stats: Tensor | None,
+) -> None: ...
+def linear_cross_entropy_backward(
+    grad_loss: Tensor | None,
+    grad_z: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    targets: Tensor | None,
+    lse: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    reduction: str,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    accumulate: bool,
+) -> None: ...
+def linear_cross_entropy_forward(
+    x: Tensor | None,
+    weight: Tensor | None,
+    targets: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    reduction: str,
+    loss: Tensor | None,
+    z: Tensor | None,
+    logprobs: Tensor | None,
+    lse: Tensor | None,
+) -> None: ...
+def matmul(
+    a: Tensor | None,
+    b: Tensor | None,
+    out: Tensor | None,
+    accumulate: bool,
+    transpose_a: bool,
+    transpose_b: bool,
+) -> None: ...
+def noop(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> None: ...
+def num_threads() -> int: ...
+def num_threads_reason() -> str: ...
+def rms_norm_backward(
+    grad_y: Tensor | None,
+    grad_h: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor | None,
+    rstd: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+) -> None: ...
+def rms_norm_forward(
+    x: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    y: Tensor | None,
+    h: Tensor | None,
+    rstd: Tensor | None,
+) -> None: ...
+def rotary(
+    x: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor | None,
+    offset: int,
+    interleaved: bool,
+    inverse: bool,
+    out: Tensor | None,
+) -> None: ...
+def scratch_bytes() -> int: ...
+def set_isa(name: str) -> None: ...
+def set_num_threads(count: int) -> None: ...
