@@ -12,7 +12,7 @@ namespace {
 struct TileEngine : PairEngine {
   using Scope = TileScope;
   static constexpr int kRowStep = 16;
-  static constexpr int kForwardRows = 32, kForwardKeys = 256;
+  static constexpr int kForwardRows = 64, kForwardKeys = 512;
   static constexpr int kBackwardRows = 128, kBackwardKeys = 128;
 
   static void product(const uint32_t* a, int64_t a_row, const Panels<uint32_t>& b, float* c, int64_t c_row,

@@ -6,6 +6,7 @@
 
 #include "core/arena.h"
 #include "core/parallel.h"
+#include "kernels/attention/decode.h"
 #include "kernels/attention/pack.h"
 #include "kernels/attention/softmax.h"
 
@@ -78,7 +79,9 @@ class ForwardTask {
 
   void row_block(int64_t first) {
     const int64_t count = at_most(s_.rows() - first, kRows), padded = round_up(count, Engine::kRowStep);
+    prefetch(first, count);
     state_.reset(count);
+    for (int64_t r = 0; r < count; ++r) seen_[r] = s_.keys_of(first + r);
     bool any = false;
     const Range keys = s_.keys_of_rows(first, first + count);
     if (!keys.empty()) {
@@ -91,21 +94,31 @@ class ForwardTask {
         const int64_t base = block * kKeys;
         const Range width{round_down(at_least(keys.begin - base, 0), Engine::kKeyStep),
                           round_up(at_most(keys.end - base, kKeys), Engine::kKeyStep)};
-        key_block(first, count, padded, base, width, scale, any);
+        key_block(count, padded, base, width, scale, any);
         any = true;
       }
     }
-    write(first, count, any);
+    write(first, count);
   }
 
-  void key_block(int64_t first, int64_t count, int64_t padded, int64_t base, Range width, float scale,
-                 bool any) {
+  // What a block writes at its end, and the queries of the next: from memory while the block computes.
+  void prefetch(int64_t first, int64_t count) const {
+    const QueryRows<const T> q(p_.q, s_), out(p_.out, s_);
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    for (int64_t r = first; r < first + count; ++r) {
+      const T* row = out(r);
+      for (int64_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(row + d, 1);
+      if (r + kRows < last_row()) prefetch_row(q(r + kRows), p_.head_dim);
+    }
+  }
+
+  void key_block(int64_t count, int64_t padded, int64_t base, Range width, float scale, bool any) {
     const Unit* keys = packed_keys(base / kKeys);
     Engine::product(queries_, depth_, {keys + width.begin * depth_, kLanes, kLanes * depth_},
                     scores_ + width.begin, kScoreRow, padded, width.end - width.begin, depth_, false);
     for (int64_t r = 0; r < count; ++r) {
-      const Range seen = s_.keys_of(first + r);
-      const Range visible{at_least(seen.begin - base, width.begin), at_most(seen.end - base, width.end)};
+      const Range visible{at_least(seen_[r].begin - base, width.begin),
+                          at_most(seen_[r].end - base, width.end)};
       softmax_row<Engine>(state_, r, scores_ + r * kScoreRow, visible, width, scale, sums_ + r * width_,
                           any ? width_ : 0);
     }
@@ -115,19 +128,20 @@ class ForwardTask {
                     (width.end - width.begin) / kPer, any);
   }
 
-  void write(int64_t first, int64_t count, bool any) {
+  void write(int64_t first, int64_t count) {
     const QueryRows<T> out(p_.out, s_);
     const LseRows lse(p_, s_);
+    state_.finish(count);
     for (int64_t r = 0; r < count; ++r) {
-      const float sum = reduce_add(load(state_.sum[r]));
-      const bool nothing = !any || sum == 0;
-      const float factor = nothing ? 0 : 1.0f / sum;
+      const float factor = state_.raw_max[r];
       T* row = out(first + r);
       const float* o = sums_ + r * width_;
-      for_lanes(p_.head_dim, [&](int64_t d, int64_t n) {
-        store_some(row + d, nothing ? Vec{} : load(o + d) * factor, n);
-      });
-      if (p_.lse) lse(first + r) = nothing ? -kInfinity : state_.shift[r] * kLn2 + __builtin_logf(sum);
+      if (factor == 0) {  // nothing seen; what lies in `o` may come from nowhere
+        for_lanes(p_.head_dim, [&](int64_t d, int64_t n) { store_some(row + d, Vec{}, n); });
+      } else {
+        for_lanes(p_.head_dim, [&](int64_t d, int64_t n) { store_some(row + d, load(o + d) * factor, n); });
+      }
+      if (p_.lse) lse(first + r) = state_.shift[r];
     }
   }
 
@@ -142,12 +156,17 @@ class ForwardTask {
   int64_t first_block_;
   Unit *packed_, *queries_;
   float *scores_, *sums_;
+  Range seen_[kRows];
   RowStates<kRows> state_;
 };
 
 template <class Engine, class T>
 void forward(const AttentionProblem& p) {
   const int64_t units = p.batch * p.kv_heads;
+  if (p.queries * (p.heads / p.kv_heads) <= DecodeTask<T>::kMaxRows) {
+    decode<T>(p);
+    return;
+  }
   const int64_t row_blocks =
       (p.queries * (p.heads / p.kv_heads) + Engine::kForwardRows - 1) / Engine::kForwardRows;
   if (units == 0 || row_blocks == 0) return;

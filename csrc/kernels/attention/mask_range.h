@@ -37,7 +37,8 @@ struct Sequence {
 
   // Keys that row r sees; empty ranges may lie anywhere in [0, keys].
   Range keys_of(int64_t row) const {
-    const int64_t last = row / group + keys - queries;  // causal is aligned at the bottom right
+    const int64_t token = group == 1 ? row : row / group;  // a division costs as much as a vector of scores
+    const int64_t last = token + keys - queries;           // causal is aligned at the bottom right
     const int64_t begin = left < 0 ? 0 : at_most(at_least(last - left, 0), keys);
     const int64_t end = right < 0 ? keys : at_most(at_least(last + right + 1, 0), keys);
     return {begin, end};
@@ -110,7 +111,9 @@ struct LseRows {
         head(p.lse_head),
         group(s.group) {}
 
-  float& operator()(int64_t row) const { return base[row / group + row % group * head]; }
+  float& operator()(int64_t row) const {
+    return group == 1 ? base[row] : base[row / group + row % group * head];
+  }
 };
 
 }  // namespace

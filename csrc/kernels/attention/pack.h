@@ -86,6 +86,13 @@ struct Reader<PairUnits, bf16> {
 };
 #endif
 
+// Rows of one head lie far apart, where no hardware prefetcher looks: asks for all lines of a row to come.
+template <class T>
+GPTCORE_INLINE void prefetch_row(const T* row, int64_t size) {
+  for (int64_t d = 0; d < size; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + d);
+}
+constexpr int kPrefetchRows = 24;
+
 GPTCORE_INLINE void store_units(float* p, Vec x) { store(p, x); }
 GPTCORE_INLINE void store_units(uint32_t* p, Vec x) { store(reinterpret_cast<float*>(p), x); }
 
@@ -97,6 +104,7 @@ void pack_rows(const Rows& rows, int64_t first, int64_t count, int64_t padded, i
   using Read = Reader<Units, T>;
   for (int64_t r = 0; r < padded; ++r, out += depth) {
     const T* row = r < count ? rows(first + r) : nullptr;
+    if (r + 8 < count) prefetch_row(rows(first + r + 8), size);
     for (int64_t u = 0; u < depth; u += kLanes) {
       Vec x = r < count ? Read::depth(row, u, size) : Vec{};
       if (negate) x = Read::negate(x);
@@ -111,7 +119,10 @@ void pack_columns(const Rows& rows, int64_t first, int64_t count, int64_t padded
   using Read = Reader<Units, T>;
   for (int64_t r = 0; r < padded; r += kLanes, out += depth * kLanes) {
     const T* row[kLanes];
-    for (int i = 0; i < kLanes; ++i) row[i] = r + i < count ? rows(first + r + i) : nullptr;
+    for (int i = 0; i < kLanes; ++i) {
+      row[i] = r + i < count ? rows(first + r + i) : nullptr;
+      if (r + i + kPrefetchRows < count) prefetch_row(rows(first + r + i + kPrefetchRows), size);
+    }
     for (int64_t u = 0; u < depth; u += kLanes) {
       Vec block[kLanes];
 #pragma GCC unroll 16
@@ -129,6 +140,9 @@ void pack_pairs(const Rows& rows, int64_t first, int64_t count, int64_t units, i
                 typename Units::Unit* out) {
   using Read = Reader<Units, T>;
   for (int64_t k = 0; k < units; ++k) {
+    for (int64_t r = k * Units::kPerUnit; r < (k + 1) * Units::kPerUnit; ++r) {
+      if (r + kPrefetchRows < count) prefetch_row(rows(first + r + kPrefetchRows), size);
+    }
     for (int64_t d = 0; d < size; d += kLanes) {
       store_units(out + d / kLanes * panel + k * kLanes, Read::pair(rows, first, k, count, d, size));
     }

@@ -5,6 +5,7 @@
 
 #include "core/simd.h"
 #include "kernels/attention/mask_range.h"
+#include "kernels/attention/pack.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA_NS {
@@ -45,6 +46,21 @@ GPTCORE_INLINE Vec exp2_of(Vec x) {
 #else
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 #endif
+}
+
+// Natural logarithm of positive normal numbers: x = 2^n m with m in [0.71, 1.42), log m = 2 atanh((m - 1) /
+// (m + 1)) by its series; the first term left out is below 1e-9. NaN stays NaN.
+GPTCORE_INLINE Vec log_of(Vec x) {
+  const VecI bits = (VecI)x;
+  const VecI n = (bits - 0x3f3504f3) >> 23;
+  const Vec m = (Vec)(bits - (n << 23));
+  const Vec s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  Vec p = z * (2.0f / 9) + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  p = p * z + 2.0f;
+  const Vec y = p * s + __builtin_convertvector(n, Vec) * kLn2;
+  return x == x ? y : x;
 }
 
 // Larger of two, or b where either is NaN, as one instruction.
@@ -90,14 +106,32 @@ struct VectorRange {
 // so far, lane by lane.
 template <int kRows>
 struct RowStates {
-  float raw_max[kRows];
-  float shift[kRows];
+  alignas(64) float raw_max[kRows];
+  alignas(64) float shift[kRows];
   alignas(64) float sum[kRows][kLanes];
 
+  // For `rows` rounded up to whole vectors, which finish() works on.
   void reset(int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r) {
+    static_assert(kRows % kLanes == 0);
+    for (int64_t r = 0; r < round_up(rows, kLanes); ++r) {
       raw_max[r] = -kInfinity, shift[r] = 0;
       store(sum[r], Vec{});
+    }
+  }
+
+  // Leaves 1 / sum in raw_max (0 where nothing was seen) and lse in shift.
+  void finish(int64_t rows) {
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      Vec part[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) part[i] = load(sum[r + i]);
+      transpose(part);
+      for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) part[i] += part[i + width];
+      }
+      const VecI nothing = part[0] == Vec{};
+      store(raw_max + r, nothing ? Vec{} : 1.0f / part[0]);
+      store(shift + r, nothing ? splat(-kInfinity) : load(shift + r) * kLn2 + log_of(part[0]));
     }
   }
 };

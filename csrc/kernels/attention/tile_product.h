@@ -48,9 +48,11 @@ GPTCORE_INLINE void tile_block(const uint32_t* a, int64_t a_row, const Panels<ui
   if constexpr (kRows > 1 && kColumns > 1) _tile_stored(3, c1 + 16, c_bytes);
 }
 
-// rows, columns and depth (in units): multiples of 16.
-inline void tile_product(const uint32_t* a, int64_t a_row, Panels<uint32_t> b, float* c, int64_t c_row,
-                         int64_t rows, int64_t columns, int64_t depth, bool accumulate) {
+// rows, columns and depth (in units): multiples of 16. Not inlined: within a pass the loop counters would not
+// find registers.
+__attribute__((noinline)) void tile_product(const uint32_t* a, int64_t a_row, Panels<uint32_t> b, float* c,
+                                            int64_t c_row, int64_t rows, int64_t columns, int64_t depth,
+                                            bool accumulate) {
   tile_fence();
   for (int64_t n = 0; n < columns; n += 32, b.data += 2 * b.panel) {
     const bool two = n + 32 <= columns;
