@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -106,6 +107,10 @@ def _check_device(device: str) -> None:
             raise ValueError("--device cuda: torch finds no CUDA device here")
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _measure(arguments: argparse.Namespace, options: Options) -> tuple[Results, bool]:
     """The results, and whether all of the run came to its end."""
     if arguments.from_json:
@@ -118,6 +123,8 @@ def _measure(arguments: argparse.Namespace, options: Options) -> tuple[Results, 
         with open(arguments.json, "a", encoding="utf-8"):
             pass
     results = Results()
+    # A terminated run must not leave its measuring process behind to disturb the next one.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         run(options, results)
     except KeyboardInterrupt:

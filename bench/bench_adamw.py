@@ -26,6 +26,7 @@ def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
 
     def setup(target: Target) -> Callables:
         import torch
+
         from gptcore.ops.adamw import adamw_
 
         low = target.dtype != "float32"
@@ -56,13 +57,15 @@ def _torch_step(start: list, grads: list, low: bool) -> Callable[[], list]:
     params = [torch.nn.Parameter(p.clone()) for p in start]
     copies = [p.bfloat16() for p in start] if low else None
     optimizer = torch.optim.AdamW(params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
-    for p in params:
-        p.grad = torch.zeros_like(p)
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad.to(torch.float32, copy=True)
     held = [p.grad for p in params]
 
     def step() -> list:
-        # The clip scales in place, so the gradients are fresh each time, as after a backward pass.
-        torch._foreach_copy_(held, grads)
+        # The clip scales in place. f32 gradients are left so: the next clip does the same work on them, and a
+        # copy would charge torch for two streams that a training step does not have.
+        if copies is not None:
+            torch._foreach_copy_(held, grads)
         torch.nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
         optimizer.step()
         if copies is not None:

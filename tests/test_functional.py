@@ -239,7 +239,11 @@ def test_random_calls_agree(data: st.DataObject) -> None:
         st.sampled_from(["layer_norm", "rms_norm", "gelu", "silu", "cross_entropy", "linear", "attention"])
     )
     if name in ("layer_norm", "rms_norm"):
-        _like_torch(name, [x], (width,), terms=width)
+        # Rows of few elements give gradients that cancel; what is added up is gradient / deviation.
+        spread = (
+            x.double().square().mean(-1) if name == "rms_norm" else x.double().var(-1, correction=0)
+        ) + 1e-5
+        _like_torch(name, [x], (width,), terms=width, summand=4 * spread.min().item() ** -0.5)
     elif name in ("gelu", "silu"):
         _like_torch(name, [x])
     elif name == "linear":

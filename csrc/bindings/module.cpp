@@ -9,6 +9,8 @@ using gptcore::TensorView;
 
 void register_attention(py::module_& m);
 void register_layer_norm(py::module_& m);
+void register_cross_entropy(py::module_& m);
+void register_linear_cross_entropy(py::module_& m);
 void register_matmul(py::module_& m);
 void register_gated_activation(py::module_& m);
 void register_adamw(py::module_& m);
@@ -57,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
   register_machine(m);
   register_attention(m);
   register_layer_norm(m);
+  register_cross_entropy(m);
+  register_linear_cross_entropy(m);
   register_matmul(m);
   register_gated_activation(m);
   register_adamw(m);

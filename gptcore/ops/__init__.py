@@ -10,6 +10,7 @@ function, and ``from gptcore.ops.layer_norm import ...`` still reaches the modul
 
 from gptcore.ops.adamw import adamw_
 from gptcore.ops.attention import attention, attention_backward, attention_qkv
+from gptcore.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from gptcore.ops.embedding import embedding, embedding_backward
 from gptcore.ops.gated_activation import (
     gated_activation_backward,
@@ -22,6 +23,11 @@ from gptcore.ops.gated_activation import (
     swiglu_packed,
 )
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
+from gptcore.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+    token_logprobs,
+)
 from gptcore.ops.matmul import matmul
 from gptcore.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_stats
 from gptcore.ops.rotary import rotary, rotary_tables
@@ -31,6 +37,8 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_qkv",
+    "cross_entropy",
+    "cross_entropy_backward",
     "embedding",
     "embedding_backward",
     "gated_activation_backward",
@@ -40,6 +48,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_stats",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "matmul",
     "relu",
     "rms_norm",
@@ -50,4 +60,5 @@ __all__ = [
     "silu",
     "swiglu",
     "swiglu_packed",
+    "token_logprobs",
 ]

@@ -109,7 +109,12 @@ class TorchOp:
 
         def eager_backward(ctx: Any, *grads: Any) -> Any:
             # Only create_graph=True runs backward with gradients on; then a second derivative must raise.
-            return once(ctx, *grads) if is_grad_enabled() else backward(ctx, *grads)
+            if not is_grad_enabled():
+                return backward(ctx, *grads)
+            # once_differentiable guards only what depends on grads; the saved tensors must not be forgotten
+            # silently when grads are constants, as a scalar loss's are.
+            marked = (g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads)
+            return once(ctx, *marked)
 
         methods = {"forward": staticmethod(self.eager_forward), "backward": staticmethod(eager_backward)}
         return type(f"gptcore_{self.name}", (_torch.autograd.Function,), methods)

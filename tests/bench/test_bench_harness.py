@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import harness, readme_table
+from bench import ROOT, harness, readme_table
 from bench.__main__ import main
 from bench.case import Case, both_directions
 from bench.child import CaseError, Job, _check_agreement, build_record
@@ -140,3 +143,35 @@ def test_one_real_case_from_the_command_line(tmp_path: Path, capsys: pytest.Capt
     assert (last["allocator"], last["wait_policy"]) == ("tuned", "spin2000")
     (machine,) = read_jsonl(str(path)).machines
     assert machine["torch"] == torch.__version__ and machine["ceilings"]["peak"]["bfloat16"] > 0
+
+
+def test_a_terminated_run_prints_what_it_has_and_leaves_no_process(tmp_path: Path):
+    path = tmp_path / "partial.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "--case",
+        "layer_norm/*",
+        "--repeats",
+        "500",
+        "--json",
+        str(path),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "cases with default allocator" in process.stderr.readline()
+    (child,) = wait_for_children(process.pid)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "interrupted" in errors
+    assert not Path(f"/proc/{child}").exists() and path.exists()
+
+
+def wait_for_children(pid: int) -> list[str]:
+    for _ in range(200):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if children:
+            return children
+        time.sleep(0.05)
+    raise AssertionError("no measuring process has been started")

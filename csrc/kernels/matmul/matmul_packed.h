@@ -75,7 +75,7 @@ struct PackedProduct {
     const bool direct = x.f32_out && rows % kGroup == 0;
     const int64_t ldc = kColumnChunk + kGroup;
     const Scratch results(static_cast<size_t>(groups * kGroup * ldc) * sizeof(float));
-    const typename Policy::Scope scope;
+    [[maybe_unused]] const typename Policy::Scope scope;
     for (int64_t j = 0; j < count; j += kColumnChunk) {
       const int64_t width = smaller(kColumnChunk, count - j), panels = ceil_div(width, kGroup);
       const char* panel = columns + j / kGroup * stride;

@@ -1,0 +1,41 @@
+#include "kernels/linear_cross_entropy/linear_cross_entropy.h"
+
+#include "bindings/tensor_caster.h"
+
+namespace py = pybind11;
+using gptcore::LinearCrossEntropyOptions;
+using gptcore::TensorView;
+
+namespace {
+
+void forward(const TensorView& x, const TensorView& weight, const TensorView& targets, int64_t ignore_index,
+             double label_smoothing, double z_loss, double logit_scale, const std::string& reduction,
+             const TensorView& loss, const TensorView& z, const TensorView& logprobs, const TensorView& lse) {
+  const LinearCrossEntropyOptions options{ignore_index, label_smoothing, z_loss, logit_scale, reduction};
+  gptcore::linear_cross_entropy_forward(x, weight, targets, options, loss, z, logprobs, lse);
+}
+
+void backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
+              const TensorView& weight, const TensorView& targets, const TensorView& lse,
+              int64_t ignore_index, double label_smoothing, double z_loss, double logit_scale,
+              const std::string& reduction, const TensorView& dx, const TensorView& dweight,
+              bool accumulate) {
+  const LinearCrossEntropyOptions options{ignore_index, label_smoothing, z_loss, logit_scale, reduction};
+  gptcore::linear_cross_entropy_backward(grad_loss, grad_z, x, weight, targets, lse, options, dx, dweight,
+                                         accumulate);
+}
+
+}  // namespace
+
+void register_linear_cross_entropy(py::module_& m) {
+  m.def("linear_cross_entropy_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("targets"),
+        py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("z_loss"), py::arg("logit_scale"),
+        py::arg("reduction"), py::arg("loss"), py::arg("z"), py::arg("logprobs"), py::arg("lse"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Cross-entropy of x weight^T without the logits in memory.");
+  m.def("linear_cross_entropy_backward", &backward, py::arg("grad_loss"), py::arg("grad_z"), py::arg("x"),
+        py::arg("weight"), py::arg("targets"), py::arg("lse"), py::arg("ignore_index"),
+        py::arg("label_smoothing"), py::arg("z_loss"), py::arg("logit_scale"), py::arg("reduction"),
+        py::arg("dx"), py::arg("dweight"), py::arg("accumulate"), py::call_guard<py::gil_scoped_release>(),
+        "Gradients of linear_cross_entropy_forward; dweight is overwritten or added to.");
+}

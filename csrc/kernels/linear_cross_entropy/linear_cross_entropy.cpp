@@ -1,0 +1,151 @@
+#include "kernels/linear_cross_entropy/linear_cross_entropy.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "core/check.h"
+#include "core/isa.h"
+#include "core/kept_rows.h"
+#include "kernels/linear_cross_entropy/linear_cross_entropy_body.h"
+
+namespace gptcore {
+
+GPTCORE_BODIES(LinearCrossEntropyBodies, linear_cross_entropy_f32_bodies)
+GPTCORE_BODIES_AMX(LinearCrossEntropyBodies, linear_cross_entropy_bf16_bodies)
+
+namespace {
+
+const LinearCrossEntropyBodies& bodies_of(const TensorView& x, const TensorView& weight) {
+  const bool half = x.dtype == DType::bf16 && weight.dtype == DType::bf16;
+  return (half ? linear_cross_entropy_bf16_bodies_table : linear_cross_entropy_f32_bodies_table).pick();
+}
+
+void check_inputs(const Checker& check, const TensorView& x, const TensorView& weight,
+                  const TensorView& targets, const LinearCrossEntropyOptions& options) {
+  check.input(x, "x", {DType::f32, DType::bf16});
+  check.ndim(x, "x", 2);
+  check.last_contiguous(x, "x");
+  check.input(weight, "weight", {DType::f32, DType::bf16});
+  check.ndim(weight, "weight", 2);
+  check.shape(weight, "weight", {-1, x.size(1)});
+  check.last_contiguous(weight, "weight");
+  check_loss_options(check, options.reduction, options.label_smoothing);
+  check.that(std::isfinite(options.z_loss), "z_loss", std::to_string(options.z_loss), "a finite number");
+  check.that(std::isfinite(options.logit_scale), "logit_scale", std::to_string(options.logit_scale),
+             "a finite number");
+  check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
+}
+
+void fill(LinearCrossEntropyInputs* a, const KeptRows& kept, const TensorView& x, const TensorView& weight,
+          double scale) {
+  a->x = x.data, a->x_dtype = x.dtype, a->x_stride = x.stride(0);
+  a->weight = weight.data, a->weight_dtype = weight.dtype, a->weight_stride = weight.stride(0);
+  a->rows = kept.rows(), a->targets = kept.classes();
+  a->n = kept.count(), a->c = x.size(1), a->v = weight.size(0);
+  a->scale = static_cast<float>(scale);
+}
+
+}  // namespace
+
+void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
+                                  const LinearCrossEntropyOptions& options, const TensorView& loss,
+                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse) {
+  const Checker check("linear_cross_entropy");
+  check_inputs(check, x, weight, targets, options);
+  const int64_t rows = x.size(0);
+  check_loss(check, loss, "loss", rows, options.reduction, {DType::f32});
+  check_loss(check, z, "z", rows, options.reduction, {DType::f32});
+  check_row_values(check, logprobs, "logprobs", rows);
+  check_row_values(check, lse, "lse", rows);
+  for (const TensorView* out : {&loss, &z, &logprobs, &lse}) check.writable(*out, "output");
+
+  const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
+  LinearCrossEntropyForward a{};
+  fill(&a, kept, x, weight, options.logit_scale);
+  a.lse = kept.values(0), a.target_logit = kept.values(1);
+  if (options.label_smoothing > 0) a.logit_sum = kept.values(2);
+  if (kept.count() > 0) bodies_of(x, weight).forward(a);
+
+  const bool per_row = options.reduction == "none";
+  for (const TensorView* out : {&logprobs, &lse}) std::memset(out->data, 0, static_cast<size_t>(rows) * 4);
+  if (per_row) {
+    for (int64_t n = 0; n < rows; ++n) {
+      loss.as<float>()[n * loss.stride(0)] = 0.0f;
+      z.as<float>()[n * z.stride(0)] = 0.0f;
+    }
+  }
+  const double s = options.label_smoothing, classes = static_cast<double>(weight.size(0));
+  double loss_sum = 0, z_sum = 0;  // in row order, rounded once
+  for (int64_t i = 0; i < kept.count(); ++i) {
+    const int64_t n = kept.row(i);
+    const double row_lse = a.lse[i];
+    double row_loss = row_lse - (1 - s) * a.target_logit[i];
+    if (a.logit_sum) row_loss -= s / classes * a.logit_sum[i];
+    const double row_z = options.z_loss * row_lse * row_lse;
+    lse.as<float>()[n] = a.lse[i];
+    logprobs.as<float>()[n] = a.target_logit[i] - a.lse[i];
+    loss_sum += row_loss, z_sum += row_z;
+    if (!per_row) continue;
+    loss.as<float>()[n * loss.stride(0)] = static_cast<float>(row_loss);
+    z.as<float>()[n * z.stride(0)] = static_cast<float>(row_z);
+  }
+  if (per_row) return;
+  const double divisor = options.reduction == "mean" ? static_cast<double>(kept.count()) : 1.0;
+  *loss.as<float>() = static_cast<float>(loss_sum / divisor);
+  *z.as<float>() = static_cast<float>(z_sum / divisor);
+}
+
+void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
+                                   const TensorView& weight, const TensorView& targets, const TensorView& lse,
+                                   const LinearCrossEntropyOptions& options, const TensorView& dx,
+                                   const TensorView& dweight, bool accumulate) {
+  const Checker check("linear_cross_entropy_backward");
+  check_inputs(check, x, weight, targets, options);
+  const int64_t rows = x.size(0);
+  if (grad_loss) check_loss(check, grad_loss, "grad_loss", rows, options.reduction, {DType::f32});
+  if (grad_z) check_loss(check, grad_z, "grad_z", rows, options.reduction, {DType::f32});
+  check_row_values(check, lse, "lse", rows);
+  if (dx) {
+    check.output(dx, "dx", {x.dtype});
+    check.same_shape(dx, "dx", x, "x");
+    check.last_contiguous(dx, "dx");
+  }
+  if (dweight) {
+    check.output(dweight, "dweight", {DType::f32, weight.dtype});
+    check.same_shape(dweight, "dweight", weight, "weight");
+    check.last_contiguous(dweight, "dweight");
+    check.that(!accumulate || dweight.dtype == DType::f32, "dweight", describe(dweight),
+               "f32 to accumulate into");
+  }
+
+  const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
+  if (dx && kept.count() < rows) zero_matrix(dx);
+  if (kept.count() == 0) {
+    if (dweight && !accumulate) zero_matrix(dweight);
+    return;
+  }
+  LinearCrossEntropyBackward a{};
+  fill(&a, kept, x, weight, options.logit_scale);
+  float *row_lse = kept.values(0), *factor = kept.values(1), *share = kept.values(2),
+        *uniform = kept.values(3);
+  const bool per_row = options.reduction == "none";
+  const double divisor = options.reduction == "mean" ? static_cast<double>(kept.count()) : 1.0;
+  const double scale = options.logit_scale / divisor, s = options.label_smoothing;
+  for (int64_t i = 0; i < kept.count(); ++i) {
+    const int64_t n = kept.row(i);
+    const double g = scale * loss_gradient(grad_loss, per_row, n),
+                 gz = scale * options.z_loss * loss_gradient(grad_z, per_row, n);
+    row_lse[i] = lse.as<float>()[n];
+    factor[i] = static_cast<float>(g + 2 * gz * row_lse[i]);
+    share[i] = static_cast<float>(g * (1 - s));
+    uniform[i] = static_cast<float>(g * s / static_cast<double>(weight.size(0)));
+  }
+  a.lse = row_lse, a.softmax_factor = factor, a.target_share = share, a.uniform = s > 0 ? uniform : nullptr;
+  if (dx) a.dx = dx.data, a.dx_stride = dx.stride(0);
+  if (dweight)
+    a.dweight = dweight.data, a.dweight_stride = dweight.stride(0), a.dweight_dtype = dweight.dtype;
+  a.accumulate = accumulate;
+  bodies_of(x, weight).backward(a);
+}
+
+}  // namespace gptcore

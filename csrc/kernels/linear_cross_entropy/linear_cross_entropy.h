@@ -1,0 +1,51 @@
+// The vocabulary projection with its cross-entropy loss; the logits are never whole in memory.
+//
+//   l[n,v] = logit_scale * sum_c x[n,c] * weight[v,c]        lse[n] = log sum_v exp l[n,v]
+//   loss[n] = lse[n] - (1 - s) * l[n,t] - s/V * sum_v l[n,v]   with t = targets[n], s = label_smoothing
+//   z[n] = z_loss * lse[n]^2         logprobs[n] = l[n,t] - lse[n]
+//   mean: sum over the kept rows divided by their number (NaN when none is kept); sum; none: per row
+//   dl[n,v] = g[n] * (p[n,v] - (1-s) [v = t] - s/V) + gz[n] * 2 * z_loss * lse[n] * p[n,v],   p = exp(l -
+//   lse) dx = logit_scale * dl weight     dweight = logit_scale * dl^T x
+//
+// Shapes   x: (N, C), rows of any stride; weight: (V, C), likewise; targets: (N) int64, in [0, V) or
+// ignore_index;
+//          loss, z: () for mean and sum, (N) for none; logprobs, lse: (N); gradients as their tensors.
+// Types    x and weight f32 or bf16 (both bf16: bf16 products summed in f32, gradients of logits rounded to
+// bf16;
+//          else f32 products); loss, z, logprobs, lse and their gradients f32; dx of x's type; dweight f32 or
+//          weight's type, rounded once.
+// Ignored  rows with ignore_index take no part: loss, z, logprobs, lse and dx are 0 there, and no work is
+// done. None     grad_loss, grad_z: zero; dx, dweight: not wanted. Aliasing outputs overlap nothing. dx is
+// overwritten; dweight is overwritten, or added to (f32 only). Bits     lse and logprobs of a row depend on
+// that row and weight only; dx of a row on its gradients too. Sums run in
+//          an order fixed by shapes: the same bits on every thread count.
+// Cost     forward 2NCV flops; backward 6NCV (2NCV of it the logits again), N counting kept rows;
+// exponentials 2NV.
+//          Scratch in bytes, e = 2 for bf16 products, else 4: forward NCe + NV/32 (smoothing: NV * 3/64) (and
+//          a packed block of weight of at most 512 KB per thread); backward 2NCe + 4NC + 2SNe + 2SCe for
+//          stretches of S = min(1024, V/32) words of the vocabulary, at least 256.
+// Errors   ValueError or TypeError on any violated line above, before anything is written.
+#pragma once
+
+#include <string>
+
+#include "core/tensor_view.h"
+
+namespace gptcore {
+
+struct LinearCrossEntropyOptions {
+  int64_t ignore_index;
+  double label_smoothing, z_loss, logit_scale;
+  std::string reduction;  // mean, sum or none
+};
+
+void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
+                                  const LinearCrossEntropyOptions& options, const TensorView& loss,
+                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse);
+
+void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
+                                   const TensorView& weight, const TensorView& targets, const TensorView& lse,
+                                   const LinearCrossEntropyOptions& options, const TensorView& dx,
+                                   const TensorView& dweight, bool accumulate);
+
+}  // namespace gptcore

@@ -1,0 +1,249 @@
+// The backward body. For one stretch of the vocabulary after the other, over all tokens: logits again, their
+// gradient G in both packed forms, then from it the stretch's rows of dweight, finished at once, and its
+// share of dx. Included by the _cpu and _amx files.
+#pragma once
+
+#include "kernels/linear_cross_entropy/linear_cross_entropy_forward.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+// Words of a stretch: G of 1024 words is 2% of the logits of a vocabulary of 50k (two packed forms: 4%),
+// while dx, read and written once per stretch in f32, stays far below the products' time.
+constexpr int64_t kMostStretch = 1024, kLeastStretch = 256;
+// Columns of a task's f32 result, beside its rows of A in L2.
+constexpr int64_t kColumnChunk = 192;
+constexpr int64_t kBlockStride = kColumnChunk + kGroup;
+constexpr int64_t kBlockRows = 256;
+
+inline int64_t stretch_of(int64_t v) {
+  const int64_t words = v / 32 / kLeastStretch * kLeastStretch;
+  return words < kLeastStretch ? kLeastStretch : words > kMostStretch ? kMostStretch : words;
+}
+
+template <class Policy>
+struct BackwardPass {
+  using P = typename Policy::P;
+  static constexpr int64_t kDepth = kStepDepth<P>;
+  const LinearCrossEntropyBackward& a;
+  const Lines weight, x;
+  const int64_t padded;                        // tokens
+  const int64_t c_steps, n_steps, v_steps;     // depth of the three products
+  const int64_t c_stride, n_stride, v_stride;  // and the bytes of a packed group or panel
+  char *tokens, *tokens_deep;                  // x packed as B: depth C, then depth N
+  char *words, *words_deep;                // the stretch of weight packed as A: depth C; transposed, depth V
+  char *gradient_rows, *gradient_columns;  // G^T packed as A (depth N), G packed as B (depth V)
+  float* dx_transposed;                    // (C, N) f32
+  const int64_t dx_row;
+
+  void pack_tokens() const {
+    parallel_for(padded / kGroup,
+                 [&](int64_t p, int) { pack_b<P>(x, true, p * kGroup, 0, c_steps, tokens + p * c_stride); });
+    if (!a.dweight) return;
+    parallel_for(ceil_div(a.c, kGroup), [&](int64_t p, int) {
+      pack_b<P>(x, false, p * kGroup, 0, n_steps, tokens_deep + p * n_stride);
+    });
+  }
+
+  // Words [first, first + count) in both forms.
+  void pack_words(int64_t first, int64_t count) const {
+    Lines stretch = weight;
+    stretch.count = first + count;  // what lies behind is packed as zeros
+    const int64_t groups = ceil_div(count, kGroup), deep = a.dx ? ceil_div(a.c, kGroup) : 0;
+    const int64_t steps = ceil_div(count, kDepth);
+    parallel_for(groups + deep, [&](int64_t t, int) {
+      if (t < groups) {
+        pack_a<P>(stretch, true, first + t * kGroup, 0, c_steps, words + t * c_stride);
+      } else {
+        pack_a<P>(stretch, false, (t - groups) * kGroup, first, steps, words_deep + (t - groups) * v_stride);
+      }
+    });
+  }
+
+  // G of two words for kLanes tokens, in both packed forms. Word w counts within the stretch.
+  inline __attribute__((always_inline)) void put(int64_t w, int64_t n, Vec g0, Vec g1) const {
+    char* row = gradient_rows + w / kGroup * n_stride + n / kDepth * kStepBytes + w % kGroup * kLine +
+                n % kDepth * static_cast<int64_t>(sizeof(P));
+    char* column = gradient_columns + n / kGroup * v_stride + w / kDepth * kStepBytes + n % kGroup * 4;
+    if constexpr (sizeof(P) == 4) {
+      if (a.dweight) {
+        store(reinterpret_cast<float*>(row), g0);
+        store(reinterpret_cast<float*>(row + kLine), g1);
+      }
+      if (a.dx) {
+        store(reinterpret_cast<float*>(column + w % kDepth * kLine), g0);
+        store(reinterpret_cast<float*>(column + (w % kDepth + 1) * kLine), g1);
+      }
+    } else {
+      const VecH low = narrow(g0), high = narrow(g1);
+      if (a.dweight) {
+        *reinterpret_cast<VecHUnaligned*>(row) = low;
+        *reinterpret_cast<VecHUnaligned*>(row + kLine) = high;
+      }
+      if (a.dx) {
+        *reinterpret_cast<VecU*>(column + w % kDepth / 2 * kLine) =
+            __builtin_convertvector(low, VecU) | (__builtin_convertvector(high, VecU) << 16);
+      }
+    }
+  }
+
+  // From logits[rows][kLanes tokens] the gradient; rows beyond `count` (up to `rows`, even) become zeros.
+  void differentiate(const float* logits, int64_t first, int64_t w, int64_t count, int64_t rows,
+                     int64_t n) const {
+    const Vec lse = load(a.lse + n), factor = load(a.softmax_factor + n), share = load(a.target_share + n);
+    const Vec uniform = a.uniform ? load(a.uniform + n) : Vec{};
+    const VecI target =
+        *reinterpret_cast<const VecI*>(a.targets + n) - splat_int(static_cast<int32_t>(first + w));
+    const auto gradient = [&](int64_t r) __attribute__((always_inline)) {
+      if (r >= count) return Vec{};
+      const Vec g = exp(load(logits + r * kLogitStride) * a.scale - lse) * factor - uniform;
+      return target == splat_int(static_cast<int32_t>(r)) ? g - share : g;
+    };
+    for (int64_t r = 0; r < rows; r += 2) put(w + r, n, gradient(r), gradient(r + 1));
+  }
+
+  // Logits and gradient of words [first + w, first + w + rows) for kTokenChunk tokens from n.
+  void gradient_task(int64_t first, int64_t w, int64_t count, int64_t rows, int64_t n) const {
+    const Scratch room(static_cast<size_t>(kBlockRows * kLogitStride) * sizeof(float));
+    float* logits = room.as<float>();
+    const int64_t width = smaller(kTokenChunk, padded - n);
+    {
+      [[maybe_unused]] const typename Policy::Scope scope;
+      multiply_block<Policy>(words + w / kGroup * c_stride, c_stride, ceil_div(smaller(rows, count), kGroup),
+                             tokens + n / kGroup * c_stride, c_stride, width / kGroup, c_steps, logits,
+                             kLogitStride, false);
+    }
+    for (int64_t j = 0; j < width; j += kLanes) differentiate(logits + j, first, w, count, rows, n + j);
+  }
+
+  template <class T>
+  void store_words(const float* block, int64_t word, int64_t rows, int64_t column, int64_t width) const {
+    T* out = static_cast<T*>(a.dweight) + word * a.dweight_stride + column;
+    for (int64_t r = 0; r < rows; ++r) {
+      for_lanes(width, [&](int64_t j, int64_t n) {
+        Vec value = load_some(block + r * kBlockStride + j, n);
+        if (a.accumulate) value += load_some(out + r * a.dweight_stride + j, n);
+        store_some(out + r * a.dweight_stride + j, value, n);
+      });
+    }
+  }
+
+  // dweight[word .., column ..] = G^T x over all tokens.
+  void weight_task(int64_t word, int64_t w, int64_t rows, int64_t column) const {
+    const int64_t width = smaller(kColumnChunk, a.c - column);
+    const Scratch room(static_cast<size_t>(kBlockRows * kBlockStride) * sizeof(float));
+    {
+      [[maybe_unused]] const typename Policy::Scope scope;
+      multiply_block<Policy>(gradient_rows + w / kGroup * n_stride, n_stride, ceil_div(rows, kGroup),
+                             tokens_deep + column / kGroup * n_stride, n_stride, ceil_div(width, kGroup),
+                             n_steps, room.as<float>(), kBlockStride, false);
+    }
+    if (a.dweight_dtype == DType::f32) {
+      store_words<float>(room.as<float>(), word, rows, column, width);
+    } else {
+      store_words<bf16>(room.as<float>(), word, rows, column, width);
+    }
+  }
+
+  // dx^T[row .., n ..] += weight^T G^T over the stretch.
+  void token_task(int64_t row, int64_t n, int64_t steps, bool add) const {
+    const int64_t rows = smaller(kBlockRows, ceil_div(a.c, kGroup) * kGroup - row);
+    [[maybe_unused]] const typename Policy::Scope scope;
+    multiply_block<Policy>(words_deep + row / kGroup * v_stride, v_stride, rows / kGroup,
+                           gradient_columns + n / kGroup * v_stride, v_stride,
+                           smaller(kColumnChunk, padded - n) / kGroup, steps,
+                           dx_transposed + row * dx_row + n, dx_row, add);
+  }
+
+  void stretch(int64_t first, int64_t count) const {
+    pack_words(first, count);
+    const int64_t steps = ceil_div(count, kDepth), rows = ceil_div(count, kRowPadding) * kRowPadding;
+    const int64_t blocks = ceil_div(rows, kBlockRows), chunks = ceil_div(padded, kTokenChunk);
+    parallel_for(blocks * chunks, [&](int64_t t, int) {
+      const int64_t w = t / chunks * kBlockRows;
+      gradient_task(first, w, count - w, smaller(kBlockRows, rows - w), t % chunks * kTokenChunk);
+    });
+    const int64_t columns = a.dweight ? ceil_div(a.c, kColumnChunk) : 0, weight_tasks = blocks * columns;
+    const int64_t parts = ceil_div(padded, kColumnChunk),
+                  token_tasks = a.dx ? ceil_div(a.c, kBlockRows) * parts : 0;
+    parallel_for(weight_tasks + token_tasks, [&](int64_t t, int) {
+      if (t < weight_tasks) {
+        const int64_t w = t / columns * kBlockRows;
+        weight_task(first + w, w, smaller(kBlockRows, count - w), t % columns * kColumnChunk);
+      } else {
+        t -= weight_tasks;
+        token_task(t / parts * kBlockRows, t % parts * kColumnChunk, steps, first > 0);
+      }
+    });
+  }
+
+  template <class T>
+  void store_tokens() const {
+    parallel_for(padded / kGroup, [&](int64_t p, int) {
+      alignas(64) Line32 tile[16];
+      const int64_t rows = smaller(kGroup, a.n - p * kGroup);
+      for (int64_t c = 0; c < a.c; c += kGroup) {
+        for (int64_t r = 0; r < kGroup; ++r) {
+          tile[r] = *reinterpret_cast<const Line32Unaligned*>(dx_transposed + (c + r) * dx_row + p * kGroup);
+        }
+        transpose_words(tile);
+        for (int64_t r = 0; r < rows; ++r) {
+          T* out = static_cast<T*>(a.dx) + a.rows[p * kGroup + r] * a.dx_stride + c;
+          for_lanes(smaller(kGroup, a.c - c), [&](int64_t j, int64_t n) {
+            store_some(out + j, load(reinterpret_cast<const float*>(tile + r) + j), n);
+          });
+        }
+      }
+    });
+  }
+};
+
+template <class Policy>
+void backward(const LinearCrossEntropyBackward& a) {
+  using P = typename Policy::P;
+  constexpr int64_t kDepth = kStepDepth<P>;
+  const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding, words = stretch_of(a.v);
+  const int64_t c_steps = ceil_div(a.c, kDepth), n_steps = padded / kDepth, v_steps = words / kDepth;
+  const int64_t c_stride = c_steps * kStepBytes, n_stride = n_steps * kStepBytes,
+                v_stride = v_steps * kStepBytes;
+  const int64_t c_groups = ceil_div(a.c, kGroup), panels = padded / kGroup, v_groups = words / kGroup;
+  const int64_t dx_row = padded + kGroup;  // not a power of two: rows of a tile would share a cache set
+  const auto bytes = [](bool wanted, int64_t count) {
+    return wanted ? static_cast<size_t>(count) : size_t{0};
+  };
+  const Scratch tokens(bytes(true, panels * c_stride)), tokens_deep(bytes(a.dweight, c_groups * n_stride));
+  const Scratch packed(bytes(true, v_groups * c_stride)), packed_deep(bytes(a.dx, c_groups * v_stride));
+  const Scratch rows(bytes(a.dweight, v_groups * n_stride)), columns(bytes(a.dx, panels * v_stride));
+  const Scratch dx(bytes(a.dx, c_groups * kGroup * dx_row * 4));
+  const BackwardPass<Policy> pass{a,
+                                  weight_lines(a),
+                                  token_lines(a),
+                                  padded,
+                                  c_steps,
+                                  n_steps,
+                                  v_steps,
+                                  c_stride,
+                                  n_stride,
+                                  v_stride,
+                                  tokens.as<char>(),
+                                  tokens_deep.as<char>(),
+                                  packed.as<char>(),
+                                  packed_deep.as<char>(),
+                                  rows.as<char>(),
+                                  columns.as<char>(),
+                                  dx.as<float>(),
+                                  dx_row};
+  pass.pack_tokens();
+  for (int64_t first = 0; first < a.v; first += words) pass.stretch(first, smaller(words, a.v - first));
+  if (!a.dx) return;
+  if (a.x_dtype == DType::f32) {
+    pass.template store_tokens<float>();
+  } else {
+    pass.template store_tokens<bf16>();
+  }
+}
+
+}  // namespace
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore

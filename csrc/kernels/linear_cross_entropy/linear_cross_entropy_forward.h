@@ -1,0 +1,156 @@
+// The forward body: logits by blocks of the vocabulary, never whole. Included by the _cpu and _amx files.
+#pragma once
+
+#include "core/arena.h"
+#include "core/gemm_tile.h"
+#include "core/log.h"
+#include "core/parallel.h"
+#include "kernels/linear_cross_entropy/linear_cross_entropy_body.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+// Rows of weight packed together: at most 256, and at most 512 KB, half of the smallest L2 we aim at.
+constexpr int64_t kMostWords = 256, kLeastWords = 32, kWordBytes = 512 << 10;
+// Tokens whose logits are made before they are reduced: 256 x 96 f32 are 96 KB beside the weight in L2.
+constexpr int64_t kTokenChunk = 96;
+constexpr int64_t kLogitStride = kTokenChunk + kGroup;
+// With few blocks of vocabulary, work is split over tokens too; packing the weight again for each part of
+// this many tokens costs about a tenth of their product.
+constexpr int64_t kTokenPart = 768, kEnoughTasks = 64;
+
+inline int64_t words_per_block(int64_t c, int64_t element) {
+  const int64_t words = kWordBytes / (c * element + 1) / kLeastWords * kLeastWords;
+  return words < kLeastWords ? kLeastWords : words > kMostWords ? kMostWords : words;
+}
+
+GPTCORE_INLINE Lines weight_lines(const LinearCrossEntropyInputs& a) {
+  return {a.weight, a.weight_dtype, a.weight_stride, nullptr, a.v, a.c};
+}
+GPTCORE_INLINE Lines token_lines(const LinearCrossEntropyInputs& a) {
+  return {a.x, a.x_dtype, a.x_stride, a.rows, a.n, a.c};
+}
+
+// What a block of the vocabulary contributes to each token: the largest scaled logit, the sum of exponentials
+// relative to it and, for label smoothing, the sum of logits. Layout [block][quantity][token].
+struct Partials {
+  float* data;
+  int64_t tokens;  // padded
+  int quantities;
+  float* at(int64_t block, int quantity) const { return data + (block * quantities + quantity) * tokens; }
+};
+
+// Reduces logits[words][kLanes tokens] over words.
+GPTCORE_INLINE void reduce_strip(const float* logits, int64_t words, float scale, float* largest, float* sum,
+                                 float* total) {
+  Vec top = splat(-__builtin_inff());
+  for (int64_t w = 0; w < words; ++w) top = max(top, load(logits + w * kLogitStride) * scale);
+  // All logits -inf: the exponentials are then zeros, not NaN.
+  const Vec base = top == splat(-__builtin_inff()) ? splat(0.0f) : top;
+  Vec sums[2] = {};
+  int64_t w = 0;
+  for (; w + 2 <= words; w += 2) {
+    sums[0] += exp(load(logits + w * kLogitStride) * scale - base);
+    sums[1] += exp(load(logits + (w + 1) * kLogitStride) * scale - base);
+  }
+  if (w < words) sums[0] += exp(load(logits + w * kLogitStride) * scale - base);
+  store(largest, base);
+  store(sum, sums[0] + sums[1]);
+  if (!total) return;
+  Vec all = {};
+  for (w = 0; w < words; ++w) all += load(logits + w * kLogitStride) * scale;
+  store(total, all);
+}
+
+// Joins the blocks' partial results in block order.
+inline void join_blocks(const LinearCrossEntropyForward& a, const Partials& partials, int64_t blocks) {
+  parallel_ranges(partials.tokens / kLanes, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kLanes; n < end * kLanes; n += kLanes) {
+      Vec top = splat(-__builtin_inff());
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Vec sum = load(partials.at(b, 1) + n);
+        // A block of -inf alone (its sum is 0) must not raise the maximum above the others'.
+        const Vec largest = load(partials.at(b, 0) + n);
+        top = max(top, sum == splat(0.0f) ? splat(-__builtin_inff()) : largest);
+      }
+      Vec sum = {}, total = {};
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Vec part = load(partials.at(b, 1) + n);
+        const Vec share = part * exp(load(partials.at(b, 0) + n) - top);
+        sum += part == splat(0.0f) ? part : share;
+        if (a.logit_sum) total += load(partials.at(b, 2) + n);
+      }
+      store(a.lse + n, top + log(sum));
+      if (a.logit_sum) store(a.logit_sum + n, total);
+    }
+  });
+}
+
+template <class Policy>
+struct ForwardPass {
+  using P = typename Policy::P;
+  const LinearCrossEntropyForward& a;
+  const Lines weight;
+  const char* tokens;  // packed x
+  const int64_t steps, stride, block_words;
+  const Partials partials;
+
+  // Words [first, ...) against tokens [begin, end), multiples of kRowPadding.
+  void task(int64_t block, int64_t begin, int64_t end) const {
+    const int64_t first = block * block_words, words = smaller(block_words, a.v - first);
+    const int64_t groups = ceil_div(words, kGroup);
+    const Scratch packed(static_cast<size_t>(groups * stride));
+    for (int64_t g = 0; g < groups; ++g) {
+      pack_a<P>(weight, true, first + g * kGroup, 0, steps, packed.as<char>() + g * stride);
+    }
+    const Scratch room(static_cast<size_t>(groups * kGroup * kLogitStride) * sizeof(float));
+    float* logits = room.as<float>();
+    [[maybe_unused]] const typename Policy::Scope scope;
+    for (int64_t n = begin; n < end; n += kTokenChunk) {
+      const int64_t width = smaller(kTokenChunk, end - n);
+      multiply_block<Policy>(packed.as<char>(), stride, groups, tokens + n / kGroup * stride, stride,
+                             width / kGroup, steps, logits, kLogitStride, false);
+      for (int64_t j = 0; j < width; j += kLanes) {
+        reduce_strip(logits + j, words, a.scale, partials.at(block, 0) + n + j, partials.at(block, 1) + n + j,
+                     a.logit_sum ? partials.at(block, 2) + n + j : nullptr);
+      }
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t word = a.targets[n + j] - first;
+        if (word >= 0 && word < words) a.target_logit[n + j] = logits[word * kLogitStride + j] * a.scale;
+      }
+    }
+  }
+};
+
+template <class Policy>
+void forward(const LinearCrossEntropyForward& a) {
+  using P = typename Policy::P;
+  const int64_t steps = ceil_div(a.c, kStepDepth<P>), stride = steps * kStepBytes;
+  const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding;
+  const int64_t block_words = words_per_block(a.c, sizeof(P)), blocks = ceil_div(a.v, block_words);
+  const int quantities = a.logit_sum ? 3 : 2;
+  const Scratch tokens(static_cast<size_t>(padded / kGroup * stride));
+  const Scratch results(static_cast<size_t>(blocks * quantities * padded) * sizeof(float));
+  const Lines x = token_lines(a);
+  parallel_for(padded / kGroup, [&](int64_t p, int) {
+    pack_b<P>(x, true, p * kGroup, 0, steps, tokens.as<char>() + p * stride);
+  });
+  const ForwardPass<Policy> pass{a,
+                                 weight_lines(a),
+                                 tokens.as<char>(),
+                                 steps,
+                                 stride,
+                                 block_words,
+                                 {results.as<float>(), padded, quantities}};
+  const int64_t part = blocks >= kEnoughTasks ? padded : kTokenPart, parts = ceil_div(padded, part);
+  parallel_for(blocks * parts, [&](int64_t t, int) {
+    const int64_t begin = t % parts * part;
+    pass.task(t / parts, begin, smaller(begin + part, padded));
+  });
+  join_blocks(a, pass.partials, blocks);
+}
+
+}  // namespace
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore

@@ -1,0 +1,155 @@
+"""Cross-entropy of given logits against classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptcore import backend
+from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.registration import TorchOp
+
+
+def cross_entropy(
+    logits: Array,
+    targets: Array,
+    *,
+    weight: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Array:
+    """``torch.nn.functional.cross_entropy`` for class targets.
+
+    Args:
+        logits: (N, V), f32 or bf16; torch tensor (differentiable), NumPy or CuPy array.
+        targets: (N,) int64 classes below V, or ``ignore_index``.
+        weight: (V,) factor of each class, f32 or logits' dtype; it gets no gradient.
+        label_smoothing: share of the target's probability spread over all V classes.
+        reduction: "mean" over the kept rows, weighted by their targets' weights (NaN if there are none), "sum" or
+            "none".
+
+    Returns:
+        The loss, () or (N,), in logits' dtype; 0 where the target is ignored. Computed in f32 whatever the dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or targets that do not fit; nothing is written then.
+        RuntimeError: on a second derivative.
+    """
+    if is_torch(logits):
+        return _op(logits, targets, weight, ignore_index, label_smoothing, reduction)[0]
+    return _run(logits, targets, weight, ignore_index, label_smoothing, reduction, with_lse=False)[0]
+
+
+def cross_entropy_backward(
+    grad_loss: Array,
+    logits: Array,
+    targets: Array,
+    *,
+    weight: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Array:
+    """Gradient of :func:`cross_entropy` by ``logits`` for callers without autograd; ``grad_loss`` as the loss."""
+    options = (ignore_index, label_smoothing, reduction)
+    _, lse = _run(logits, targets, weight, *options)
+    return _run_backward(grad_loss, logits, targets, weight, lse, *options)
+
+
+def cross_entropy_reference(
+    logits: Any,
+    targets: Any,
+    *,
+    weight: Any = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Any:
+    """The same in plain torch, any floating dtype, differentiable any number of times."""
+    import torch
+
+    kept = targets != ignore_index
+    logprobs = logits - torch.logsumexp(logits, -1, keepdim=True)
+    factors = logits.new_ones(logits.shape[-1]) if weight is None else weight
+    index = torch.where(kept, targets, 0)
+    share = torch.where(kept, factors[index], 0.0)
+    picked = torch.where(kept, logprobs.gather(-1, index[:, None])[:, 0], 0.0)
+    loss = -(1.0 - label_smoothing) * share * picked
+    if label_smoothing:
+        flat = torch.where(kept, (logprobs * factors).mean(-1), 0.0)
+        loss = loss - label_smoothing * flat
+    if reduction == "none":
+        return loss
+    return loss.sum() / share.sum() if reduction == "mean" else loss.sum()
+
+
+def _outputs(logits: Array, reduction: str) -> tuple[Array, Array]:
+    rows = logits.shape[0]
+    return empty(logits, (rows,) if reduction == "none" else ()), empty(logits, (rows,), "float32")
+
+
+def _run(
+    logits: Array, targets: Array, weight: Any, ignore_index: int, smoothing: float, reduction: str,
+    with_lse: bool = True,
+) -> tuple[Array, Array]:  # fmt: skip
+    loss, lse = _outputs(logits, reduction)
+    backend.extension().cross_entropy_forward(
+        last_contiguous(logits), targets, weight, ignore_index, smoothing, reduction, loss,
+        lse if with_lse else None,
+    )  # fmt: skip
+    return loss, lse
+
+
+def _run_backward(
+    grad_loss: Any, logits: Array, targets: Array, weight: Any, lse: Array, ignore_index: int,
+    smoothing: float, reduction: str,
+) -> Array:  # fmt: skip
+    dlogits = empty_like(logits)
+    backend.extension().cross_entropy_backward(
+        grad_loss, last_contiguous(logits), targets, weight, lse, ignore_index, smoothing, reduction, dlogits
+    )
+    return dlogits
+
+
+# --- torch ------------------------------------------------------------------------------------------------------
+
+
+def _fake(logits: Any, targets: Any, weight: Any, *options: Any) -> tuple[Any, Any]:
+    return _outputs(logits, options[-1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    logits, targets, weight, *options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, weight, output[1])
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_loss: Any, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 5
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return None, *nothing
+    return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing
+
+
+def _backward_fake(grad_loss: Any, logits: Any, *_: Any) -> Any:
+    return empty_like(logits)
+
+
+_backward_op = TorchOp(
+    "cross_entropy_backward",
+    "(Tensor grad_loss, Tensor logits, Tensor targets, Tensor? weight, Tensor lse, int ignore_index,"
+    " float label_smoothing, str reduction) -> Tensor",
+    forward=_run_backward,
+    fake=_backward_fake,
+)
+_op = TorchOp(
+    "cross_entropy",
+    "(Tensor logits, Tensor targets, Tensor? weight, int ignore_index, float label_smoothing, str reduction)"
+    " -> (Tensor, Tensor)",
+    forward=_run,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+)

@@ -1,0 +1,247 @@
+"""The vocabulary projection with its cross-entropy loss; the logits are never whole in memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gptcore import backend
+from gptcore.ops.arrays import Array, as_rows, empty, is_torch, last_contiguous
+from gptcore.ops.registration import TorchOp
+
+
+class LinearCrossEntropy(NamedTuple):
+    """``loss`` without the z-loss, ``z_loss`` with its coefficient (both () or per token); ``logprobs`` of the targets
+    and ``lse`` per token. All f32; the last two are detached; per-token entries are 0 where the target is ignored."""
+
+    loss: Any
+    z_loss: Any
+    logprobs: Any
+    lse: Any
+
+
+def linear_cross_entropy(
+    x: Array,
+    weight: Array,
+    targets: Array,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+) -> LinearCrossEntropy:
+    """Cross-entropy of ``logits = logit_scale * x @ weight.T`` against ``targets``, by blocks of the vocabulary.
+
+    Args:
+        x: (..., C), f32 or bf16; torch tensor (differentiable), NumPy or CuPy array.
+        weight: (V, C), f32 or bf16. Two bf16 operands are multiplied as bf16 and summed in f32, others as f32.
+        targets: (...), int64 classes below V, or ``ignore_index``; ignored tokens cost no work.
+        label_smoothing: share of the target's probability spread over all V classes.
+        z_loss: coefficient of lse^2, returned apart from the loss (PaLM, section 5).
+        logit_scale: factor of the logits.
+        reduction: "mean" over the tokens that count (NaN if there are none), "sum", or "none".
+
+    Returns:
+        :class:`LinearCrossEntropy` ``(loss, z_loss, logprobs, lse)``.
+
+    Gradients:
+        That of ``weight`` is summed over all tokens in f32 and rounded once to weight's dtype. If ``weight`` has an
+        f32 tensor ``weight.main_grad`` of its shape, an eager backward adds the unrounded gradient to that instead,
+        and autograd gets none for weight (gradient accumulation in f32 over bf16 weights). The attribute is looked
+        for on the tensor passed here, so autocast, which passes a copy, does without.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or targets that do not fit; nothing is written then.
+        RuntimeError: on a second derivative.
+    """
+    if is_torch(x):
+        tensors = as_rows(x), weight, targets.reshape(-1)
+        out = _op(*tensors, ignore_index, label_smoothing, z_loss, logit_scale, reduction)
+    else:
+        options = (ignore_index, label_smoothing, z_loss, logit_scale, reduction)
+        out = _run(as_rows(x), weight, targets.reshape(-1), *options)
+    if targets.ndim != 1:
+        shape = targets.shape
+        out = [o if o.ndim == 0 else o.reshape(shape) for o in out]
+    return LinearCrossEntropy(*out)
+
+
+def token_logprobs(x: Array, weight: Array, targets: Array, *, ignore_index: int = -100) -> Array:
+    """Log-probabilities (...) f32 of ``targets`` under ``softmax(x @ weight.T)``, differentiable.
+
+    Arguments as in :func:`linear_cross_entropy`; 0 where the target is ignored.
+    """
+    return -linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction="none").loss
+
+
+def linear_cross_entropy_backward(
+    grad_loss: Array | None,
+    grad_z: Array | None,
+    x: Array,
+    weight: Array,
+    targets: Array,
+    lse: Array,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+    main_grad: Array | None = None,
+) -> tuple[Array, Array | None]:
+    """Gradients ``(dx, dweight)`` of :func:`linear_cross_entropy` for callers without autograd.
+
+    Args:
+        grad_loss, grad_z: gradients of loss and z_loss, f32, in their shapes; None counts as zero.
+        lse: as the forward call returned it; the options as they were there.
+        main_grad: (V, C) f32 to add weight's gradient to; dweight is then None.
+    """
+    rows, lse, flat = as_rows(x), lse.reshape(-1), targets.reshape(-1)
+    if reduction == "none":
+        grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
+    options = (ignore_index, label_smoothing, z_loss, logit_scale, reduction)
+    dx, dweight = _run_backward(
+        grad_loss, grad_z, rows, weight, flat, lse, *options, True, True, main_grad=main_grad
+    )
+    return dx.reshape(x.shape), dweight
+
+
+def linear_cross_entropy_reference(
+    x: Any,
+    weight: Any,
+    targets: Any,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    reduction: str = "mean",
+) -> LinearCrossEntropy:
+    """The same in plain torch with the logits in memory; any floating dtype, differentiable any number of times.
+
+    From the logits on it computes in f32 at least, as one would around ``torch.nn.functional.cross_entropy``.
+    """
+    import torch
+
+    logits = x @ weight.mT
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
+    kept = targets != ignore_index
+    lse = torch.where(kept, torch.logsumexp(logits, -1), 0.0)
+    picked = logits.gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
+    logprobs = torch.where(kept, picked, 0.0) - lse
+    loss = -logprobs
+    if label_smoothing:
+        flat = torch.where(kept, lse - logits.mean(-1), 0.0)
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * flat
+    z = z_loss * lse * lse
+    if reduction != "none":
+        count = kept.sum() if reduction == "mean" else 1
+        loss, z = loss.sum() / count, z.sum() / count
+    return LinearCrossEntropy(loss, z, logprobs.detach(), lse.detach())
+
+
+def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
+    rows = x.shape[0]
+    shape = (rows,) if reduction == "none" else ()
+    return (
+        empty(x, shape, "float32"), empty(x, shape, "float32"),
+        empty(x, (rows,), "float32"), empty(x, (rows,), "float32"),
+    )  # fmt: skip
+
+
+def _run(
+    x: Array, weight: Array, targets: Array, ignore_index: int, smoothing: float, z_loss: float,
+    scale: float, reduction: str,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    out = _results(x, reduction)
+    backend.extension().linear_cross_entropy_forward(
+        last_contiguous(x), last_contiguous(weight), targets, ignore_index, smoothing, z_loss, scale,
+        reduction, *out,
+    )  # fmt: skip
+    return out
+
+
+def _run_backward(
+    grad_loss: Any, grad_z: Any, x: Array, weight: Array, targets: Array, lse: Array, *rest: Any,
+    main_grad: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    *options, want_x, want_weight = rest
+    dx = empty(x, x.shape) if want_x else None
+    dweight = main_grad
+    if want_weight and main_grad is None:
+        dweight = empty(weight, weight.shape)
+    backend.extension().linear_cross_entropy_backward(
+        grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, *options, dx, dweight,
+        main_grad is not None,
+    )  # fmt: skip
+    return dx, None if main_grad is not None else dweight
+
+
+# --- torch ------------------------------------------------------------------------------------------------------
+
+
+def _fake(x: Any, weight: Any, targets: Any, *options: Any) -> tuple[Any, ...]:
+    return _results(x, options[-1])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    x, weight, targets, *options = inputs
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, targets, output[3])
+    ctx.options, ctx.main_grad = options, None
+
+
+def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+    output = _run(*inputs)
+    _setup(ctx, inputs, output)
+    ctx.main_grad = getattr(inputs[1], "main_grad", None)
+    return output
+
+
+def _backward(ctx: Any, grad_loss: Any, grad_z: Any, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 8
+    if grad_loss is None and grad_z is None:
+        return nothing
+    want_x, want_weight = ctx.needs_input_grad[:2]
+    if ctx.main_grad is not None and want_weight:
+        dx, dweight = _run_backward(
+            grad_loss, grad_z, *ctx.saved_tensors, *ctx.options, want_x, True, main_grad=ctx.main_grad
+        )
+    else:
+        dx, dweight = _backward_op(grad_loss, grad_z, *ctx.saved_tensors, *ctx.options, want_x, want_weight)
+    return dx if want_x else None, dweight if want_weight else None, *nothing[2:]
+
+
+def _backward_forward(*inputs: Any) -> tuple[Any, Any]:
+    dx, dweight = _run_backward(*inputs)
+    x = inputs[2]
+    return x.new_empty((0,)) if dx is None else dx, x.new_empty((0,)) if dweight is None else dweight
+
+
+def _backward_fake(grad_loss: Any, grad_z: Any, x: Any, weight: Any, *rest: Any) -> tuple[Any, Any]:
+    want_x, want_weight = rest[-2:]
+    dx = x.new_empty(x.shape if want_x else (0,))
+    return dx, weight.new_empty(weight.shape) if want_weight else x.new_empty((0,))
+
+
+_backward_op = TorchOp(
+    "linear_cross_entropy_backward",
+    "(Tensor? grad_loss, Tensor? grad_z, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index,"
+    " float label_smoothing, float z_loss, float logit_scale, str reduction, bool want_x, bool want_weight)"
+    " -> (Tensor, Tensor)",
+    forward=_backward_forward,
+    fake=_backward_fake,
+    inference=_run_backward,
+)
+_op = TorchOp(
+    "linear_cross_entropy",
+    "(Tensor x, Tensor weight, Tensor targets, int ignore_index, float label_smoothing, float z_loss,"
+    " float logit_scale, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    forward=_run,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    eager_forward=_eager_forward,
+    lower_precision=True,
+)

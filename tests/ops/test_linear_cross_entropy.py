@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptcore import backend
+from gptcore.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+    linear_cross_entropy_reference,
+    token_logprobs,
+)
+from tests.tolerance import ROUNDOFF, assert_close_to_exact, assert_same_for_threads, same_bits
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [
+    (1, 1, 1),
+    (1, 3, 17),
+    (3, 17, 33),
+    (17, 33, 65),
+    (33, 65, 3),
+    (65, 40, 1),
+    (40, 64, 300),
+    (70, 33, 2100),
+]
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_scale": 0.5},
+    {"reduction": "sum", "z_loss": 1e-3},
+    {"reduction": "none", "label_smoothing": 0.3, "z_loss": 1e-2},
+]
+
+
+def _inputs(rows: int, width: int, classes: int, dtype: torch.dtype, *, ignored: bool = True):
+    x, weight = torch.randn(rows, width).to(dtype), torch.randn(classes, width).to(dtype)
+    targets = torch.randint(0, classes, (rows,))
+    if ignored:
+        targets[1::5] = -100
+    return x, weight, targets
+
+
+def _step(function, x, weight, targets, options):
+    """All outputs, then the gradients of x and weight under random gradients of loss and z_loss."""
+    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    out = function(x, weight, targets, **options)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.rand(out.loss.shape, generator=generator) + 0.5 for _ in range(2)]
+    kind = out.loss.dtype
+    gradients = torch.autograd.grad([out.loss, out.z_loss], [x, weight], [g.to(kind) for g in grads])
+    return [o.detach() for o in out], list(gradients)
+
+
+def _check(x, weight, targets, **options) -> None:
+    got, got_gradients = _step(linear_cross_entropy, x, weight, targets, options)
+    exact, exact_gradients = _step(
+        linear_cross_entropy_reference, x.double(), weight.double(), targets, options
+    )
+    twin, twin_gradients = _step(linear_cross_entropy_reference, x, weight, targets, options)
+    width = x.shape[-1]
+    # Logits are sums of C products: partial sums reach two deviations of their random walk, whose roundings remain
+    # in differences of logits that cancel.
+    logit = (
+        2.0 * (x.double().square().sum(-1).max() * weight.double().square().max()).sqrt().item()
+        if x.numel()
+        else 0
+    )
+    for i, name in enumerate(got_names := ("loss", "z_loss", "logprobs", "lse")):
+        assert_close_to_exact(
+            got[i], exact[i], twin[i], terms=width, summand=logit, what=got_names[i] or name
+        )
+    # Gradients add up to N (or V) products of a gradient of a logit (at most the largest factor of a row) with an
+    # entry; a probability errs by its logit's error. bf16 products round each gradient of a logit once.
+    kept = max(int((targets != options.get("ignore_index", -100)).sum()), 1)
+    share = 1.5 / (kept if options.get("reduction", "mean") == "mean" else 1)
+    share *= options.get("logit_scale", 1.0) * (
+        1 + 2 * options.get("z_loss", 0.0) * got[3].abs().max().item()
+    )
+    relative = ROUNDOFF[torch.float32] * (1 + logit) * width**0.5
+    both = x.dtype == weight.dtype == torch.bfloat16
+    relative += 2 * torch.finfo(torch.bfloat16).eps / 2 if both else 0
+    for name, a, b, c, factor in [
+        ("dx", got_gradients[0], exact_gradients[0], twin_gradients[0], weight),
+        ("dweight", got_gradients[1], exact_gradients[1], twin_gradients[1], x),
+    ]:
+        floor = 2 * relative * share * factor.abs().max().item() * (4 if both else 2)
+        result = torch.finfo(a.dtype).eps * b.abs().max().item()
+        error = (a.double() - b).abs().max().item()
+        bound = 2 * (c.double() - b).abs().max().item() + floor + result
+        assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_float64_on_every_isa(isa: str, dtype: torch.dtype, options: dict) -> None:
+    for shape in SHAPES:
+        _check(*_inputs(*shape, dtype), **options)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70), width=st.integers(1, 70), classes=st.integers(1, 600),
+    dtype=st.sampled_from(DTYPES), f32_weight=st.booleans(), smoothing=st.sampled_from([0.0, 0.2, 1.0]),
+    z_loss=st.sampled_from([0.0, 0.01]), reduction=st.sampled_from(["mean", "sum", "none"]),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_shape_and_option(
+    rows, width, classes, dtype, f32_weight, smoothing, z_loss, reduction, seed
+) -> None:
+    torch.manual_seed(seed)
+    x, weight, targets = _inputs(rows, width, classes, dtype)
+    if f32_weight and dtype == torch.bfloat16:
+        got = linear_cross_entropy(x, weight.float(), targets)
+        wide = linear_cross_entropy(x.float(), weight.float(), targets)
+        assert all(same_bits(a, b) for a, b in zip(got, wide, strict=True))
+        return
+    _check(x, weight, targets, label_smoothing=smoothing, z_loss=z_loss, reduction=reduction)
+
+
+def test_agrees_with_torch_cross_entropy() -> None:
+    x, weight, targets = _inputs(50, 24, 130, torch.float32)
+    for options in ({}, {"label_smoothing": 0.2}, {"reduction": "sum"}, {"reduction": "none"}):
+        ours = linear_cross_entropy(x, weight, targets, **options).loss
+        torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(x @ weight.T, targets, **options))
+
+
+def test_large_logits_do_not_overflow(isa: str) -> None:
+    # Logits of several thousand: exponentials only work relative to the maximum.
+    for dtype in DTYPES:
+        x, weight, targets = _inputs(20, 64, 500, dtype)
+        out = linear_cross_entropy(x * 100, weight, targets, reduction="none")
+        exact = linear_cross_entropy_reference((x * 100).double(), weight.double(), targets, reduction="none")
+        # f32 sums of 64 products of size up to 1e3: 8 roundings of about 1e4
+        assert_close_to_exact(out.loss, exact.loss, terms=64, summand=1e4)
+
+
+def test_special_values_stay_in_their_row(isa: str) -> None:
+    x, weight, targets = _inputs(40, 33, 70, torch.float32, ignored=False)
+    clean = linear_cross_entropy(x, weight, targets, reduction="none")
+    x[3, 1], x[5, 2], x[7, 0] = float("nan"), float("inf"), float("nan")
+    targets[7] = -100
+    got = linear_cross_entropy(x, weight, targets, reduction="none")
+    assert got.loss[3].isnan() and not got.loss[5].isfinite()
+    assert got.loss[7] == 0 and got.lse[7] == 0  # ignored, so not even looked at
+    others = [n for n in range(40) if n not in (3, 5, 7)]
+    assert same_bits(got.loss[others], clean.loss[others])
+
+
+def test_minus_infinity_is_a_class_that_cannot_be(isa: str) -> None:
+    # 300 classes are two blocks of the vocabulary; one is -inf throughout.
+    x, weight = torch.ones(2, 4), torch.randn(300, 4)
+    weight[:256] = -float("inf")
+    out = linear_cross_entropy(x, weight, torch.tensor([290, 299]))
+    expected = torch.nn.functional.cross_entropy(x @ weight[256:].T, torch.tensor([34, 43]))
+    torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, dtype: torch.dtype) -> None:
+    x, weight, targets = _inputs(300, 64, 1500, dtype)
+
+    def step() -> list[torch.Tensor]:
+        out, gradients = _step(linear_cross_entropy, x, weight, targets, OPTIONS[1])
+        return [*out, *gradients]
+
+    assert_same_for_threads(step)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
+    x, weight, targets = _inputs(200, 50, 700, dtype)
+    options = {"reduction": "none", "z_loss": 1e-3}
+
+    def rows(pick: list[int]) -> list[torch.Tensor]:
+        leaf = x[pick].requires_grad_()
+        out = linear_cross_entropy(leaf, weight, targets[pick], **options)
+        (dx,) = torch.autograd.grad((out.loss + out.z_loss).sum(), leaf)
+        return [out.loss, out.z_loss, out.logprobs, out.lse, dx]
+
+    whole = rows(list(range(200)))
+    for pick in ([0], [7, 3], list(range(150, 199)), [199, *range(100)]):
+        for a, b in zip(rows(pick), whole, strict=True):
+            assert same_bits(a, b[pick])
+
+
+def test_ignored_tokens_get_zeros_and_all_ignored_gives_nan() -> None:
+    x, weight, targets = _inputs(10, 8, 20, torch.float32)
+    _, (dx, _) = _step(linear_cross_entropy, x, weight, targets, {})
+    assert (dx[1::5] == 0).all() and (dx[0] != 0).any()
+    none = torch.full((10,), -100)
+    out, gradients = _step(linear_cross_entropy, x, weight, none, {"z_loss": 0.1})
+    torch_loss = torch.nn.functional.cross_entropy(x @ weight.T, none)
+    assert torch_loss.isnan() and out[0].isnan() and out[1].isnan()
+    assert all((g == 0).all() for g in gradients)  # as torch's are
+    assert linear_cross_entropy(x, weight, none, reduction="sum").loss == 0
+    empty = linear_cross_entropy(x[:0], weight, targets[:0], reduction="none")
+    assert empty.loss.shape == (0,)
+
+
+def test_shapes_strides_and_alignment() -> None:
+    base, targets = torch.randn(6 * 9 * 40 + 1), torch.randint(0, 50, (6, 9))
+    x = base[1:].view(6, 9, 40)[:, :, :33]
+    weight = torch.randn(51 * 40 + 3)[3:].view(51, 40)[:50, 2:35]
+    got = linear_cross_entropy(x, weight, targets, reduction="none")
+    dense = linear_cross_entropy(x.contiguous(), weight.contiguous(), targets, reduction="none")
+    assert got.loss.shape == got.logprobs.shape == (6, 9)
+    assert all(same_bits(a, b) for a, b in zip(got, dense, strict=True))
+    turned = torch.randn(33, 50).t()
+    out = linear_cross_entropy(x, turned, targets)
+    assert same_bits(out.loss, linear_cross_entropy(x, turned.contiguous(), targets).loss)
+
+
+def test_main_grad_takes_the_unrounded_gradient() -> None:
+    x, weight, targets = _inputs(40, 32, 90, torch.bfloat16)
+    weight.requires_grad_()
+    weight.main_grad = torch.ones(90, 32)
+    leaf = x.clone().requires_grad_()
+    linear_cross_entropy(leaf, weight, targets).loss.backward()
+    assert weight.grad is None and leaf.grad is not None
+    plain = weight.detach().clone().requires_grad_()
+    linear_cross_entropy(x, plain, targets).loss.backward()
+    assert same_bits((weight.main_grad - 1).bfloat16(), plain.grad) or torch.allclose(
+        weight.main_grad - 1, plain.grad.float(), rtol=2**-8, atol=2**-23
+    )  # adding to 1 costs half a step of f32 at 1
+    exact = linear_cross_entropy_backward(
+        torch.ones(()), None, x, weight.detach(), targets,
+        linear_cross_entropy(x, weight.detach(), targets).lse, main_grad=(again := torch.ones(90, 32)),
+    )  # fmt: skip
+    assert exact[1] is None and same_bits(again, weight.main_grad)
+
+
+def test_weight_gradient_sums_in_f32() -> None:
+    # 4096 equal tokens add 4096 equal terms to each entry: a bf16 running sum would stop at 256 of them.
+    x, weight = torch.ones(4096, 2).bfloat16(), torch.zeros(2, 2).bfloat16()
+    weight.requires_grad_()
+    linear_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64), reduction="sum").loss.backward()
+    assert torch.equal(weight.grad, torch.tensor([[-2048.0, -2048.0], [2048.0, 2048.0]]).bfloat16())
+
+
+def test_token_logprobs_and_their_gradient() -> None:
+    x, weight, targets = _inputs(12, 16, 30, torch.float32)
+    x.requires_grad_()
+    got = token_logprobs(x, weight, targets)
+    expected = torch.log_softmax(x @ weight.T, -1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    expected = expected * (targets >= 0)
+    torch.testing.assert_close(got, expected)
+    a, b = (torch.autograd.grad(v.sum(), x, retain_graph=True)[0] for v in (got, expected))
+    torch.testing.assert_close(a, b)
+
+
+def test_numpy_arrays_and_explicit_backward() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x, weight, targets = _inputs(9, 20, 40, torch.float32)
+    out, gradients = _step(linear_cross_entropy, x, weight, targets, OPTIONS[2])
+    got = linear_cross_entropy(x.numpy(), weight.numpy(), targets.numpy(), **OPTIONS[2])
+    assert isinstance(got.lse, np.ndarray)
+    assert all(same_bits(torch.from_numpy(np.asarray(a)), b) for a, b in zip(got, out, strict=True))
+    generator = torch.Generator().manual_seed(1)
+    grads = [(torch.rand((), generator=generator) + 0.5).numpy() for _ in range(2)]
+    backward = linear_cross_entropy_backward(
+        *(np.asarray(g) for g in grads), x.numpy(), weight.numpy(), targets.numpy(), got.lse, **OPTIONS[2]
+    )
+    assert all(same_bits(torch.from_numpy(a), b) for a, b in zip(backward, gradients, strict=True))
+    half = linear_cross_entropy(
+        x.numpy().astype(ml_dtypes.bfloat16), weight.numpy().astype(ml_dtypes.bfloat16), targets.numpy()
+    )
+    assert (
+        np.asarray(half.loss) == linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets).loss.numpy()
+    )
+
+
+def test_opcheck_gradcheck_and_second_derivative() -> None:
+    x, weight, targets = _inputs(4, 6, 9, torch.float32)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    torch.library.opcheck(
+        torch.ops.gptcore.linear_cross_entropy.default, (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean")
+    )
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    torch.autograd.gradcheck(
+        lambda a, b: linear_cross_entropy_reference(a, b, targets, label_smoothing=0.1, z_loss=0.1)[:2],
+        doubles,
+    )
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(x, weight, targets).loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_compiles_into_one_graph() -> None:
+    x, weight, targets = _inputs(9, 16, 33, torch.float32)
+
+    def loss(a, b):
+        out = linear_cross_entropy(a * 2, b, targets, z_loss=1e-3)
+        return out.loss + out.z_loss
+
+    eager = [t.clone().requires_grad_() for t in (x, weight)]
+    compiled = [t.clone().requires_grad_() for t in (x, weight)]
+    loss(*eager).backward()
+    torch.compile(loss, fullgraph=True)(*compiled).backward()
+    assert all(same_bits(a.grad, b.grad) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_autocast_takes_bf16_products_and_keeps_an_f32_loss() -> None:
+    x, weight, targets = _inputs(9, 16, 33, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_cross_entropy(x, weight, targets)
+    assert same_bits(out.loss, linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets).loss)
+
+
+def test_extra_memory_is_a_tenth_of_the_logits() -> None:
+    # One matrix of logits, in bf16, is 51 MB here; torch's path holds at least two of them.
+    x, weight, targets = _inputs(1024, 128, 25000, torch.bfloat16, ignored=False)
+    backend.set_num_threads(2)
+    before = backend.extension().scratch_bytes()
+    _step(linear_cross_entropy, x, weight, targets, {"z_loss": 1e-3})
+    held = backend.extension().scratch_bytes() - before
+    backend.set_num_threads(0)
+    assert held <= 2 * 1024 * 25000 * 2 / 10
+
+
+X, W, T = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
+BAD = [
+    (lambda: linear_cross_entropy(X.double(), W, T), TypeError, "'x': got float64"),
+    (lambda: linear_cross_entropy(X, torch.randn(5, 3), T), ValueError, "'weight'.*expected.*4"),
+    (lambda: linear_cross_entropy(X, W, T[:2]), ValueError, "'targets'"),
+    (lambda: linear_cross_entropy(X, W, T.float()), TypeError, "'targets': got float32"),
+    (lambda: linear_cross_entropy(X, W, T + 1), ValueError, "'targets': got 5 at position 2.*0 to 4 or ignore_index"),
+    (lambda: linear_cross_entropy(X, W, T - 1), ValueError, "'targets': got -1 at position 0"),
+    (lambda: linear_cross_entropy(X, W[:0], T), ValueError, "0 classes, expected 1 to"),
+    (lambda: linear_cross_entropy(X, W, T, label_smoothing=1.5), ValueError, "label_smoothing.*0 to 1"),
+    (lambda: linear_cross_entropy(X, W, T, reduction="max"), ValueError, "'max', expected 'mean', 'sum' or 'none'"),
+    (lambda: linear_cross_entropy(X, W, T, logit_scale=float("inf")), ValueError, "logit_scale.*finite"),
+    (lambda: linear_cross_entropy(X[0], W, T[0]), ValueError, "'targets'|'x'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, text", BAD[:-1])
+def test_bad_input_is_named(call, error, text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_bad_target_leaves_outputs_untouched() -> None:
+    outputs = [torch.full((), 7.0), torch.full((), 7.0), torch.full((3,), 7.0), torch.full((3,), 7.0)]
+    with pytest.raises(ValueError, match="targets"):
+        backend.extension().linear_cross_entropy_forward(X, W, T + 1, -100, 0.0, 0.0, 1.0, "mean", *outputs)
+    assert all((o == 7).all() for o in outputs)
