@@ -52,6 +52,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         evaluate=held_out_loss(config, data),
         sample=sampler(config, data.tokenizer),
         tokenizer=data.tokenizer,
+        measure_peak=not quiet,  # takes a second, for a figure that only the progress line shows
         quiet=quiet,
     )
 

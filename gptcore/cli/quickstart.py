@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from gptcore.cli import pipeline
 
     began = time.monotonic()
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps is {args.steps}, expected at least 1")
     size = _SHORT if args.short else _FULL
     directory = _directory(args.out)
     threads = backend.num_threads()

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="directory of the run (runs/gpt)")
     parser.add_argument("--steps", type=int, metavar="N", help="updates (2000)")
     parser.add_argument("--resume", metavar="DIR", help="continue this run with the settings kept there")
-    parser.add_argument("--quiet", action="store_true", help="no progress line")
+    parser.add_argument("--quiet", action="store_true", help="no progress line and no MFU")
 
 
 def run(args: argparse.Namespace) -> int:
