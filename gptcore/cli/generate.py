@@ -50,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gptcore import backend
-    from gptcore.infer import generate_batch
-    from gptcore.infer.load import load
+    from gptcore.infer import generate_batch, load
 
     prompt = _prompt(args)
     if args.threads:

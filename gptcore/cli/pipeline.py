@@ -37,7 +37,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     """
     from gptcore import train as training
     from gptcore.data.loader import Loader
-    from gptcore.infer.load import TOKENIZER_DIRECTORY
+    from gptcore.infer.trained import TOKENIZER_DIRECTORY
     from gptcore.models import GPT
 
     data = open_data(config, quiet=quiet)

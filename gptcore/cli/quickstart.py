@@ -189,8 +189,7 @@ def _show_results(config: TrainConfig, result: Result) -> None:
 
 def _show_samples(directory: Path, size: _Size, seed: int) -> None:
     """What the model writes, read back from its checkpoint."""
-    from gptcore.infer import generate
-    from gptcore.infer.load import load
+    from gptcore.infer import generate, load
 
     model, tokenizer = load(directory)
     for number, prompt in enumerate(_PROMPTS):

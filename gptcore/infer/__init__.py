@@ -5,5 +5,6 @@ from __future__ import annotations
 from gptcore.infer.engine import Generation, Timing, generate, generate_batch
 from gptcore.infer.kv_cache import KVCache
 from gptcore.infer.sampling import SamplingParams
+from gptcore.infer.trained import load
 
-__all__ = ["Generation", "KVCache", "SamplingParams", "Timing", "generate", "generate_batch"]
+__all__ = ["Generation", "KVCache", "SamplingParams", "Timing", "generate", "generate_batch", "load"]

@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from gptcore.cli.main import main
-from gptcore.infer import generate
-from gptcore.infer.load import load
+from gptcore.infer import generate, load
 
 OPTIONS = ("--max-new-tokens", "12", "--seed", "5")
 
