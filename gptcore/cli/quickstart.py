@@ -36,12 +36,12 @@ class _Size(NamedTuple):
     sample_tokens: int
 
 
-_FULL = _Size(steps=1000, max_bytes=None, vocab_size=2048, evaluation_batches=40, sample_tokens=80)
+_FULL = _Size(steps=1400, max_bytes=None, vocab_size=2048, evaluation_batches=40, sample_tokens=80)
 _SHORT = _Size(steps=20, max_bytes=400_000, vocab_size=512, evaluation_batches=4, sample_tokens=20)
 
 # Training is to take at most this long, so that corpus, tokenizer, evaluation, sample and plot fit into two
 # minutes with it.
-_BUDGET_SECONDS = 85.0
+_BUDGET_SECONDS = 75.0
 _TRIAL_STEPS = 4
 
 
@@ -134,8 +134,8 @@ def _config(directory: Path, data: Path, size: _Size, args: argparse.Namespace) 
         "seed": args.seed,
         "dtype": "bfloat16" if fast_bf16 else "float32",
         "model": {"preset": "quickstart"},
-        "data": {"path": str(data), "batch": 8, "length": 256},
-        "optimizer": {"lr": 2e-3, "betas": [0.9, 0.95]},
+        "data": {"path": str(data), "batch": 4, "length": 256},
+        "optimizer": {"lr": 1.5e-3, "betas": [0.9, 0.95]},
         "schedule": {"warmup": min(50, steps // 10)},
         "evaluation": {"every": max(steps // 4, 1), "batches": size.evaluation_batches},
         "checkpoint": {"every": 0, "keep_last": 1},
