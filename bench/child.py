@@ -7,9 +7,11 @@ their variables when the process starts. Reads a job from standard input, writes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -268,7 +270,15 @@ def _event_stream() -> TextIO:
     return stream
 
 
+def _die_with_parent() -> None:
+    """Have Linux end this process when the harness dies, however it dies."""
+    with contextlib.suppress(OSError, AttributeError):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main() -> None:
+    _die_with_parent()
     job = Job(**json.load(sys.stdin))
     job.cases = [(name, dtype) for name, dtype in job.cases]
     events = _event_stream()
