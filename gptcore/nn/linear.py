@@ -1,38 +1,43 @@
 """The linear map, with the same bits on every thread count and, where no gradient is wanted, for every batch.
 
-Plain large products go to torch. Three things don't:
+Plain large products go to torch. These don't:
 
-* f32 products with a dimension below 64, whose bits depend on the thread count in the library: they go to
-  ``ops.matmul``, whose order of summation is fixed by the shape;
+* products whose bits depend on the thread count in the library: in f32 those with a dimension below 64, in bf16
+  all of them where the library uses AMX (of 400 random shapes each, a third changed between 1, 2 and 4 threads;
+  without AMX none did). They go to ``ops.matmul``, whose order of summation is fixed by the shape;
 * the bias gradient, a sum over rows, for the same reason: it is the product of a row of ones with the
   output's gradient;
 * up to 64 rows without gradients (decoding): ``ops.matmul`` gives a row the same bits in every batch.
 
-Rows N, input width K, output width M. Under torch.compile, autocast and on other devices or dtypes it is
-``torch.nn.functional.linear``.
+``GPTCORE_FIXED_ORDER=0`` in the environment leaves training's products to the library, whatever its bits.
+Under torch.compile, autocast and on other devices or dtypes it is ``torch.nn.functional.linear``.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gptcore import ops
+from gptcore import backend, ops
 
 # Rows up to which decoding takes the fixed-order kernel, and the size of a product's smallest dimension below
 # which the library's f32 bits move with the thread count.
 SMALL = 64
 
+_fixed_order = os.environ.get("GPTCORE_FIXED_ORDER", "1") != "0"
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias for x (..., K), weight (M, K), bias (M,)."""
+    """x @ weight.T + bias for x (..., K), weight (M, K), bias (M,); see the top of the file for who computes it."""
     if not _ours(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if wanted and (bias is not None or _unstable(x, weight)):
+    if wanted and (bias is not None or _moves(x, weight)):
         return _Linear.apply(x, weight, bias)
     if wanted:
         return torch.nn.functional.linear(x, weight)
@@ -40,8 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
-    """op(a) @ op(b) for matrices of one dtype; f32 with a small dimension in a fixed order of summation."""
-    if a.dtype == torch.float32 and min(*a.shape, *b.shape) < SMALL:
+    """op(a) @ op(b) for matrices of one dtype, in a fixed order of summation."""
+    if _moves(a, b):
         return ops.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
     return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
 
@@ -53,7 +58,7 @@ def column_sums(x: Tensor) -> Tensor:
     did, and are three times as fast as ours at this shape.
     """
     ones = torch.ones(1, x.shape[0], dtype=x.dtype, device=x.device)
-    if x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16 and not _moves(ones, x):
         return (ones @ x)[0]
     return ops.matmul(x, ones, transpose_a=True, transpose_b=True)[:, 0]
 
@@ -72,14 +77,24 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _unstable(x: Tensor, weight: Tensor) -> bool:
-    """Whether one of the three products, forward or backward, has a dimension too small for the library."""
-    return x.dtype == torch.float32 and min(x.numel() // x.shape[-1], *weight.shape) < SMALL
+def _moves(a: Tensor, b: Tensor) -> bool:
+    """Whether the library's bits for a product of these matrices (a of any number of dimensions) may move."""
+    if not _fixed_order:
+        return False
+    if a.dtype == torch.bfloat16:
+        return _amx()
+    return min(a.numel() // a.shape[-1], a.shape[-1], *b.shape) < SMALL
+
+
+@functools.cache
+def _amx() -> bool:
+    """Whether the library multiplies bf16 by AMX tiles and so splits sums over threads."""
+    return "amx" in backend.available_isas()
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, decoding: bool) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    if not _unstable(x, weight) and not (decoding and rows <= SMALL):
+    if not _moves(x, weight) and not (decoding and rows <= SMALL):
         return torch.nn.functional.linear(x, weight, bias)
     y = ops.matmul(x.reshape(rows, x.shape[-1]), weight, transpose_b=True)
     if bias is not None:
