@@ -167,3 +167,13 @@ def test_linear_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_linear_without_fixed_order_is_the_same_map(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    ours, _ = _pair("linear-large", dtype)
+    x = torch.randn(2, 70, 96, generator=torch.Generator().manual_seed(2)).to(dtype)
+    fixed = _run(ours, x)
+    monkeypatch.setattr("gptcore.nn.linear._fixed_order", False)
+    for a, b in zip(_run(ours, x), fixed, strict=True):
+        assert _error(a, b.double()) < 2 * EPS[dtype] + 16 * torch.finfo(torch.float32).eps
