@@ -327,7 +327,7 @@ def _headline(now: _Run, flops: ModelFlops | None, ceiling: peak.Peak) -> str:
 def _say_stopped(now: _Run, signal: int) -> None:
     print(
         f"gptcore: stopped by signal {signal} after step {now.step}, checkpoint saved\n"
-        f"gptcore: resume with: {resume_command()}",
+        f"gptcore: resume with: {resume_command(now.directory.path)}",
         file=sys.stderr,
         flush=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -41,11 +42,13 @@ class StopRequest:
         self._before.clear()
 
 
-def resume_command() -> str:
-    """The command line of this process, which resumes when it is given again."""
+def resume_command(run_dir: str | os.PathLike[str]) -> str:
+    """What to type to go on: for the ``gptcore`` command its ``train --resume``, for a program itself again."""
     words = list(sys.orig_argv)
     if len(words) > 1 and Path(words[1]).name == "gptcore":
-        words = ["gptcore", *words[2:]]
+        words = ["gptcore", "train", "--resume", os.fspath(run_dir)]
+    elif words[1:3] == ["-m", "gptcore"]:
+        words = [Path(words[0]).name, "-m", "gptcore", "train", "--resume", os.fspath(run_dir)]
     elif words:
         words[0] = Path(words[0]).name
     return shlex.join(words)
