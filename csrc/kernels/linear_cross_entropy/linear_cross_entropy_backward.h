@@ -46,17 +46,19 @@ struct BackwardPass {
     });
   }
 
-  // Words [first, first + count) in both forms.
+  // Words [first, first + count) in both forms, a step of depth at a time: its rows are read from memory
+  // once.
   void pack_words(int64_t first, int64_t count) const {
     Lines stretch = weight;
     stretch.count = first + count;  // what lies behind is packed as zeros
     const int64_t groups = ceil_div(count, kGroup), deep = a.dx ? ceil_div(a.c, kGroup) : 0;
-    const int64_t steps = ceil_div(count, kDepth);
-    parallel_for(groups + deep, [&](int64_t t, int) {
-      if (t < groups) {
-        pack_a<P>(stretch, true, first + t * kGroup, 0, c_steps, words + t * c_stride);
-      } else {
-        pack_a<P>(stretch, false, (t - groups) * kGroup, first, steps, words_deep + (t - groups) * v_stride);
+    parallel_for(ceil_div(count, kDepth), [&](int64_t step, int) {
+      const int64_t word = step * kDepth;
+      for (int64_t g = word / kGroup; g < smaller((word + kDepth) / kGroup, groups); ++g) {
+        pack_a<P>(stretch, true, first + g * kGroup, 0, c_steps, words + g * c_stride);
+      }
+      for (int64_t c = 0; c < deep; ++c) {
+        pack_a<P>(stretch, false, c * kGroup, first + word, 1, words_deep + c * v_stride + step * kStepBytes);
       }
     });
   }
