@@ -205,7 +205,12 @@ def _small() -> list[Preset]:
         4, 128, 4, vocab_size=65, context_length=64, norm=NormSpec(bias=False), mlp=MlpSpec(bias=False),
         attention=AttentionSpec(num_heads=4, qkv_bias=False, out_bias=False),
     )  # fmt: skip
-    quick = _gpt2(4, 256, 4, vocab_size=2048, context_length=256, position=PositionSpec(kind="rotary"))
+    quick = _gpt2(
+        4, 256, 4, vocab_size=2048, context_length=256, position=PositionSpec(kind="rotary"),
+        attention=AttentionSpec(num_heads=4, qkv_bias=False, out_bias=False),
+        norm=NormSpec(kind="rms_norm"),
+        mlp=MlpSpec(hidden_size=704, activation="swiglu", bias=False),
+    )  # fmt: skip
     return [
         Preset("quickstart", quick, "this project", note="trains in about a minute on two CPU cores"),
         Preset("shakespeare-char", character, "nanoGPT's CPU recipe, without biases"),

@@ -3,10 +3,10 @@
 import argparse
 import errno
 import importlib
+import os
 import shlex
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -129,11 +129,12 @@ def test_help_is_instant_and_loads_nothing_heavy():
     )
     best = 9.0
     for _ in range(5):
-        started = time.perf_counter()
+        before = os.times()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - started)
+        after = os.times()
+        best = min(best, sum(after[2:4]) - sum(before[2:4]))  # of children, user and system
         assert done.returncode == 0, f"help imports {done.stderr}"
-    # measured 0.05 s; the best of five, so that a busy machine does not fail the test
+    # measured 0.05 s; processor time and the best of five, so that a busy machine does not fail the test
     assert best < 0.2
 
 
