@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/log.h"
 #include "core/simd.h"
 #include "kernels/attention/mask_range.h"
 #include "kernels/attention/pack.h"
@@ -46,21 +47,6 @@ GPTCORE_INLINE Vec exp2_of(Vec x) {
 #else
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 #endif
-}
-
-// Natural logarithm of positive normal numbers: x = 2^n m with m in [0.71, 1.42), log m = 2 atanh((m - 1) /
-// (m + 1)) by its series; the first term left out is below 1e-9. NaN stays NaN.
-GPTCORE_INLINE Vec log_of(Vec x) {
-  const VecI bits = (VecI)x;
-  const VecI n = (bits - 0x3f3504f3) >> 23;
-  const Vec m = (Vec)(bits - (n << 23));
-  const Vec s = (m - 1.0f) / (m + 1.0f), z = s * s;
-  Vec p = z * (2.0f / 9) + 2.0f / 7;
-  p = p * z + 2.0f / 5;
-  p = p * z + 2.0f / 3;
-  p = p * z + 2.0f;
-  const Vec y = p * s + __builtin_convertvector(n, Vec) * kLn2;
-  return x == x ? y : x;
 }
 
 // Larger of two, or b where either is NaN, as one instruction.
@@ -131,7 +117,7 @@ struct RowStates {
       }
       const VecI nothing = part[0] == Vec{};
       store(raw_max + r, nothing ? Vec{} : 1.0f / part[0]);
-      store(shift + r, nothing ? splat(-kInfinity) : load(shift + r) * kLn2 + log_of(part[0]));
+      store(shift + r, nothing ? splat(-kInfinity) : load(shift + r) * kLn2 + log(part[0]));
     }
   }
 };
