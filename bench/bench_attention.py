@@ -140,6 +140,7 @@ def _flex(shape: Shape, device: str) -> Callable[..., Any]:
 
 def _ours(shape: Shape, device: str) -> Callable[..., Any]:
     import torch
+
     from gptcore.ops.attention import attention
 
     window = (-1, -1) if shape.window is None else (shape.window, 0)

@@ -13,6 +13,7 @@ def _setup(
 ) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch.nn.functional as F
+
         from gptcore.ops.cross_entropy import cross_entropy
 
         targets = target.randint(vocabulary, tokens)

@@ -11,6 +11,7 @@ from bench.case import Callables, Case, Cost, Target, both_directions
 def _setup(vocabulary: int, width: int, tokens: int, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
+
         from gptcore.ops.embedding import embedding
 
         ids = target.randint(vocabulary, tokens)

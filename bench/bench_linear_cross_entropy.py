@@ -14,6 +14,7 @@ def _setup(
     def setup(target: Target) -> Callables:
         import torch
         import torch.nn.functional as F
+
         from gptcore.ops.linear_cross_entropy import linear_cross_entropy
 
         targets = target.randint(vocabulary, tokens)

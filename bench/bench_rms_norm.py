@@ -13,6 +13,7 @@ EPS = 1e-6
 def _setup(rows: int, width: int, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
+
         from gptcore.ops.rms_norm import rms_norm
 
         inputs = [target.randn(rows, width, grad=True), target.randn(width, grad=True)]
@@ -28,6 +29,7 @@ def _setup(rows: int, width: int, *, backward: bool) -> Callable[[Target], Calla
 def _setup_residual(rows: int, width: int, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
+
         from gptcore.ops.rms_norm import rms_norm
 
         def eager(x: Any, residual: Any, w: Any) -> tuple[Any, Any]:

@@ -37,6 +37,8 @@ for step in range(STEPS):
     loss.backward()
     optimizer.step()
     if step % 25 == 0 or step == STEPS - 1:
-        print(f"step {step:4d}  loss {loss.item():.3f}  (uniform would be {math.log(letters.vocab_size):.3f})")
+        print(
+            f"step {step:4d}  loss {loss.item():.3f}  (uniform would be {math.log(letters.vocab_size):.3f})"
+        )
 
 print(generate(model, letters, "The ", max_new_tokens=120, temperature=0.8, seed=0).text)

@@ -28,8 +28,9 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// gcc's tile loads and LDTILECFG are asm statements that do not say what memory they read: without this barrier
-// the stores before them may be moved behind them or dropped. Put one between writing operands and loading them.
+// gcc's tile loads and LDTILECFG are asm statements that do not say what memory they read: without this
+// barrier the stores before them may be moved behind them or dropped. Put one between writing operands and
+// loading them.
 GPTCORE_INLINE void tile_fence() { __asm__ volatile("" ::: "memory"); }
 
 // All eight tiles at full size. Every task that uses tiles starts with this: other libraries in the process
@@ -40,7 +41,10 @@ GPTCORE_INLINE void configure_tiles() {
     config.row_bytes[tile] = 64;
     config.rows[tile] = kTileRows;
   }
-  __asm__ volatile("" : : "r"(&config) : "memory");  // see tile_fence; and `config` escapes, so all of it is stored
+  __asm__ volatile(""
+                   :
+                   : "r"(&config)
+                   : "memory");  // see tile_fence; and `config` escapes, so all of it is stored
   _tile_loadconfig(&config);
 }
 

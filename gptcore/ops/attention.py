@@ -60,7 +60,7 @@ def attention(
         refuse_out_with_grad("attention", q, k, v)
     lse = _new_lse(q) if return_lse else None
     out = empty_like(q) if out is None else out
-    _run(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, left, right, out, lse)
+    _run(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, causal, left, right)
     return (out, lse) if return_lse else out
 
 
@@ -100,7 +100,7 @@ def attention_qkv(
     lse = _new_lse_qkv(qkv, num_heads) if return_lse else None
     q, k, v = _split(last_contiguous(qkv), num_heads, num_kv_heads)
     _run(
-        q, k, v, cu_seqlens_q, cu_seqlens_q, scale, causal, left, right, _as_heads(out, num_heads, size), lse
+        q, k, v, cu_seqlens_q, cu_seqlens_q, _as_heads(out, num_heads, size), lse, scale, causal, left, right
     )
     return (out, lse) if return_lse else out
 
@@ -219,8 +219,8 @@ def _split(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
 
 
 def _run(
-    q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, scale: float, causal: bool, left: int, right: int,
-    out: Array, lse: Any,
+    q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, out: Array, lse: Any, scale: float, causal: bool,
+    left: int, right: int,
 ) -> None:  # fmt: skip
     backend.extension().attention_forward(
         last_contiguous(q), last_contiguous(k), last_contiguous(v), cu_q, cu_k, scale, causal, left, right, out, lse
@@ -248,13 +248,13 @@ _OPTIONS = "float scale, bool causal, int left, int right"
 
 def _forward(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
     out, lse = empty_like(q), _new_lse(q)
-    _run(q, k, v, cu_q, cu_k, *options[:4], out, lse)
+    _run(q, k, v, cu_q, cu_k, out, lse, *options[:4])
     return out, lse
 
 
 def _inference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
     out, lse = empty_like(q), _new_lse(q) if options[4] else None
-    _run(q, k, v, cu_q, cu_k, *options[:4], out, lse)
+    _run(q, k, v, cu_q, cu_k, out, lse, *options[:4])
     return out, lse
 
 
@@ -285,7 +285,7 @@ def _backward_fake(dout: Any, q: Any, k: Any, v: Any, *_: Any) -> tuple[Any, Any
 def _qkv_run(qkv: Any, cu: Any, heads: int, kv_heads: int, options: tuple[Any, ...], lse: Any) -> Any:
     q, k, v = _split(last_contiguous(qkv), heads, kv_heads)
     out = qkv.new_empty((*qkv.shape[:-1], heads * q.shape[-1]))
-    _run(q, k, v, cu, cu, *options, _as_heads(out, heads, q.shape[-1]), lse)
+    _run(q, k, v, cu, cu, _as_heads(out, heads, q.shape[-1]), lse, *options)
     return out
 
 
