@@ -47,6 +47,24 @@ GPTCORE_INLINE VecI lane_index() {
 // a where a > b, else b; with a NaN in either, b (as MAXPS does).
 GPTCORE_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 GPTCORE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+// x held above or below a limit; NaN stays. MAXPS and MINPS give their second operand where either is NaN.
+GPTCORE_INLINE Vec at_least(Vec x, float limit) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)splat(limit), (__m512)x);
+#else
+  return x < splat(limit) ? splat(limit) : x;
+#endif
+}
+GPTCORE_INLINE Vec at_most(Vec x, float limit) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)splat(limit), (__m512)x);
+#else
+  return x > splat(limit) ? splat(limit) : x;
+#endif
+}
+GPTCORE_INLINE Vec clamp(Vec x, float limit) { return at_least(at_most(x, limit), -limit); }
+
 GPTCORE_INLINE Vec abs(Vec x) { return (Vec)((VecU)x & 0x7fffffffu); }
 GPTCORE_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return (Vec)(((VecU)magnitude & 0x7fffffffu) | ((VecU)sign & 0x80000000u));
@@ -209,8 +227,7 @@ GPTCORE_INLINE Vec scale_by_power(Vec x, Vec n) {
 // e^x, within 1 ulp of f32; 0 for -inf, inf above 88.7, NaN stays. Cody-Waite reduction to |r| <= ln2/2, then
 // 1 + r + r^2 p(r) with p of degree 4 (Chebyshev fit, relative error 3e-8 before rounding).
 GPTCORE_INLINE Vec exp(Vec x) {
-  x = x < splat(-104.0f) ? splat(-104.0f) : x;
-  x = x > splat(89.0f) ? splat(89.0f) : x;
+  x = at_most(at_least(x, -104.0f), 89.0f);
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
   const Vec n = (x * 1.44269504088896341f + magic) - magic;
   Vec r = x - n * 0.693359375f;
@@ -224,9 +241,9 @@ GPTCORE_INLINE Vec exp(Vec x) {
   return scale_by_power(p, n);
 }
 
-// 1 / x for x between 1 and 2, within 1 ulp. The divider takes 16 cycles for 16 lanes; a 14-bit estimate and
-// one Newton step (error 2^-28 before rounding) take 4.
-GPTCORE_INLINE Vec reciprocal_of_1_to_2(Vec x) {
+// 1 / x within 1 ulp, for x of moderate size (not inf, not near the ends of f32's range). The divider takes
+// 16 cycles for 16 lanes; a 14-bit estimate and one Newton step (error 2^-28 before rounding) take 4.
+GPTCORE_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
   const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
   return r + r * (1.0f - x * r);
@@ -238,7 +255,7 @@ GPTCORE_INLINE Vec reciprocal_of_1_to_2(Vec x) {
 // s = 1 / (1 + e^-x) and *other = 1 - s, both without cancellation: from t = e^-|x|, which cannot overflow.
 GPTCORE_INLINE Vec sigmoid(Vec x, Vec* other) {
   const Vec t = exp(-abs(x));
-  const Vec large = reciprocal_of_1_to_2(t + 1.0f), small = t * large;
+  const Vec large = reciprocal(t + 1.0f), small = t * large;
   *other = x < splat(0.0f) ? large : small;
   return x < splat(0.0f) ? small : large;
 }
@@ -274,7 +291,7 @@ GPTCORE_INLINE Vec erf(Vec x) {
   p = p * s + 0.128379166f;
   const Vec small = x * p + x;
   const Vec a = abs(x);
-  const Vec z = a > splat(3.93f) ? splat(3.93f) : a;  // NaN stays
+  const Vec z = at_most(a, 3.93f);
   Vec q = splat(-0.000187605216f);
   q = q * z + 0.00296011814f;
   q = q * z - 0.0218896577f;
@@ -284,12 +301,6 @@ GPTCORE_INLINE Vec erf(Vec x) {
   q = q * z + 0.000320569273f;
   const Vec large = copy_sign(1.0f - exp(-q), x);
   return a < splat(1.0f) ? small : large;
-}
-
-// x held within [-limit, limit]; NaN stays.
-GPTCORE_INLINE Vec clamp(Vec x, float limit) {
-  x = x > splat(limit) ? splat(limit) : x;
-  return x < splat(-limit) ? splat(-limit) : x;
 }
 
 }  // namespace GPTCORE_ISA_NS

@@ -32,27 +32,25 @@ def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     Args:
         dtype: one of that framework's, or ``"float32"`` / ``"int32"``, which all have; default: like's.
     """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor):
+        if dtype is None:
+            return like.new_empty(shape)
+        return like.new_empty(shape, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     module = namespace(like)
     if isinstance(dtype, str):
         dtype = getattr(module, dtype)
-    if module.__name__ == "torch":
-        return like.new_empty(shape, dtype=dtype)
     return module.empty(shape, dtype=like.dtype if dtype is None else dtype)
 
 
 def empty_like(x: Array) -> Array:
     """An uninitialised, contiguous array of x's framework, device, shape and dtype."""
-    module = namespace(x)
-    if module.__name__ != "torch":
-        return module.empty_like(x)
-    if x.layout is not module.strided:
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return namespace(x).empty_like(x)
+    if x.layout is not torch.strided:
         raise TypeError(f"gptcore: got a {x.layout} tensor, expected a dense one")
-    return module.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
-
-
-def as_rows(x: Array) -> Array:
-    """``x`` of shape (..., C) as a matrix (N, C): a view where the strides allow it, else a copy."""
-    return x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
 def last_contiguous(x: Array) -> Array:

@@ -217,6 +217,16 @@ def _backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
     )
 
 
+def _eager_forward(ctx: Any, gate: Any, up: Any, gate_bias: Any, up_bias: Any, kind: int) -> Any:
+    ctx.save_for_backward(gate, up, gate_bias, up_bias)
+    ctx.kind = kind
+    return _run(gate, up, gate_bias, up_bias, kind)
+
+
+def _eager_backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
+    return *gated_activation_backward(grad_y, *ctx.saved_tensors, ctx.kind), None
+
+
 def _backward_forward(
     grad_y: Any, gate: Any, up: Any, gate_bias: Any, up_bias: Any, kind: int
 ) -> tuple[Any, ...]:
@@ -246,4 +256,6 @@ _gated_activation = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    eager_forward=_eager_forward,
+    eager_backward=_eager_backward,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, as_rows, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.arrays import Array, empty, empty_like, is_torch, rows
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
 
 
@@ -37,7 +37,8 @@ def layer_norm(
     """
     if out is None and is_torch(x):
         if residual is None:
-            return _layer_norm(x, weight, bias, eps)[0]
+            y = _layer_norm(x, weight, bias, eps)
+            return y[0] if type(y) is tuple else y
         return _add_layer_norm(x, residual, weight, bias, eps)[:2]
     if is_torch(x):
         refuse_out_with_grad("layer_norm", x, residual, weight, bias)
@@ -85,23 +86,16 @@ def layer_norm_reference(
 
 def _new_stats(x: Array) -> Array:
     width = x.shape[-1]
-    size = 1
-    for d in x.shape:
-        size *= d
-    return empty(x, (2, size // width if width else 0), "float32")
+    count = x.numel() if is_torch(x) else x.size
+    return empty(x, (2, count // width if width else 0), "float32")
 
 
 def _run(
     x: Array, residual: Any, weight: Any, bias: Any, eps: float, stats: Any, out: Array | None = None
 ) -> tuple[Array, Array, Array]:
     y = empty_like(x) if out is None else out
-    h = residual_rows = None
-    if residual is not None:
-        h = empty_like(x)
-        residual_rows = last_contiguous(as_rows(residual))
-    backend.extension().layer_norm_forward(
-        last_contiguous(as_rows(x)), residual_rows, weight, bias, eps, as_rows(y), as_rows(h), stats
-    )
+    h = None if residual is None else empty_like(x)
+    backend.extension().layer_norm_forward(rows(x), rows(residual), weight, bias, eps, y, h, stats)
     return y, h, stats
 
 
@@ -110,11 +104,12 @@ def _run_backward(
 ) -> tuple[Array, Array | None, Array | None]:
     dx = empty_like(h)
     dweight = None if weight is None else empty_like(weight)
-    dbias = empty(h, (h.shape[-1],), h.dtype if weight is None else weight.dtype) if want_bias else None
+    dbias = None
+    if want_bias:
+        dbias = empty(h, (h.shape[-1],)) if weight is None else empty_like(weight)
     backend.extension().layer_norm_backward(
-        last_contiguous(as_rows(grad_y)), last_contiguous(as_rows(grad_h)), as_rows(h), weight, stats,
-        as_rows(dx), dweight, dbias,
-    )  # fmt: skip
+        rows(grad_y), rows(grad_h), rows(h), weight, stats, dx, dweight, dbias
+    )
     return dx, dweight, dbias
 
 
@@ -128,15 +123,20 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
     return y, stats
 
 
-def _inference(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
-    return (_run(x, None, weight, bias, eps, None)[0],)
+def _inference(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    return _run(x, None, weight, bias, eps, None)[0]
 
 
-def _eager_forward(ctx: Any, x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
+def _eager_forward(ctx: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
     y, _, stats = _run(x, None, weight, bias, eps, _new_stats(x))
-    ctx.save_for_backward(x, weight)
-    ctx.stats, ctx.has_bias = stats, bias is not None
-    return (y,)
+    ctx.save_for_backward(x, weight, stats)
+    return y
+
+
+def _eager_backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
+    h, weight, stats = ctx.saved_tensors
+    dx, dweight, dbias = _run_backward(grad_y, None, h, weight, stats, ctx.needs_input_grad[2])
+    return dx, dweight, dbias, None
 
 
 def _fake(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
@@ -144,12 +144,11 @@ def _fake(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, weight, bias, _ = inputs
-    _save(ctx, x, weight, bias, output[1])
+    _save(ctx, inputs[0], inputs[1], output[1])
 
 
 def _backward(ctx: Any, grad_y: Any, *_: Any) -> tuple[Any, ...]:
-    return *_gradients(ctx, grad_y, None), None
+    return *_gradients(ctx, grad_y, None, ctx.needs_input_grad[2]), None
 
 
 def _add_forward(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
@@ -165,32 +164,28 @@ def _add_fake(x: Any, residual: Any, weight: Any, bias: Any, eps: float) -> tupl
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, _, weight, bias, _ = inputs
-    _save(ctx, output[1], weight, bias, output[2])
+    _save(ctx, output[1], inputs[2], output[2])
 
 
 def _add_backward(ctx: Any, grad_y: Any, grad_h: Any, *_: Any) -> tuple[Any, ...]:
-    dx, dweight, dbias = _gradients(ctx, grad_y, grad_h)
+    dx, dweight, dbias = _gradients(ctx, grad_y, grad_h, ctx.needs_input_grad[3])
     return dx, dx, dweight, dbias, None
 
 
-def _save(ctx: Any, h: Any, weight: Any, bias: Any, stats: Any) -> None:
+def _save(ctx: Any, h: Any, weight: Any, stats: Any) -> None:
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, weight, stats)
-    ctx.stats, ctx.has_bias = None, bias is not None
 
 
-def _gradients(ctx: Any, grad_y: Any, grad_h: Any) -> tuple[Any, Any, Any]:
-    saved = ctx.saved_tensors
-    h, weight = saved[0], saved[1]
-    stats = saved[2] if ctx.stats is None else ctx.stats
+def _gradients(ctx: Any, grad_y: Any, grad_h: Any, want_bias: bool) -> tuple[Any, Any, Any]:
+    h, weight, stats = ctx.saved_tensors
     if grad_y is None:
         if grad_h is None:
             return None, None, None
         grad_y = grad_h.new_zeros(grad_h.shape)
-    dx, dweight, dbias = _layer_norm_backward(grad_y, grad_h, h, weight, stats, ctx.has_bias)
-    return dx, dweight if weight is not None else None, dbias if ctx.has_bias else None
+    dx, dweight, dbias = _layer_norm_backward(grad_y, grad_h, h, weight, stats, want_bias)
+    return dx, dweight if weight is not None else None, dbias if want_bias else None
 
 
 def _backward_forward(
@@ -230,6 +225,7 @@ _layer_norm = TorchOp(
     backward=_backward,
     inference=_inference,
     eager_forward=_eager_forward,
+    eager_backward=_eager_backward,
 )
 _add_layer_norm = TorchOp(
     "add_layer_norm",

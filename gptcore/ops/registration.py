@@ -19,13 +19,16 @@ from typing import Any
 
 _torch: Any = None
 _library: Any = None
+_Tensor: Any = None
+_Parameter: Any = None
+_SCALARS = frozenset((type(None), bool, int, float))
 
 
 def _load() -> None:
-    global _torch, _library
+    global _torch, _library, _Tensor, _Parameter
     import torch
 
-    _torch = torch
+    _torch, _Tensor, _Parameter = torch, torch.Tensor, torch.nn.Parameter
     _library = torch.library.Library("gptcore", "FRAGMENT")
 
 
@@ -41,7 +44,9 @@ class TorchOp:
         backward: ``(ctx, *grads)``; returns one gradient (or None) per input. Both or neither are given.
         inference: like forward, for calls without gradients, where it may skip what only backward needs.
         eager_forward: ``(ctx, *inputs)``, in place of forward and setup_context in the eager Function, where
-            a microsecond counts; its outputs may be fewer, and backward must cope with what it saved.
+            a microsecond counts. Its outputs may be fewer than the schema's, one of them bare instead of in a
+            tuple; backward must cope with what it saved.
+        eager_backward: like backward, for the eager Function without create_graph: may call kernels directly.
         lower_precision: under autocast, floating tensors are cast to its dtype first, as torch does for
             products.
     """
@@ -57,6 +62,7 @@ class TorchOp:
         backward: Callable[..., Any] | None = None,
         inference: Callable[..., Any] | None = None,
         eager_forward: Callable[..., Any] | None = None,
+        eager_backward: Callable[..., Any] | None = None,
         lower_precision: bool = False,
     ) -> None:
         self.name = name
@@ -67,6 +73,7 @@ class TorchOp:
         self.backward = backward or self._refuse_backward
         self.inference = inference or forward
         self.eager_forward = eager_forward or self._generic_forward
+        self.eager_backward = eager_backward or self.backward
         self.lower_precision = lower_precision
         self.apply: Any = None
         self.overload: Any = None
@@ -87,7 +94,8 @@ class TorchOp:
         _torch.library.register_autograd(
             qualified, self.backward, setup_context=self.setup_context, lib=library
         )
-        self.apply = self._autograd_function().apply
+        # The C function behind Function.apply, whose Python half (2 us) only looks for functorch, as __call__ has.
+        self.apply = super(_torch.autograd.Function, self._autograd_function()).apply
         self.overload = getattr(_torch.ops.gptcore, self.name).default
 
     def _refuse_backward(self, ctx: Any, *grads: Any) -> Any:
@@ -103,14 +111,15 @@ class TorchOp:
         return output
 
     def _autograd_function(self) -> Any:
-        backward = self.backward
+        backward, direct = self.backward, self.eager_backward
         once = _torch.autograd.function.once_differentiable(backward)
         is_grad_enabled = _torch.is_grad_enabled
+        transform = _torch._C._functorch.peek_interpreter_stack  # autograd.grad(is_grads_batched=True) maps
 
         def eager_backward(ctx: Any, *grads: Any) -> Any:
             # Only create_graph=True runs backward with gradients on; then a second derivative must raise.
             if not is_grad_enabled():
-                return backward(ctx, *grads)
+                return direct(ctx, *grads) if transform() is None else backward(ctx, *grads)
             # once_differentiable guards only what depends on grads; the saved tensors must not be forgotten
             # silently when grads are constants, as a scalar loss's are.
             marked = (g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads)
@@ -131,9 +140,10 @@ class TorchOp:
         grad = False
         for x in inputs:
             kind = type(x)
-            if kind is torch.Tensor or kind is torch.nn.Parameter:
-                grad = grad or x.requires_grad
-            elif isinstance(x, torch.Tensor):
+            if kind is _Tensor or kind is _Parameter:
+                if x.requires_grad:
+                    grad = True
+            elif kind not in _SCALARS and isinstance(x, _Tensor):
                 return self.overload(*inputs)
         if grad and torch.is_grad_enabled():
             return self.apply(*inputs)

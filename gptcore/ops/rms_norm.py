@@ -36,7 +36,8 @@ def rms_norm(
     """
     if out is None and is_torch(x):
         if residual is None:
-            return _rms_norm(x, weight, eps)[0]
+            y = _rms_norm(x, weight, eps)
+            return y[0] if type(y) is tuple else y
         return _add_rms_norm(x, residual, weight, eps)[:2]
     if is_torch(x):
         refuse_out_with_grad("rms_norm", x, residual, weight)
@@ -71,10 +72,9 @@ def rms_norm_reference(x: Any, weight: Any = None, eps: float = 1e-6, *, residua
 
 
 def _new_stats(x: Array) -> Array:
-    size = 1
-    for d in x.shape[:-1]:
-        size *= d
-    return empty(x, (size,), "float32")
+    width = x.shape[-1]
+    count = x.numel() if is_torch(x) else x.size
+    return empty(x, (count // width if width else 0,), "float32")
 
 
 def _run(
@@ -105,14 +105,19 @@ def _forward(x: Any, weight: Any, eps: float) -> tuple[Any, ...]:
     return y, rstd
 
 
-def _inference(x: Any, weight: Any, eps: float) -> tuple[Any, ...]:
-    return (_run(x, None, weight, eps, None)[0],)
+def _inference(x: Any, weight: Any, eps: float) -> Any:
+    return _run(x, None, weight, eps, None)[0]
 
 
-def _eager_forward(ctx: Any, x: Any, weight: Any, eps: float) -> tuple[Any, ...]:
-    y, _, ctx.rstd = _run(x, None, weight, eps, _new_stats(x))
-    ctx.save_for_backward(x, weight)
-    return (y,)
+def _eager_forward(ctx: Any, x: Any, weight: Any, eps: float) -> Any:
+    y, _, rstd = _run(x, None, weight, eps, _new_stats(x))
+    ctx.save_for_backward(x, weight, rstd)
+    return y
+
+
+def _eager_backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
+    h, weight, rstd = ctx.saved_tensors
+    return *_run_backward(grad_y, None, h, weight, rstd), None
 
 
 def _fake(x: Any, weight: Any, eps: float) -> tuple[Any, ...]:
@@ -152,13 +157,10 @@ def _save(ctx: Any, h: Any, weight: Any, rstd: Any) -> None:
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(h, weight, rstd)
-    ctx.rstd = None
 
 
 def _gradients(ctx: Any, grad_y: Any, grad_h: Any) -> tuple[Any, Any]:
-    saved = ctx.saved_tensors
-    h, weight = saved[0], saved[1]
-    rstd = saved[2] if ctx.rstd is None else ctx.rstd
+    h, weight, rstd = ctx.saved_tensors
     if grad_y is None:
         if grad_h is None:
             return None, None
@@ -192,6 +194,7 @@ _rms_norm = TorchOp(
     backward=_backward,
     inference=_inference,
     eager_forward=_eager_forward,
+    eager_backward=_eager_backward,
 )
 _add_rms_norm = TorchOp(
     "add_rms_norm",

@@ -138,6 +138,12 @@ def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
     return dx, None, None, None, None, None, None
 
 
+def _eager_backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
+    offset, interleaved, inverse = ctx.options
+    dx = _run(grad, *ctx.saved_tensors, offset, interleaved, not inverse)
+    return dx, None, None, None, None, None, None
+
+
 _rotary = TorchOp(
     "rotary",
     "(Tensor x, Tensor cos, Tensor sin, Tensor? positions, SymInt offset, bool interleaved, bool inverse)"
@@ -146,4 +152,5 @@ _rotary = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    eager_backward=_eager_backward,
 )

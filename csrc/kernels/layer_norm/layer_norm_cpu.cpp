@@ -14,6 +14,10 @@ constexpr int kSums = 4;
 // Below this many elements a parallel loop costs more than it saves.
 constexpr int64_t kGrainElements = 16384;
 
+// Backward takes this many rows together: the weight is loaded, and its gradients' partial sums loaded and
+// stored, once for all of them; and their sums keep the adders busy.
+constexpr int kGroup = 4;
+
 // Rows per block of the weight gradients' sums. Fixed by the shape alone, so the bits do not know the thread
 // count; at most 64 blocks, so that partial sums stay a small part of the traffic.
 int64_t block_rows_of(int64_t rows) {
@@ -81,36 +85,50 @@ void forward(const LayerNormForward& a) {
   });
 }
 
-// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_h with g = grad_y * weight; adds the row's part of
-// dweight = sum grad_y * xhat and dbias = sum grad_y to the block's partial sums.
-template <class T, class W>
-GPTCORE_INLINE void backward_row(const LayerNormBackward& a, int64_t row, float* dweight, float* dbias) {
-  const T* dy = static_cast<const T*>(a.grad_y) + row * a.grad_y_stride;
-  const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
-  const T* dh = a.grad_h ? static_cast<const T*>(a.grad_h) + row * a.grad_h_stride : nullptr;
+// dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_h with g = grad_y * weight; adds the rows' part of
+// dweight = sum grad_y * xhat and dbias = sum grad_y to the block's partial sums. A row's sums take the same
+// order in a group of any size.
+template <class T, class W, int group>
+GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, int64_t row, float* dweight, float* dbias) {
   const W* weight = static_cast<const W*>(a.weight);
-  T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
-  const float rstd = a.rstd[row], mean = a.mean[row];
-  const auto gradient = [&](int64_t c, int64_t n) {
-    const Vec g = load_some(dy + c, n);  // lanes from n on are zero, so sums need no mask
-    return weight ? g * load_some(weight + c, n) : g;
-  };
-  const float mean_g = row_sum(a.width, gradient) / a.width;
-  const float mean_gx =
-      row_sum(a.width,
-              [&](int64_t c, int64_t n) { return gradient(c, n) * ((load_some(h + c, n) - mean) * rstd); }) /
-      a.width;
+  const T *dy[group], *h[group], *dh[group];
+  T* dx[group];
+  float rstd[group], mean[group], mean_g[group], mean_gx[group];
+  for (int r = 0; r < group; ++r) {
+    dy[r] = static_cast<const T*>(a.grad_y) + (row + r) * a.grad_y_stride;
+    h[r] = static_cast<const T*>(a.h) + (row + r) * a.h_stride;
+    dh[r] = a.grad_h ? static_cast<const T*>(a.grad_h) + (row + r) * a.grad_h_stride : nullptr;
+    dx[r] = static_cast<T*>(a.dx) + (row + r) * a.dx_stride;
+    rstd[r] = a.rstd[row + r], mean[r] = a.mean[row + r];
+  }
+  Vec sums_g[group] = {}, sums_gx[group] = {};
   for_lanes(a.width, [&](int64_t c, int64_t n) {
-    const Vec xhat = (load_some(h + c, n) - mean) * rstd;
-    const Vec dyc = load_some(dy + c, n);
-    const Vec g = weight ? dyc * load_some(weight + c, n) : dyc;
-    if (dweight) {
-      store_some(dweight + c, load_some(dweight + c, n) + dyc * xhat, n);
-      store_some(dbias + c, load_some(dbias + c, n) + dyc, n);
+    const Vec w = weight ? load_some(weight + c, n) : splat(1.0f);
+    for (int r = 0; r < group; ++r) {
+      const Vec g = load_some(dy[r] + c, n) * w;  // lanes from n on are zero, so sums need no mask
+      sums_g[r] += g;
+      sums_gx[r] += g * (load_some(h[r] + c, n) - mean[r]);
     }
-    Vec value = (g - mean_g - xhat * mean_gx) * rstd;
-    if (dh) value += load_some(dh + c, n);
-    store_some(dx + c, value, n);
+  });
+  for (int r = 0; r < group; ++r) {
+    mean_g[r] = reduce_add(sums_g[r]) / a.width;
+    mean_gx[r] = reduce_add(sums_gx[r]) * rstd[r] / a.width;
+  }
+  for_lanes(a.width, [&](int64_t c, int64_t n) {
+    const Vec w = weight ? load_some(weight + c, n) : splat(1.0f);
+    Vec dw = dweight ? load_some(dweight + c, n) : Vec{}, db = dweight ? load_some(dbias + c, n) : Vec{};
+    for (int r = 0; r < group; ++r) {
+      const Vec xhat = (load_some(h[r] + c, n) - mean[r]) * rstd[r], g = load_some(dy[r] + c, n);
+      dw += g * xhat;
+      db += g;
+      Vec value = (g * w - mean_g[r] - xhat * mean_gx[r]) * rstd[r];
+      if (dh[r]) value += load_some(dh[r] + c, n);
+      store_some(dx[r] + c, value, n);
+    }
+    if (dweight) {
+      store_some(dweight + c, dw, n);
+      store_some(dbias + c, db, n);
+    }
   });
 }
 
@@ -140,7 +158,9 @@ void backward(const LayerNormBackward& a) {
     float* dbias = wants_sums ? dweight + a.width : nullptr;
     if (wants_sums) __builtin_memset(dweight, 0, static_cast<size_t>(2 * a.width) * sizeof(float));
     const int64_t end = (block + 1) * block_rows < a.rows ? (block + 1) * block_rows : a.rows;
-    for (int64_t row = block * block_rows; row < end; ++row) backward_row<T, W>(a, row, dweight, dbias);
+    int64_t row = block * block_rows;
+    for (; row + kGroup <= end; row += kGroup) backward_rows<T, W, kGroup>(a, row, dweight, dbias);
+    for (; row < end; ++row) backward_rows<T, W, 1>(a, row, dweight, dbias);
   };
   const int64_t grain = kGrainElements / (a.width * block_rows) + 1;
   parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
