@@ -53,6 +53,11 @@ def empty_like(x: Array) -> Array:
     return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
 
 
+def as_rows(x: Array) -> Array:
+    """``x`` of shape (..., C) as a matrix (N, C): a view where the strides allow it, else a copy."""
+    return x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
 def last_contiguous(x: Array) -> Array:
     """``x`` itself if its last dimension has stride 1, else a contiguous copy. None stays None."""
     if x is None or x.shape[-1] <= 1:

@@ -224,7 +224,8 @@ def _eager_forward(ctx: Any, gate: Any, up: Any, gate_bias: Any, up_bias: Any, k
 
 
 def _eager_backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
-    return *gated_activation_backward(grad_y, *ctx.saved_tensors, ctx.kind), None
+    gate, up, gate_bias, up_bias = ctx.saved_tensors
+    return *gated_activation_backward(grad_y, gate, up, gate_bias, up_bias, ctx.kind), None
 
 
 def _backward_forward(

@@ -95,7 +95,7 @@ class TorchOp:
             qualified, self.backward, setup_context=self.setup_context, lib=library
         )
         # The C function behind Function.apply, whose Python half (2 us) only looks for functorch, as __call__ has.
-        self.apply = super(_torch.autograd.Function, self._autograd_function()).apply
+        self.apply = super(_torch.autograd.Function, self._autograd_function()).apply  # type: ignore[misc]
         self.overload = getattr(_torch.ops.gptcore, self.name).default
 
     def _refuse_backward(self, ctx: Any, *grads: Any) -> Any:

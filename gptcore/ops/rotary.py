@@ -140,7 +140,8 @@ def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
 
 def _eager_backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
     offset, interleaved, inverse = ctx.options
-    dx = _run(grad, *ctx.saved_tensors, offset, interleaved, not inverse)
+    cos, sin, positions = ctx.saved_tensors
+    dx = _run(grad, cos, sin, positions, offset, interleaved, not inverse)
     return dx, None, None, None, None, None, None
 
 
