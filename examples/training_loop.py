@@ -41,4 +41,4 @@ for step in range(STEPS):
             f"step {step:4d}  loss {loss.item():.3f}  (uniform would be {math.log(letters.vocab_size):.3f})"
         )
 
-print(generate(model, letters, "The ", max_new_tokens=120, temperature=0.8, seed=0).text)
+print(generate(model, letters, "The ", max_new_tokens=120, temperature=0.8, seed=0, overflow="slide").text)

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import gptcore
 from gptcore import backend
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# The suite draws the same examples on every run; HYPOTHESIS_PROFILE=explore draws new ones.
+settings.register_profile("default", derandomize=True, deadline=None)
+settings.register_profile("explore", derandomize=False, deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Child processes import the gptcore under test, whatever directory they start in; bench lies in the tree.
 os.environ["PYTHONSAFEPATH"] = "1"
