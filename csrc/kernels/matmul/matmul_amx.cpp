@@ -1,7 +1,7 @@
 #include "core/arena.h"
 #include "core/gemm_tile_amx.h"
 #include "core/parallel.h"
-#include "kernels/matmul/matmul_packed.h"
+#include "kernels/matmul/matmul_blocked_amx.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA_NS {
@@ -140,7 +140,7 @@ void few_rows(const MatmulArgs& x) {
 }  // namespace
 
 extern const MatmulBodies matmul_bf16_bodies;
-const MatmulBodies matmul_bf16_bodies = {few_rows, packed_product<AmxPolicy>};
+const MatmulBodies matmul_bf16_bodies = {few_rows, blocked_product};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore
