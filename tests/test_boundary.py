@@ -102,14 +102,15 @@ def test_the_gil_is_released_while_a_kernel_runs() -> None:
 
     thread = threading.Thread(target=tick)
     thread.start()
-    start = time.perf_counter()
+    start, calls = time.perf_counter(), []
     while time.perf_counter() - start < 0.3:
         begin = time.perf_counter()
         native.layer_norm_forward(x, None, None, None, 1e-5, out, None, None)
-        end = time.perf_counter()
+        calls.append((begin, time.perf_counter()))
     stop.set()
     thread.join()
-    assert sum(begin < t < end for t in ticks) > 1
+    # Holding the GIL, no tick could fall inside a call; on a busy machine not every call sees one.
+    assert sum(begin < t < end for t in ticks for begin, end in calls) > 1
 
 
 def test_crossing_costs_less_than_a_microsecond_for_three_tensors() -> None:
