@@ -148,6 +148,8 @@ def linear_cross_entropy_forward(
     z: Tensor | None,
     logprobs: Tensor | None,
     lse: Tensor | None,
+    dx: Tensor | None = None,
+    dweight: Tensor | None = None,
 ) -> None: ...
 def matmul(
     a: Tensor | None,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from math import isfinite
 from typing import Any, NamedTuple
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, as_rows, empty, is_torch, last_contiguous
 from gptcore.ops.registration import TorchOp
+
+# From this many rows on a chunk is long enough (a quarter of them) for its products to outweigh its traffic;
+# logits no larger than 1 MB are kept whole.
+LEAST_ROWS, WHOLE_LOGITS = 384, 1 << 18
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -151,12 +157,12 @@ def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
 
 def _run(
     x: Array, weight: Array, targets: Array, ignore_index: int, smoothing: float, z_loss: float,
-    scale: float, reduction: str,
+    scale: float, reduction: str, dx: Array | None = None, dweight: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     out = _results(x, reduction)
     backend.extension().linear_cross_entropy_forward(
         last_contiguous(x), last_contiguous(weight), targets, ignore_index, smoothing, z_loss, scale,
-        reduction, *out,
+        reduction, *out, dx, dweight,
     )  # fmt: skip
     return out
 
@@ -192,11 +198,63 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.options, ctx.main_grad = options, None
 
 
+def _gradients_at_once(x: Any, weight: Any, reduction: str) -> bool:
+    """Whether the eager forward makes the gradients too, for gradients of 1 of loss and z_loss.
+
+    That saves making the logits again, a quarter of all products, at the price of weight and its gradient
+    crossing memory once per chunk of tokens: bf16 products are too fast for that to pay, and so are few rows.
+    """
+    f32 = sys.modules["torch"].float32
+    if x.dtype is not f32 or weight.dtype is not f32 or reduction == "none":
+        return False
+    rows = x.shape[0]
+    return rows >= LEAST_ROWS or rows * weight.shape[0] <= WHOLE_LOGITS
+
+
 def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-    output = _run(*inputs)
-    _setup(ctx, inputs, output)
-    ctx.main_grad = getattr(inputs[1], "main_grad", None)
+    x, weight, targets, *options = inputs
+    dx = dweight = None
+    if _gradients_at_once(x, weight, inputs[-1]):
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        dx, dweight = (
+            empty(x, x.shape) if want_x else None,
+            empty(weight, weight.shape) if want_weight else None,
+        )
+    output = _run(*inputs, dx, dweight)
+    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, targets, output[3], dx, dweight)
+    ctx.options, ctx.main_grad = options, getattr(weight, "main_grad", None)
     return output
+
+
+def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tuple[Any, ...]:
+    *_, dx, dweight = ctx.saved_tensors
+    kept = dx is not None or dweight is not None
+    factor = _common_factor(grad_loss, grad_z, ctx.options[2]) if kept else None
+    if factor is None:
+        return _backward(ctx, grad_loss, grad_z, *unused)
+    last_use = not sys.modules["torch"]._C._autograd._get_current_graph_task_keep_graph()
+    if dweight is not None and ctx.main_grad is not None:
+        ctx.main_grad.add_(dweight, alpha=factor)
+        dweight = None
+    return _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), *(None,) * 6
+
+
+def _common_factor(grad_loss: Any, grad_z: Any, z_loss: float) -> float | None:
+    """The factor that turns the gradients for 1 into those wanted; None where no single one does."""
+    if grad_loss is None:
+        return None
+    factor: float = grad_loss.item()
+    if z_loss and (grad_z is None or grad_z.item() != factor):
+        return None
+    return factor if isfinite(factor) else None  # rows without gradient stay 0, not NaN
+
+
+def _scaled(gradient: Any, factor: float, last_use: bool) -> Any:
+    if gradient is None or (last_use and factor == 1.0):
+        return gradient
+    return gradient.mul_(factor) if last_use else gradient * factor
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_z: Any, *_: Any) -> tuple[Any, ...]:
@@ -204,12 +262,13 @@ def _backward(ctx: Any, grad_loss: Any, grad_z: Any, *_: Any) -> tuple[Any, ...]
     if grad_loss is None and grad_z is None:
         return nothing
     want_x, want_weight = ctx.needs_input_grad[:2]
+    saved = ctx.saved_tensors[:4]
     if ctx.main_grad is not None and want_weight:
         dx, dweight = _run_backward(
-            grad_loss, grad_z, *ctx.saved_tensors, *ctx.options, want_x, True, main_grad=ctx.main_grad
+            grad_loss, grad_z, *saved, *ctx.options, want_x, True, main_grad=ctx.main_grad
         )
     else:
-        dx, dweight = _backward_op(grad_loss, grad_z, *ctx.saved_tensors, *ctx.options, want_x, want_weight)
+        dx, dweight = _backward_op(grad_loss, grad_z, *saved, *ctx.options, want_x, want_weight)
     return dx if want_x else None, dweight if want_weight else None, *nothing[2:]
 
 
@@ -243,5 +302,6 @@ _op = TorchOp(
     setup_context=_setup,
     backward=_backward,
     eager_forward=_eager_forward,
+    eager_backward=_eager_backward,
     lower_precision=True,
 )

@@ -308,6 +308,116 @@ def test_autocast_takes_bf16_products_and_keeps_an_f32_loss() -> None:
     assert same_bits(out.loss, linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets).loss)
 
 
+# Of this many rows the eager f32 forward makes the gradients, 96 tokens at a time; the rest last.
+MANY = (400, 33, 700)
+
+
+def _unit_step(options: dict):
+    """x, weight, targets and the result of MANY, ready for a backward with gradients of 1."""
+    torch.manual_seed(3)
+    x, weight, targets = _inputs(*MANY, torch.float32)
+    x.requires_grad_(), weight.requires_grad_()
+    return x, weight, targets, linear_cross_entropy(x, weight, targets, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3])
+@pytest.mark.parametrize("shape", [MANY, (40, 64, 300), (7, 5, 3)])
+def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, shape, options: dict) -> None:
+    x, weight, targets = _inputs(*shape, torch.float32)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    out = linear_cross_entropy(*leaves, targets, **options)
+    dx, dweight = torch.autograd.grad(out.loss + out.z_loss, leaves)
+    plain = linear_cross_entropy(x, weight, targets, **options)
+    assert all(same_bits(a.detach(), b) for a, b in zip(out, plain, strict=True))
+    ones = torch.ones(()), torch.ones(())
+    again = linear_cross_entropy_backward(*ones, x, weight, targets, out.lse, **options)
+    assert same_bits(dx, again[0]) and same_bits(dweight, again[1])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_many_rows_match_float64(isa: str, options: dict) -> None:
+    _check(*_inputs(*MANY, torch.float32), **options)
+
+
+def test_many_rows_have_the_same_bits_for_every_thread_count(isa: str, threads: None) -> None:
+    def step() -> list[torch.Tensor]:
+        x, weight, _, out = _unit_step(OPTIONS[1])
+        return [*(o.detach() for o in out), *torch.autograd.grad(out.loss + out.z_loss, [x, weight])]
+
+    assert_same_for_threads(step)
+
+
+def test_kept_gradients_are_scaled_and_serve_again() -> None:
+    x, weight, _, out = _unit_step({})
+    first = torch.autograd.grad(out.loss, [x, weight], retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()  # the caller's own
+    scaled = torch.autograd.grad(0.3 * out.loss, [x, weight], retain_graph=True)
+    last = torch.autograd.grad(out.loss, [x, weight])
+    assert all(same_bits(a, b) for a, b in zip(last, kept, strict=True))
+    factor = torch.tensor(0.3).item()
+    assert all(same_bits(a, b * factor) for a, b in zip(scaled, kept, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.loss, [x, weight])
+
+
+def test_different_gradients_of_loss_and_z_are_made_anew() -> None:
+    for factors in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0)):
+        x, weight, targets, out = _unit_step({"z_loss": 1e-2})
+        got = torch.autograd.grad(factors[0] * out.loss + factors[1] * out.z_loss, [x, weight])
+        grads = [torch.tensor(f) for f in factors]
+        expected = linear_cross_entropy_backward(
+            *grads, x.detach(), weight.detach(), targets, out.lse, z_loss=1e-2
+        )
+        assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+    x, weight, targets, out = _unit_step({"z_loss": 1e-2})
+    alone = torch.autograd.grad(out.z_loss, [x, weight])
+    assert all(g.abs().max() > 0 for g in alone)
+
+
+def test_only_wanted_gradients_are_made() -> None:
+    x, weight, targets, out = _unit_step({})
+    dx, dweight = torch.autograd.grad(out.loss, [x, weight])
+    leaf = x.detach().requires_grad_()
+    only_x = torch.autograd.grad(linear_cross_entropy(leaf, weight.detach(), targets).loss, leaf)[0]
+    leaf = weight.detach().requires_grad_()
+    only_weight = torch.autograd.grad(linear_cross_entropy(x.detach(), leaf, targets).loss, leaf)[0]
+    assert same_bits(only_x, dx) and same_bits(only_weight, dweight)
+
+
+def test_main_grad_waits_for_the_backward() -> None:
+    x, weight, targets, out = _unit_step({})
+    dweight = torch.autograd.grad(out.loss, weight)[0]
+    weight.main_grad = torch.ones_like(dweight)
+    loss = linear_cross_entropy(x, weight, targets).loss
+    assert (weight.main_grad == 1).all()
+    (2 * loss).backward()
+    assert weight.grad is None and same_bits(weight.main_grad, 1 + 2 * dweight)
+
+
+def test_many_ignored_rows_in_chunks() -> None:
+    x, weight, targets, _ = _unit_step({})
+    for kept in (0, 1, 97):  # none, a part of a chunk, a chunk and one more
+        some = torch.where(torch.arange(len(targets)) < kept, targets.clamp(min=0), -100)
+        leaves = [t.detach().clone().requires_grad_() for t in (x, weight)]
+        dx, dweight = torch.autograd.grad(linear_cross_entropy(*leaves, some).loss, leaves)
+        assert (dx[kept:] == 0).all() and dx.isfinite().all() and dweight.isfinite().all()
+        assert (dweight == 0).all() == (kept == 0)
+
+
+def test_kept_logits_are_a_tenth_of_what_torch_holds() -> None:
+    # torch holds logits, their log-softmax and its gradient.
+    x, weight, targets = _inputs(1024, 128, 25000, torch.float32, ignored=False)
+    backend.set_num_threads(2)
+    before = backend.extension().scratch_bytes()
+    loss = linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets).loss
+    held = backend.extension().scratch_bytes() - before
+    backend.set_num_threads(0)
+    loss.backward()
+    assert held <= 3 * 1024 * 25000 * 4 / 10
+
+
 def test_extra_memory_is_a_tenth_of_the_logits() -> None:
     # One matrix of logits, in bf16, is 51 MB here; torch's path holds at least two of them.
     x, weight, targets = _inputs(1024, 128, 25000, torch.bfloat16, ignored=False)

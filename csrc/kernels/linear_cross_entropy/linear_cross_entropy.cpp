@@ -1,5 +1,6 @@
 #include "kernels/linear_cross_entropy/linear_cross_entropy.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -14,6 +15,12 @@ GPTCORE_BODIES(LinearCrossEntropyBodies, linear_cross_entropy_f32_bodies)
 GPTCORE_BODIES_AMX(LinearCrossEntropyBodies, linear_cross_entropy_bf16_bodies)
 
 namespace {
+
+// Below this many products of numbers (some ten microseconds) one thread is as fast as two.
+constexpr int64_t kSerialProducts = 1 << 20;
+// Logits that are kept whole: 1 MB, which scratch holds anyway.
+constexpr int64_t kWholeLogits = 1 << 18;
+constexpr int64_t kMostTokens = 256;
 
 const LinearCrossEntropyBodies& bodies_of(const TensorView& x, const TensorView& weight) {
   const bool half = x.dtype == DType::bf16 && weight.dtype == DType::bf16;
@@ -36,6 +43,20 @@ void check_inputs(const Checker& check, const TensorView& x, const TensorView& w
   check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
 }
 
+void check_gradients(const Checker& check, const TensorView& x, const TensorView& weight,
+                     const TensorView& dx, const TensorView& dweight) {
+  if (dx) {
+    check.output(dx, "dx", {x.dtype});
+    check.same_shape(dx, "dx", x, "x");
+    check.last_contiguous(dx, "dx");
+  }
+  if (dweight) {
+    check.output(dweight, "dweight", {DType::f32, weight.dtype});
+    check.same_shape(dweight, "dweight", weight, "weight");
+    check.last_contiguous(dweight, "dweight");
+  }
+}
+
 void fill(LinearCrossEntropyInputs* a, const KeptRows& kept, const TensorView& x, const TensorView& weight,
           double scale) {
   a->x = x.data, a->x_dtype = x.dtype, a->x_stride = x.stride(0);
@@ -43,13 +64,86 @@ void fill(LinearCrossEntropyInputs* a, const KeptRows& kept, const TensorView& x
   a->rows = kept.rows(), a->targets = kept.classes();
   a->n = kept.count(), a->c = x.size(1), a->v = weight.size(0);
   a->scale = static_cast<float>(scale);
+  a->parallel = a->n * a->c * a->v > kSerialProducts;
+}
+
+// What backward wants of each kept row, in three of its value arrays.
+class Factors {
+ public:
+  Factors(const KeptRows& kept, int first_array, const LinearCrossEntropyOptions& options, int64_t classes)
+      : kept_(kept),
+        options_(options),
+        softmax_(kept.values(first_array)),
+        share_(kept.values(first_array + 1)),
+        uniform_(kept.values(first_array + 2)),
+        classes_(static_cast<double>(classes)) {}
+
+  // Under the gradients g of loss and gz of z.
+  void set(int64_t i, double lse, double g, double gz) {
+    const double divisor = options_.reduction == "mean" ? static_cast<double>(kept_.count()) : 1.0;
+    const double scale = options_.logit_scale / divisor, s = options_.label_smoothing;
+    g *= scale, gz *= scale * options_.z_loss;
+    softmax_[i] = static_cast<float>(g + 2 * gz * lse);
+    share_[i] = static_cast<float>(g * (1 - s));
+    uniform_[i] = static_cast<float>(g * s / classes_);
+  }
+  void give(LinearCrossEntropyBackward* a, int64_t first) const {
+    a->softmax_factor = softmax_ + first, a->target_share = share_ + first;
+    a->uniform = options_.label_smoothing > 0 ? uniform_ + first : nullptr;
+  }
+
+ private:
+  const KeptRows& kept_;
+  const LinearCrossEntropyOptions& options_;
+  float *softmax_, *share_, *uniform_;
+  double classes_;
+};
+
+LinearCrossEntropyBackward backward_of(const LinearCrossEntropyInputs& inputs, const TensorView& dx,
+                                       const TensorView& dweight) {
+  LinearCrossEntropyBackward a{};
+  static_cast<LinearCrossEntropyInputs&>(a) = inputs;
+  if (dx) a.dx = dx.data, a.dx_stride = dx.stride(0);
+  if (dweight)
+    a.dweight = dweight.data, a.dweight_stride = dweight.stride(0), a.dweight_dtype = dweight.dtype;
+  return a;
+}
+
+// Tokens whose logits are kept at a time: fewer than a third of all, of which torch keeps three matrices; at
+// most 256, where passing over weight and dweight again for each chunk is a tenth of its products.
+int64_t tokens_at_once(int64_t rows, int64_t classes) {
+  if (rows * classes <= kWholeLogits) return (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
+  return std::clamp(rows / 4 / kRowPadding * kRowPadding, kRowPadding, kMostTokens);
+}
+
+// Forward of all kept rows and, chunk by chunk, the gradients for gradients of 1 of loss and z.
+void run_with_gradients(const LinearCrossEntropyBodies& bodies, const LinearCrossEntropyForward& whole,
+                        const LinearCrossEntropyOptions& options, const KeptRows& kept, int64_t chunk,
+                        const TensorView& dx, const TensorView& dweight) {
+  const int64_t words = (whole.v + kRowPadding - 1) / kRowPadding * kRowPadding;
+  const Scratch logits(static_cast<size_t>(words * chunk) * sizeof(float));
+  Factors factors(kept, 3, options, whole.v);
+  for (int64_t first = 0; first < kept.count(); first += chunk) {
+    LinearCrossEntropyForward a = whole;
+    a.rows += first, a.targets += first, a.lse += first, a.target_logit += first;
+    if (a.logit_sum) a.logit_sum += first;
+    a.n = std::min(chunk, kept.count() - first);
+    a.logits = logits.as<float>();
+    bodies.forward(a);
+    for (int64_t i = first; i < first + a.n; ++i) factors.set(i, whole.lse[i], 1, 1);
+    LinearCrossEntropyBackward b = backward_of(a, dx, dweight);
+    b.lse = a.lse, b.resume = first > 0;
+    factors.give(&b, first);
+    bodies.backward(b);
+  }
 }
 
 }  // namespace
 
 void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
                                   const LinearCrossEntropyOptions& options, const TensorView& loss,
-                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse) {
+                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse,
+                                  const TensorView& dx, const TensorView& dweight) {
   const Checker check("linear_cross_entropy");
   check_inputs(check, x, weight, targets, options);
   const int64_t rows = x.size(0);
@@ -58,13 +152,27 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   check_row_values(check, logprobs, "logprobs", rows);
   check_row_values(check, lse, "lse", rows);
   for (const TensorView* out : {&loss, &z, &logprobs, &lse}) check.writable(*out, "output");
+  const bool gradients = dx || dweight;
+  if (gradients) {
+    check.input(x, "x", {DType::f32});
+    check.input(weight, "weight", {DType::f32});
+    check.that(options.reduction != "none", "reduction", "'none'", "'mean' or 'sum' for gradients at once");
+    check_gradients(check, x, weight, dx, dweight);
+  }
 
-  const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
+  const KeptRows kept(targets, options.ignore_index, 6, kRowPadding);
   LinearCrossEntropyForward a{};
   fill(&a, kept, x, weight, options.logit_scale);
   a.lse = kept.values(0), a.target_logit = kept.values(1);
   if (options.label_smoothing > 0) a.logit_sum = kept.values(2);
-  if (kept.count() > 0) bodies_of(x, weight).forward(a);
+  if (dx && kept.count() < rows) zero_matrix(dx);
+  if (dweight && kept.count() == 0) zero_matrix(dweight);
+  if (gradients) {
+    const int64_t chunk = tokens_at_once(rows, a.v);
+    run_with_gradients(bodies_of(x, weight), a, options, kept, chunk, dx, dweight);
+  } else if (kept.count() > 0) {
+    bodies_of(x, weight).forward(a);
+  }
 
   const bool per_row = options.reduction == "none";
   for (const TensorView* out : {&logprobs, &lse}) std::memset(out->data, 0, static_cast<size_t>(rows) * 4);
@@ -105,18 +213,9 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
   if (grad_loss) check_loss(check, grad_loss, "grad_loss", rows, options.reduction, {DType::f32});
   if (grad_z) check_loss(check, grad_z, "grad_z", rows, options.reduction, {DType::f32});
   check_row_values(check, lse, "lse", rows);
-  if (dx) {
-    check.output(dx, "dx", {x.dtype});
-    check.same_shape(dx, "dx", x, "x");
-    check.last_contiguous(dx, "dx");
-  }
-  if (dweight) {
-    check.output(dweight, "dweight", {DType::f32, weight.dtype});
-    check.same_shape(dweight, "dweight", weight, "weight");
-    check.last_contiguous(dweight, "dweight");
-    check.that(!accumulate || dweight.dtype == DType::f32, "dweight", describe(dweight),
-               "f32 to accumulate into");
-  }
+  check_gradients(check, x, weight, dx, dweight);
+  check.that(!dweight || !accumulate || dweight.dtype == DType::f32, "dweight", describe(dweight),
+             "f32 to accumulate into");
 
   const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
   if (dx && kept.count() < rows) zero_matrix(dx);
@@ -124,27 +223,19 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
     if (dweight && !accumulate) zero_matrix(dweight);
     return;
   }
-  LinearCrossEntropyBackward a{};
-  fill(&a, kept, x, weight, options.logit_scale);
-  float *row_lse = kept.values(0), *factor = kept.values(1), *share = kept.values(2),
-        *uniform = kept.values(3);
+  LinearCrossEntropyInputs inputs{};
+  fill(&inputs, kept, x, weight, options.logit_scale);
+  float* row_lse = kept.values(0);
+  Factors factors(kept, 1, options, weight.size(0));
   const bool per_row = options.reduction == "none";
-  const double divisor = options.reduction == "mean" ? static_cast<double>(kept.count()) : 1.0;
-  const double scale = options.logit_scale / divisor, s = options.label_smoothing;
   for (int64_t i = 0; i < kept.count(); ++i) {
     const int64_t n = kept.row(i);
-    const double g = scale * loss_gradient(grad_loss, per_row, n),
-                 gz = scale * options.z_loss * loss_gradient(grad_z, per_row, n);
     row_lse[i] = lse.as<float>()[n];
-    factor[i] = static_cast<float>(g + 2 * gz * row_lse[i]);
-    share[i] = static_cast<float>(g * (1 - s));
-    uniform[i] = static_cast<float>(g * s / static_cast<double>(weight.size(0)));
+    factors.set(i, row_lse[i], loss_gradient(grad_loss, per_row, n), loss_gradient(grad_z, per_row, n));
   }
-  a.lse = row_lse, a.softmax_factor = factor, a.target_share = share, a.uniform = s > 0 ? uniform : nullptr;
-  if (dx) a.dx = dx.data, a.dx_stride = dx.stride(0);
-  if (dweight)
-    a.dweight = dweight.data, a.dweight_stride = dweight.stride(0), a.dweight_dtype = dweight.dtype;
-  a.accumulate = accumulate;
+  LinearCrossEntropyBackward a = backward_of(inputs, dx, dweight);
+  a.lse = row_lse, a.accumulate = accumulate;
+  factors.give(&a, 0);
   bodies_of(x, weight).backward(a);
 }
 

@@ -15,15 +15,21 @@
 //          else f32 products); loss, z, logprobs, lse and their gradients f32; dx of x's type; dweight f32 or
 //          weight's type, rounded once.
 // Ignored  rows with ignore_index take no part: loss, z, logprobs, lse and dx are 0 there, and no work is
-// done. None     grad_loss, grad_z: zero; dx, dweight: not wanted. Aliasing outputs overlap nothing. dx is
-// overwritten; dweight is overwritten, or added to (f32 only). Bits     lse and logprobs of a row depend on
-// that row and weight only; dx of a row on its gradients too. Sums run in
-//          an order fixed by shapes: the same bits on every thread count.
+//          done.
+// None     grad_loss, grad_z: zero; dx, dweight: not wanted.
+// At once  forward with dx or dweight (x and weight f32, mean or sum) makes the gradients for gradients of 1
+//          of loss and z, by chunks of tokens whose logits it keeps: the bits of backward with those.
+// Aliasing outputs overlap nothing. dx is overwritten; dweight is overwritten, or by backward added to (f32
+//          only).
+// Bits     lse and logprobs of a row depend on that row and weight only; dx of a row on its gradients too.
+//          Sums run in an order fixed by shapes: the same bits on every thread count.
 // Cost     forward 2NCV flops; backward 6NCV (2NCV of it the logits again), N counting kept rows;
-// exponentials 2NV.
+//          exponentials 2NV. Forward with gradients 6NCV, for it weight is read 2N/T times and dweight N/T
+//          times (and written as often), T = min(256, N/4) tokens of a chunk.
 //          Scratch in bytes, e = 2 for bf16 products, else 4: forward NCe + NV/32 (smoothing: NV * 3/64) (and
 //          a packed block of weight of at most 512 KB per thread); backward 2NCe + 4NC + 2SNe + 2SCe for
-//          stretches of S = min(1024, V/32) words of the vocabulary, at least 256.
+//          stretches of S = min(1024, V/32) words of the vocabulary, at least 256; forward with gradients
+//          4TV + 12TC + 4ST + 4SC (all N rows are one chunk if their logits take no more than 1 MB).
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
@@ -41,7 +47,8 @@ struct LinearCrossEntropyOptions {
 
 void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
                                   const LinearCrossEntropyOptions& options, const TensorView& loss,
-                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse);
+                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse,
+                                  const TensorView& dx, const TensorView& dweight);
 
 void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
                                    const TensorView& weight, const TensorView& targets, const TensorView& lse,

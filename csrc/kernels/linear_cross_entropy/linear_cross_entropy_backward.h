@@ -1,5 +1,5 @@
-// The backward body. For one stretch of the vocabulary after the other, over all tokens: logits again, their
-// gradient G in both packed forms, then from it the stretch's rows of dweight, finished at once, and its
+// The backward body. For one stretch of the vocabulary after the other, over all tokens: logits again (unless
+// forward kept them), their gradient G in both packed forms, then from it the stretch's rows of dweight, finished at once, and its
 // share of dx. Included by the _cpu and _amx files.
 #pragma once
 
@@ -38,29 +38,28 @@ struct BackwardPass {
   const int64_t dx_row;
 
   void pack_tokens() const {
-    parallel_for(padded / kGroup,
-                 [&](int64_t p, int) { pack_b<P>(x, true, p * kGroup, 0, c_steps, tokens + p * c_stride); });
+    if (!a.logits) {
+      for_tasks(a, padded / kGroup,
+                [&](int64_t p, int) { pack_b<P>(x, true, p * kGroup, 0, c_steps, tokens + p * c_stride); });
+    }
     if (!a.dweight) return;
-    parallel_for(ceil_div(a.c, kGroup), [&](int64_t p, int) {
+    for_tasks(a, ceil_div(a.c, kGroup), [&](int64_t p, int) {
       pack_b<P>(x, false, p * kGroup, 0, n_steps, tokens_deep + p * n_stride);
     });
   }
 
-  // Words [first, first + count) in both forms, a step of depth at a time: its rows are read from memory
-  // once.
-  void pack_words(int64_t first, int64_t count) const {
+  // A step of depth of words [first, first + count) in both forms: its rows are read from memory once.
+  void pack_words(int64_t first, int64_t count, int64_t step) const {
     Lines stretch = weight;
     stretch.count = first + count;  // what lies behind is packed as zeros
-    const int64_t groups = ceil_div(count, kGroup), deep = a.dx ? ceil_div(a.c, kGroup) : 0;
-    parallel_for(ceil_div(count, kDepth), [&](int64_t step, int) {
-      const int64_t word = step * kDepth;
-      for (int64_t g = word / kGroup; g < smaller((word + kDepth) / kGroup, groups); ++g) {
-        pack_a<P>(stretch, true, first + g * kGroup, 0, c_steps, words + g * c_stride);
-      }
-      for (int64_t c = 0; c < deep; ++c) {
-        pack_a<P>(stretch, false, c * kGroup, first + word, 1, words_deep + c * v_stride + step * kStepBytes);
-      }
-    });
+    const int64_t groups = a.logits ? 0 : ceil_div(count, kGroup), deep = a.dx ? ceil_div(a.c, kGroup) : 0;
+    const int64_t word = step * kDepth;
+    for (int64_t g = word / kGroup; g < smaller((word + kDepth) / kGroup, groups); ++g) {
+      pack_a<P>(stretch, true, first + g * kGroup, 0, c_steps, words + g * c_stride);
+    }
+    for (int64_t c = 0; c < deep; ++c) {
+      pack_a<P>(stretch, false, c * kGroup, first + word, 1, words_deep + c * v_stride + step * kStepBytes);
+    }
   }
 
   // G of two words for kLanes tokens, in both packed forms. Word w counts within the stretch.
@@ -91,15 +90,15 @@ struct BackwardPass {
   }
 
   // From logits[rows][kLanes tokens] the gradient; rows beyond `count` (up to `rows`, even) become zeros.
-  void differentiate(const float* logits, int64_t first, int64_t w, int64_t count, int64_t rows,
-                     int64_t n) const {
+  void differentiate(const float* logits, int64_t stride, int64_t first, int64_t w, int64_t count,
+                     int64_t rows, int64_t n) const {
     const Vec lse = load(a.lse + n), factor = load(a.softmax_factor + n), share = load(a.target_share + n);
     const Vec uniform = a.uniform ? load(a.uniform + n) : Vec{};
     const VecI target =
         *reinterpret_cast<const VecI*>(a.targets + n) - splat_int(static_cast<int32_t>(first + w));
     const auto gradient = [&](int64_t r) __attribute__((always_inline)) {
       if (r >= count) return Vec{};
-      const Vec g = exp(load(logits + r * kLogitStride) * a.scale - lse) * factor - uniform;
+      const Vec g = exp(load(logits + r * stride) * a.scale - lse) * factor - uniform;
       return target == splat_int(static_cast<int32_t>(r)) ? g - share : g;
     };
     for (int64_t r = 0; r < rows; r += 2) put(w + r, n, gradient(r), gradient(r + 1));
@@ -116,7 +115,45 @@ struct BackwardPass {
                              tokens + n / kGroup * c_stride, c_stride, width / kGroup, c_steps, logits,
                              kLogitStride, false);
     }
-    for (int64_t j = 0; j < width; j += kLanes) differentiate(logits + j, first, w, count, rows, n + j);
+    for (int64_t j = 0; j < width; j += kLanes)
+      differentiate(logits + j, kLogitStride, first, w, count, rows, n + j);
+  }
+
+  // The same for a group of words whose logits forward kept: in place, and once more as packed B.
+  void kept_task(int64_t first, int64_t w, int64_t count) const {
+    const float* tiles = reinterpret_cast<const float*>(gradient_rows + w / kGroup * n_stride);
+    for (int64_t n = 0; n < padded; n += kLanes) {
+      differentiate(tiles + n / kGroup * kTile + n % kGroup, kGroup, first, w, count, kGroup, n);
+    }
+  }
+
+  // G of words [first, first + count), and their weight packed.
+  void make_gradient(int64_t first, int64_t count) const {
+    const int64_t rows = ceil_div(count, kRowPadding) * kRowPadding, packs = ceil_div(count, kDepth);
+    if (a.logits) {  // the two do not need each other
+      for_tasks(a, packs + rows / kGroup, [&](int64_t t, int) {
+        if (t < packs) {
+          pack_words(first, count, t);
+        } else {
+          kept_task(first, (t - packs) * kGroup, count - (t - packs) * kGroup);
+        }
+      });
+      return;
+    }
+    for_tasks(a, packs, [&](int64_t step, int) { pack_words(first, count, step); });
+    const int64_t blocks = ceil_div(rows, kBlockRows), chunks = ceil_div(padded, kTokenChunk);
+    for_tasks(a, blocks * chunks, [&](int64_t t, int) {
+      const int64_t w = t / chunks * kBlockRows;
+      gradient_task(first, w, count - w, smaller(kBlockRows, rows - w), t % chunks * kTokenChunk);
+    });
+  }
+
+  void load_words(float* block, int64_t word, int64_t rows, int64_t column, int64_t width) const {
+    const float* in = static_cast<const float*>(a.dweight) + word * a.dweight_stride + column;
+    for (int64_t r = 0; r < rows; ++r) {
+      __builtin_memcpy(block + r * kBlockStride, in + r * a.dweight_stride,
+                       static_cast<size_t>(width) * sizeof(float));
+    }
   }
 
   template <class T>
@@ -131,15 +168,48 @@ struct BackwardPass {
     }
   }
 
+  // Panels of dweight (f32, whole groups and panels) = or += G^T x, where they lie. The next tile is fetched
+  // from memory while one is multiplied.
+  void multiply_in_place(const char* g, const char* tokens_of, int64_t groups, int64_t panels,
+                         float* out) const {
+    [[maybe_unused]] const typename Policy::Scope scope;
+    constexpr int64_t kTall = Policy::kGroups, kWide = Policy::kPanels;
+    const int64_t ldc = a.dweight_stride;
+    for (int64_t p = 0; p < panels; p += kWide) {
+      const int64_t wide = smaller(kWide, panels - p);
+      for (int64_t step = 0; step < n_steps; step += Policy::kBlockSteps) {
+        for (int64_t r = 0; r < groups; r += kTall) {
+          float* tile = out + r * kGroup * ldc + p * kGroup;
+          if (step == 0 && r + kTall < groups) {
+            for (int64_t i = kTall * kGroup; i < 2 * kTall * kGroup; ++i) {
+              for (int64_t j = 0; j < wide; ++j) __builtin_prefetch(tile + i * ldc + j * kGroup, 1, 2);
+            }
+          }
+          Policy::multiply(g + r * n_stride + step * kStepBytes, n_stride, smaller(kTall, groups - r),
+                           tokens_of + p * n_stride + step * kStepBytes, n_stride, wide,
+                           smaller(Policy::kBlockSteps, n_steps - step), tile, ldc, a.resume || step > 0);
+        }
+      }
+    }
+  }
+
   // dweight[word .., column ..] = G^T x over all tokens.
   void weight_task(int64_t word, int64_t w, int64_t rows, int64_t column) const {
     const int64_t width = smaller(kColumnChunk, a.c - column);
+    const bool whole = rows % kGroup == 0 && width % kGroup == 0;
+    if (whole && a.dweight_dtype == DType::f32 && !a.accumulate) {
+      multiply_in_place(gradient_rows + w / kGroup * n_stride, tokens_deep + column / kGroup * n_stride,
+                        rows / kGroup, width / kGroup,
+                        static_cast<float*>(a.dweight) + word * a.dweight_stride + column);
+      return;
+    }
     const Scratch room(static_cast<size_t>(kBlockRows * kBlockStride) * sizeof(float));
+    if (a.resume) load_words(room.as<float>(), word, rows, column, width);
     {
       [[maybe_unused]] const typename Policy::Scope scope;
       multiply_block<Policy>(gradient_rows + w / kGroup * n_stride, n_stride, ceil_div(rows, kGroup),
                              tokens_deep + column / kGroup * n_stride, n_stride, ceil_div(width, kGroup),
-                             n_steps, room.as<float>(), kBlockStride, false);
+                             n_steps, room.as<float>(), kBlockStride, a.resume);
     }
     if (a.dweight_dtype == DType::f32) {
       store_words<float>(room.as<float>(), word, rows, column, width);
@@ -159,30 +229,25 @@ struct BackwardPass {
   }
 
   void stretch(int64_t first, int64_t count) const {
-    pack_words(first, count);
-    const int64_t steps = ceil_div(count, kDepth), rows = ceil_div(count, kRowPadding) * kRowPadding;
-    const int64_t blocks = ceil_div(rows, kBlockRows), chunks = ceil_div(padded, kTokenChunk);
-    parallel_for(blocks * chunks, [&](int64_t t, int) {
-      const int64_t w = t / chunks * kBlockRows;
-      gradient_task(first, w, count - w, smaller(kBlockRows, rows - w), t % chunks * kTokenChunk);
-    });
-    const int64_t columns = a.dweight ? ceil_div(a.c, kColumnChunk) : 0, weight_tasks = blocks * columns;
-    const int64_t parts = ceil_div(padded, kColumnChunk),
-                  token_tasks = a.dx ? ceil_div(a.c, kBlockRows) * parts : 0;
-    parallel_for(weight_tasks + token_tasks, [&](int64_t t, int) {
-      if (t < weight_tasks) {
+    make_gradient(first, count);
+    const int64_t steps = ceil_div(count, kDepth), parts = ceil_div(padded, kColumnChunk);
+    const int64_t columns = ceil_div(a.c, kColumnChunk);
+    const int64_t weight_tasks = a.dweight ? ceil_div(count, kBlockRows) * columns : 0;
+    const int64_t token_tasks = a.dx ? ceil_div(a.c, kBlockRows) * parts : 0;
+    for_tasks(a, token_tasks + weight_tasks, [&](int64_t t, int) {
+      if (t < token_tasks) {  // first, since of few tokens these are the longer ones
+        token_task(t / parts * kBlockRows, t % parts * kColumnChunk, steps, first > 0);
+      } else {
+        t -= token_tasks;
         const int64_t w = t / columns * kBlockRows;
         weight_task(first + w, w, smaller(kBlockRows, count - w), t % columns * kColumnChunk);
-      } else {
-        t -= weight_tasks;
-        token_task(t / parts * kBlockRows, t % parts * kColumnChunk, steps, first > 0);
       }
     });
   }
 
   template <class T>
   void store_tokens() const {
-    parallel_for(padded / kGroup, [&](int64_t p, int) {
+    for_tasks(a, padded / kGroup, [&](int64_t p, int) {
       alignas(64) Line32 tile[16];
       const int64_t rows = smaller(kGroup, a.n - p * kGroup);
       for (int64_t c = 0; c < a.c; c += kGroup) {
@@ -208,36 +273,40 @@ void backward(const LinearCrossEntropyBackward& a) {
   const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding, words = stretch_of(a.v);
   const int64_t c_steps = ceil_div(a.c, kDepth), n_steps = padded / kDepth, v_steps = words / kDepth;
   const int64_t c_stride = c_steps * kStepBytes, n_stride = n_steps * kStepBytes,
-                v_stride = v_steps * kStepBytes;
+                v_stride = (v_steps + 1) * kStepBytes;  // not a power of two, as dx_row below
   const int64_t c_groups = ceil_div(a.c, kGroup), panels = padded / kGroup, v_groups = words / kGroup;
   const int64_t dx_row = padded + kGroup;  // not a power of two: rows of a tile would share a cache set
   const auto bytes = [](bool wanted, int64_t count) {
     return wanted ? static_cast<size_t>(count) : size_t{0};
   };
-  const Scratch tokens(bytes(true, panels * c_stride)), tokens_deep(bytes(a.dweight, c_groups * n_stride));
-  const Scratch packed(bytes(true, v_groups * c_stride)), packed_deep(bytes(a.dx, c_groups * v_stride));
-  const Scratch rows(bytes(a.dweight, v_groups * n_stride)), columns(bytes(a.dx, panels * v_stride));
+  const bool again = !a.logits;
+  const Scratch tokens(bytes(again, panels * c_stride)), tokens_deep(bytes(a.dweight, c_groups * n_stride));
+  const Scratch packed(bytes(again, v_groups * c_stride)), packed_deep(bytes(a.dx, c_groups * v_stride));
+  const Scratch rows(bytes(again && a.dweight, v_groups * n_stride)), columns(bytes(a.dx, panels * v_stride));
   const Scratch dx(bytes(a.dx, c_groups * kGroup * dx_row * 4));
-  const BackwardPass<Policy> pass{a,
-                                  weight_lines(a),
-                                  token_lines(a),
-                                  padded,
-                                  c_steps,
-                                  n_steps,
-                                  v_steps,
-                                  c_stride,
-                                  n_stride,
-                                  v_stride,
-                                  tokens.as<char>(),
-                                  tokens_deep.as<char>(),
-                                  packed.as<char>(),
-                                  packed_deep.as<char>(),
-                                  rows.as<char>(),
-                                  columns.as<char>(),
-                                  dx.as<float>(),
-                                  dx_row};
+  BackwardPass<Policy> pass{a,
+                            weight_lines(a),
+                            token_lines(a),
+                            padded,
+                            c_steps,
+                            n_steps,
+                            v_steps,
+                            c_stride,
+                            n_stride,
+                            v_stride,
+                            tokens.as<char>(),
+                            tokens_deep.as<char>(),
+                            packed.as<char>(),
+                            packed_deep.as<char>(),
+                            again ? rows.as<char>() : reinterpret_cast<char*>(a.logits),
+                            columns.as<char>(),
+                            dx.as<float>(),
+                            dx_row};
   pass.pack_tokens();
-  for (int64_t first = 0; first < a.v; first += words) pass.stretch(first, smaller(words, a.v - first));
+  for (int64_t first = 0; first < a.v; first += words) {
+    pass.stretch(first, smaller(words, a.v - first));
+    if (a.logits) pass.gradient_rows += words / kGroup * n_stride;
+  }
   if (!a.dx) return;
   if (a.x_dtype == DType::f32) {
     pass.template store_tokens<float>();

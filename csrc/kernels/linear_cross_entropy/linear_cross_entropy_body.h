@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/parallel.h"
 
 namespace gptcore {
 
@@ -19,7 +20,22 @@ struct LinearCrossEntropyInputs {
   const int32_t* targets;  // its class
   int64_t n, c, v;
   float scale;
+  // Room for this call's unscaled logits, written by forward and turned into gradients in place by backward
+  // (null: backward makes the logits again). f32 tiles of 16 words x 16 tokens, [group of words][group of
+  // tokens], which is packed A of the product that gives dweight; both padded to kRowPadding.
+  float* logits;
+  bool parallel;  // worth more than one thread
 };
+
+// Tasks over threads, or in order on this one where the whole call takes less than waking a thread.
+template <class F>
+inline void for_tasks(const LinearCrossEntropyInputs& a, int64_t tasks, const F& body) {
+  if (a.parallel) {
+    parallel_for(tasks, body);
+  } else {
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+  }
+}
 
 struct LinearCrossEntropyForward : LinearCrossEntropyInputs {
   float *lse, *target_logit;
@@ -35,6 +51,7 @@ struct LinearCrossEntropyBackward : LinearCrossEntropyInputs {
   int64_t dweight_stride;
   DType dweight_dtype;
   bool accumulate;  // dweight is added to
+  bool resume;      // dweight (f32) holds the sums over earlier tokens, which go on
 };
 
 struct LinearCrossEntropyBodies {

@@ -4,7 +4,6 @@
 #include "core/arena.h"
 #include "core/gemm_tile.h"
 #include "core/log.h"
-#include "core/parallel.h"
 #include "kernels/linear_cross_entropy/linear_cross_entropy_body.h"
 
 namespace gptcore {
@@ -19,6 +18,7 @@ constexpr int64_t kLogitStride = kTokenChunk + kGroup;
 // With few blocks of vocabulary, work is split over tokens too; packing the weight again for each part of
 // this many tokens costs about a tenth of their product.
 constexpr int64_t kTokenPart = 768, kEnoughTasks = 64;
+constexpr int64_t kTile = kGroup * kGroup;
 
 inline int64_t words_per_block(int64_t c, int64_t element) {
   const int64_t words = kWordBytes / (c * element + 1) / kLeastWords * kLeastWords;
@@ -87,6 +87,13 @@ inline void join_blocks(const LinearCrossEntropyForward& a, const Partials& part
   });
 }
 
+// Copies logits[words][kLanes tokens], all tokens of one tile, to where backward finds them.
+GPTCORE_INLINE void keep_strip(const float* logits, int64_t words, float* tile, int64_t group_stride) {
+  for (int64_t g = 0; g < words; g += kGroup, tile += group_stride, logits += kGroup * kLogitStride) {
+    for (int r = 0; r < kGroup; ++r) store(tile + r * kGroup, load(logits + r * kLogitStride));
+  }
+}
+
 template <class Policy>
 struct ForwardPass {
   using P = typename Policy::P;
@@ -114,6 +121,9 @@ struct ForwardPass {
       for (int64_t j = 0; j < width; j += kLanes) {
         reduce_strip(logits + j, words, a.scale, partials.at(block, 0) + n + j, partials.at(block, 1) + n + j,
                      a.logit_sum ? partials.at(block, 2) + n + j : nullptr);
+        if (!a.logits) continue;
+        float* tile = a.logits + first * partials.tokens + (n + j) / kGroup * kTile + j % kGroup;
+        keep_strip(logits + j, words, tile, kGroup * partials.tokens);
       }
       for (int64_t j = 0; j < width; ++j) {
         const int64_t word = a.targets[n + j] - first;
@@ -133,7 +143,7 @@ void forward(const LinearCrossEntropyForward& a) {
   const Scratch tokens(static_cast<size_t>(padded / kGroup * stride));
   const Scratch results(static_cast<size_t>(blocks * quantities * padded) * sizeof(float));
   const Lines x = token_lines(a);
-  parallel_for(padded / kGroup, [&](int64_t p, int) {
+  for_tasks(a, padded / kGroup, [&](int64_t p, int) {
     pack_b<P>(x, true, p * kGroup, 0, steps, tokens.as<char>() + p * stride);
   });
   const ForwardPass<Policy> pass{a,
@@ -144,7 +154,7 @@ void forward(const LinearCrossEntropyForward& a) {
                                  block_words,
                                  {results.as<float>(), padded, quantities}};
   const int64_t part = blocks >= kEnoughTasks ? padded : kTokenPart, parts = ceil_div(padded, part);
-  parallel_for(blocks * parts, [&](int64_t t, int) {
+  for_tasks(a, blocks * parts, [&](int64_t t, int) {
     const int64_t begin = t % parts * part;
     pass.task(t / parts, begin, smaller(begin + part, padded));
   });
