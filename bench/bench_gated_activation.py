@@ -28,6 +28,7 @@ def _functions(kind: str) -> dict[str, Callable[..., Any]]:
             "torch_eager": lambda x, b: F.gelu(x + b, approximate="tanh"),
         },
         "silu": {"gptcore": lambda x: ours.silu(x), "torch_eager": lambda x: F.silu(x)},
+        "relu": {"gptcore": lambda x: ours.relu(x), "torch_eager": lambda x: F.relu(x)},
         "swiglu": {
             "gptcore": lambda gate, up: ours.swiglu(gate, up),
             "torch_eager": lambda gate, up: F.silu(gate) * up,
@@ -66,6 +67,7 @@ def _cost(kind: str, rows: int, width: int, *, backward: bool) -> Callable[[int]
 SHAPES = (
     ("gelu_tanh", 64, 64), ("gelu_tanh", 1024, 3072), ("gelu_tanh", 4096, 3072),
     ("gelu_tanh_bias", 4096, 3072), ("gelu_erf", 4096, 3072), ("silu", 4096, 3072),
+    ("relu", 4096, 3072),
     ("swiglu", 64, 64), ("swiglu", 2048, 11008),
     ("geglu", 2048, 2048),
 )  # fmt: skip
