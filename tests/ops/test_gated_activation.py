@@ -155,6 +155,16 @@ def test_misaligned_strided_and_fused_inputs() -> None:
     assert scalar_gradient.grad is not None and scalar_gradient.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)])
+def test_empty_inputs_have_empty_gradients_and_no_bias_gradient(form: str, shape: tuple[int, int]) -> None:
+    for bias in (False, True):
+        leaves = [t.requires_grad_() for t in _inputs(form, *shape, torch.float32, bias)]
+        gradients = torch.autograd.grad(FORMS[form][0](*leaves), leaves, torch.zeros(shape))
+        assert [g.shape for g in gradients] == [t.shape for t in leaves]
+        assert not any(g.any() for g in gradients)
+
+
 def test_packed_gradient_is_that_of_the_halves() -> None:
     fused = torch.randn(6, 2, 40, requires_grad=True)
     grad = torch.randn(6, 2, 20)

@@ -70,6 +70,16 @@ DType check_biases(const Checker& check, const TensorView& gate_bias, const Tens
   return gate_bias ? gate_bias.dtype : up_bias ? up_bias.dtype : DType::f32;
 }
 
+// Without biases, rows that follow each other without gaps are one long row, with one tail to handle.
+template <class Arguments>
+void join_rows(Arguments& a, std::initializer_list<int64_t> strides) {
+  if (a.rows == 0) return;
+  for (const int64_t stride : strides) {
+    if (stride != a.width) return;
+  }
+  a.width *= a.rows, a.rows = 1;
+}
+
 }  // namespace
 
 void gated_activation_forward(int kind, const TensorView& gate, const TensorView& up,
@@ -98,6 +108,9 @@ void gated_activation_forward(int kind, const TensorView& gate, const TensorView
   a.bf16_bias = bias_type == DType::bf16;
   a.y = y.data, a.rows = gate_rows.count, a.width = width;
   a.gate_stride = gate_rows.stride, a.y_stride = y_rows.stride;
+  if (!a.gate_bias && !a.up_bias) {
+    join_rows(a, {a.gate_stride, a.up ? a.up_stride : width, a.y_stride});
+  }
   gated_activation_bodies_table.pick().forward[is_bf16(gate)](a);
 }
 
@@ -126,6 +139,7 @@ void gated_activation_backward(int kind, const TensorView& grad_y, const TensorV
       check_biases(check, dgate_bias, dup_bias, packed, gated, width, "dgate_bias", "dup_bias");
   if (dgate_bias) check.writable(dgate_bias, "dgate_bias");
   if (dup_bias) check.writable(dup_bias, "dup_bias");
+  if (width == 0) return;
 
   a.activation = packed ? kind - kPacked : kind;
   a.grad_y = grad_y.data, a.gate = gate.data, a.up = up.data;
@@ -140,6 +154,10 @@ void gated_activation_backward(int kind, const TensorView& grad_y, const TensorV
   }
   a.bf16_bias = bias_type == DType::bf16, a.bf16_dbias = dbias_type == DType::bf16;
   a.rows = gate_rows.count, a.width = width;
+  if (!a.gate_bias && !a.up_bias && !a.dgate_bias && !a.dup_bias) {
+    join_rows(a, {a.grad_y_stride, a.gate_stride, a.up ? a.up_stride : width, a.dgate_stride,
+                  a.up ? a.dup_stride : width});
+  }
   gated_activation_bodies_table.pick().backward[is_bf16(gate)](a);
 }
 
