@@ -300,6 +300,12 @@ using Bf16Policy = PlainPolicy;  // bf16 is widened when packed
 
 }  // namespace
 
+// Four panels are two tiles of two: one panel alone has too few sums to keep the multipliers busy.
+template <class Policy>
+GPTCORE_INLINE int64_t panels_at_once(int64_t left) {
+  return Policy::kPanels == 3 && left == 4 ? 2 : smaller(Policy::kPanels, left);
+}
+
 // C (16 * groups x 16 * panels, row stride ldc) = or += packed A x packed B. Strides in bytes between groups
 // and between panels. For each block of depth: panels that fit in L1, under them the groups, streamed from
 // L2.
@@ -314,12 +320,13 @@ static inline void multiply_block(const char* a, int64_t a_stride, int64_t group
   }
   for (int64_t first = 0; first < steps; first += Policy::kBlockSteps) {
     const int64_t count = smaller(Policy::kBlockSteps, steps - first);
-    for (int64_t p = 0; p < panels; p += Policy::kPanels) {
+    for (int64_t p = 0, wide; p < panels; p += wide) {
+      wide = panels_at_once<Policy>(panels - p);
       for (int64_t g = 0; g < groups; g += Policy::kGroups) {
         Policy::multiply(a + g * a_stride + first * kStepBytes, a_stride,
                          smaller(Policy::kGroups, groups - g), b + p * b_stride + first * kStepBytes,
-                         b_stride, smaller(Policy::kPanels, panels - p), count,
-                         c + g * kGroup * ldc + p * kGroup, ldc, accumulate || first > 0);
+                         b_stride, wide, count, c + g * kGroup * ldc + p * kGroup, ldc,
+                         accumulate || first > 0);
       }
     }
   }

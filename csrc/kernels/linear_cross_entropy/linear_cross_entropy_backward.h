@@ -16,6 +16,9 @@ constexpr int64_t kMostStretch = 1024, kLeastStretch = 256;
 constexpr int64_t kColumnChunk = 192;
 constexpr int64_t kBlockStride = kColumnChunk + kGroup;
 constexpr int64_t kBlockRows = 256;
+// With kept logits a task makes G and dweight of few words, or takes dx of few columns over few words at a time:
+// both then find their other operand, x or G of a chunk of tokens, in L2.
+constexpr int64_t kKeptWords = 64, kKeptColumns = 128, kKeptDepth = 256;
 
 inline int64_t stretch_of(int64_t v) {
   const int64_t words = v / 32 / kLeastStretch * kLeastStretch;
@@ -52,7 +55,7 @@ struct BackwardPass {
   void pack_words(int64_t first, int64_t count, int64_t step) const {
     Lines stretch = weight;
     stretch.count = first + count;  // what lies behind is packed as zeros
-    const int64_t groups = a.logits ? 0 : ceil_div(count, kGroup), deep = a.dx ? ceil_div(a.c, kGroup) : 0;
+    const int64_t groups = ceil_div(count, kGroup), deep = a.dx ? ceil_div(a.c, kGroup) : 0;
     const int64_t word = step * kDepth;
     for (int64_t g = word / kGroup; g < smaller((word + kDepth) / kGroup, groups); ++g) {
       pack_a<P>(stretch, true, first + g * kGroup, 0, c_steps, words + g * c_stride);
@@ -119,27 +122,9 @@ struct BackwardPass {
       differentiate(logits + j, kLogitStride, first, w, count, rows, n + j);
   }
 
-  // The same for a group of words whose logits forward kept: in place, and once more as packed B.
-  void kept_task(int64_t first, int64_t w, int64_t count) const {
-    const float* tiles = reinterpret_cast<const float*>(gradient_rows + w / kGroup * n_stride);
-    for (int64_t n = 0; n < padded; n += kLanes) {
-      differentiate(tiles + n / kGroup * kTile + n % kGroup, kGroup, first, w, count, kGroup, n);
-    }
-  }
-
   // G of words [first, first + count), and their weight packed.
   void make_gradient(int64_t first, int64_t count) const {
     const int64_t rows = ceil_div(count, kRowPadding) * kRowPadding, packs = ceil_div(count, kDepth);
-    if (a.logits) {  // the two do not need each other
-      for_tasks(a, packs + rows / kGroup, [&](int64_t t, int) {
-        if (t < packs) {
-          pack_words(first, count, t);
-        } else {
-          kept_task(first, (t - packs) * kGroup, count - (t - packs) * kGroup);
-        }
-      });
-      return;
-    }
     for_tasks(a, packs, [&](int64_t step, int) { pack_words(first, count, step); });
     const int64_t blocks = ceil_div(rows, kBlockRows), chunks = ceil_div(padded, kTokenChunk);
     for_tasks(a, blocks * chunks, [&](int64_t t, int) {
@@ -235,7 +220,7 @@ struct BackwardPass {
     const int64_t weight_tasks = a.dweight ? ceil_div(count, kBlockRows) * columns : 0;
     const int64_t token_tasks = a.dx ? ceil_div(a.c, kBlockRows) * parts : 0;
     for_tasks(a, token_tasks + weight_tasks, [&](int64_t t, int) {
-      if (t < token_tasks) {  // first, since of few tokens these are the longer ones
+      if (t < token_tasks) {
         token_task(t / parts * kBlockRows, t % parts * kColumnChunk, steps, first > 0);
       } else {
         t -= token_tasks;
@@ -243,6 +228,46 @@ struct BackwardPass {
         weight_task(first + w, w, smaller(kBlockRows, count - w), t % columns * kColumnChunk);
       }
     });
+  }
+
+  // G of a group of words from kept logits: in place, and once more as packed B.
+  void keep_gradient(int64_t first, int64_t w, int64_t count) const {
+    const float* tiles = reinterpret_cast<const float*>(gradient_rows + w / kGroup * n_stride);
+    for (int64_t n = 0; n < padded; n += kLanes) {
+      differentiate(tiles + n / kGroup * kTile + n % kGroup, kGroup, first, w, count, kGroup, n);
+    }
+  }
+
+  // G and dweight of words [first + w, ...) of a stretch of `count`.
+  void kept_word_task(int64_t first, int64_t count, int64_t w) const {
+    const int64_t rows = smaller(kKeptWords, count - w);
+    for (int64_t g = w; g < w + rows; g += kGroup) keep_gradient(first, g, count - g);
+    for (int64_t column = 0; a.dweight && column < a.c; column += kColumnChunk) {
+      weight_task(first + w, w, rows, column);
+    }
+  }
+
+  // dx^T[row .., all tokens] += weight^T G^T over the stretch. No other task wants these columns of weight, so
+  // they are packed here, a part of L2 at a time.
+  void kept_token_task(int64_t first, int64_t count, int64_t row) const {
+    const int64_t groups = smaller(kKeptColumns / kGroup, ceil_div(a.c, kGroup) - row / kGroup);
+    constexpr int64_t kStride = (kKeptDepth / kDepth + 1) * kStepBytes;  // not a power of two
+    const Scratch packed(static_cast<size_t>(groups * kStride));
+    Lines stretch = weight;
+    stretch.count = first + count;
+    for (int64_t w = 0; w < count; w += kKeptDepth) {
+      const int64_t steps = ceil_div(smaller(kKeptDepth, count - w), kDepth);
+      for (int64_t step = 0; step < steps; ++step) {
+        for (int64_t g = 0; g < groups; ++g) {
+          pack_a<P>(stretch, false, row + g * kGroup, first + w + step * kDepth, 1,
+                    packed.as<char>() + g * kStride + step * kStepBytes);
+        }
+      }
+      [[maybe_unused]] const typename Policy::Scope scope;
+      multiply_block<Policy>(packed.as<char>(), kStride, groups, gradient_columns + w / kDepth * kStepBytes,
+                             v_stride, padded / kGroup, steps, dx_transposed + row * dx_row, dx_row,
+                             first + w > 0);
+    }
   }
 
   template <class T>
@@ -266,6 +291,33 @@ struct BackwardPass {
   }
 };
 
+// Stretches of `words` words from kept logits: in one loop dx of one stretch, and G and dweight of the next, whose
+// G as packed B takes `column_bytes`.
+template <class Policy>
+void backward_of_kept(const BackwardPass<Policy>& pass, int64_t words, int64_t column_bytes) {
+  const LinearCrossEntropyBackward& a = pass.a;
+  const auto of_stretch = [&](int64_t s) {
+    BackwardPass<Policy> part = pass;
+    part.gradient_rows += s * (words / kGroup * pass.n_stride);
+    part.gradient_columns += s % 2 * column_bytes;
+    return part;
+  };
+  const int64_t stretches = ceil_div(a.v, words);
+  for (int64_t s = 0; s <= stretches; ++s) {
+    const int64_t first = s * words, before = first - words;
+    const int64_t count = s < stretches ? smaller(words, a.v - first) : 0;
+    const int64_t done = s > 0 ? smaller(words, a.v - before) : 0;
+    const int64_t token_tasks = a.dx && done > 0 ? ceil_div(a.c, kKeptColumns) : 0;
+    for_tasks(a, token_tasks + ceil_div(count, kKeptWords), [&](int64_t t, int) {
+      if (t < token_tasks) {  // the longer ones first
+        of_stretch(s - 1).kept_token_task(before, done, t * kKeptColumns);
+      } else {
+        of_stretch(s).kept_word_task(first, count, (t - token_tasks) * kKeptWords);
+      }
+    });
+  }
+}
+
 template <class Policy>
 void backward(const LinearCrossEntropyBackward& a) {
   using P = typename Policy::P;
@@ -280,32 +332,36 @@ void backward(const LinearCrossEntropyBackward& a) {
     return wanted ? static_cast<size_t>(count) : size_t{0};
   };
   const bool again = !a.logits;
+  const int64_t column_sets = again ? 1 : 2;  // kept: dx of one stretch beside G of the next
   const Scratch tokens(bytes(again, panels * c_stride)), tokens_deep(bytes(a.dweight, c_groups * n_stride));
-  const Scratch packed(bytes(again, v_groups * c_stride)), packed_deep(bytes(a.dx, c_groups * v_stride));
-  const Scratch rows(bytes(again && a.dweight, v_groups * n_stride)), columns(bytes(a.dx, panels * v_stride));
+  const Scratch packed(bytes(again, v_groups * c_stride)),
+      packed_deep(bytes(again && a.dx, c_groups * v_stride));
+  const Scratch rows(bytes(again && a.dweight, v_groups * n_stride)),
+      columns(bytes(a.dx, column_sets * panels * v_stride));
   const Scratch dx(bytes(a.dx, c_groups * kGroup * dx_row * 4));
-  BackwardPass<Policy> pass{a,
-                            weight_lines(a),
-                            token_lines(a),
-                            padded,
-                            c_steps,
-                            n_steps,
-                            v_steps,
-                            c_stride,
-                            n_stride,
-                            v_stride,
-                            tokens.as<char>(),
-                            tokens_deep.as<char>(),
-                            packed.as<char>(),
-                            packed_deep.as<char>(),
-                            again ? rows.as<char>() : reinterpret_cast<char*>(a.logits),
-                            columns.as<char>(),
-                            dx.as<float>(),
-                            dx_row};
+  const BackwardPass<Policy> pass{a,
+                                  weight_lines(a),
+                                  token_lines(a),
+                                  padded,
+                                  c_steps,
+                                  n_steps,
+                                  v_steps,
+                                  c_stride,
+                                  n_stride,
+                                  v_stride,
+                                  tokens.as<char>(),
+                                  tokens_deep.as<char>(),
+                                  packed.as<char>(),
+                                  packed_deep.as<char>(),
+                                  again ? rows.as<char>() : reinterpret_cast<char*>(a.logits),
+                                  columns.as<char>(),
+                                  dx.as<float>(),
+                                  dx_row};
   pass.pack_tokens();
-  for (int64_t first = 0; first < a.v; first += words) {
-    pass.stretch(first, smaller(words, a.v - first));
-    if (a.logits) pass.gradient_rows += words / kGroup * n_stride;
+  if (again) {
+    for (int64_t first = 0; first < a.v; first += words) pass.stretch(first, smaller(words, a.v - first));
+  } else {
+    backward_of_kept(pass, words, panels * v_stride);
   }
   if (!a.dx) return;
   if (a.x_dtype == DType::f32) {
