@@ -7,27 +7,28 @@ using gptcore::TensorView;
 
 namespace {
 
-void forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cu_q,
-             const TensorView& cu_k, float scale, bool causal, int64_t left, int64_t right,
-             const TensorView& out, const TensorView& lse) {
+void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cu_q,
+                       const TensorView& cu_k, float scale, bool causal, int64_t left, int64_t right,
+                       const TensorView& out, const TensorView& lse) {
   gptcore::attention_forward(q, k, v, cu_q, cu_k, {scale, causal, left, right}, out, lse);
 }
 
-void backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
-              const TensorView& out, const TensorView& lse, const TensorView& cu_q, const TensorView& cu_k,
-              float scale, bool causal, int64_t left, int64_t right, const TensorView& dq,
-              const TensorView& dk, const TensorView& dv) {
+void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
+                        const TensorView& out, const TensorView& lse, const TensorView& cu_q,
+                        const TensorView& cu_k, float scale, bool causal, int64_t left, int64_t right,
+                        const TensorView& dq, const TensorView& dk, const TensorView& dv) {
   gptcore::attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, {scale, causal, left, right}, dq, dk, dv);
 }
 
 }  // namespace
 
 void register_attention(py::module_& m) {
-  m.def("attention_forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cu_seqlens_q"),
-        py::arg("cu_seqlens_k"), py::arg("softmax_scale"), py::arg("causal"), py::arg("left"),
-        py::arg("right"), py::arg("out"), py::arg("lse"), py::call_guard<py::gil_scoped_release>(),
+  m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("softmax_scale"), py::arg("causal"),
+        py::arg("left"), py::arg("right"), py::arg("out"), py::arg("lse"),
+        py::call_guard<py::gil_scoped_release>(),
         "out = softmax(softmax_scale q k') v over the visible keys; writes lse where given.");
-  m.def("attention_backward", &backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
+  m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("lse"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
         py::arg("softmax_scale"), py::arg("causal"), py::arg("left"), py::arg("right"), py::arg("dq"),
         py::arg("dk"), py::arg("dv"), py::call_guard<py::gil_scoped_release>(),

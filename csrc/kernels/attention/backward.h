@@ -306,7 +306,7 @@ void backward(const AttentionProblem& p) {
     const Scratch own(parts > 1 ? 0 : static_cast<size_t>(dq_size) * sizeof(float));
     float* dq = parts > 1 ? partial + task * dq_size : own.template as<float>();
     {
-      const typename Engine::Scope scope;
+      [[maybe_unused]] const typename Engine::Scope scope;
       BackwardTask<Engine, T>(p, s, dq).run({blocks * part / parts, blocks * (part + 1) / parts});
     }
     if (parts > 1) return;

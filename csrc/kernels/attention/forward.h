@@ -179,7 +179,7 @@ void forward(const AttentionProblem& p) {
     const int64_t blocks = (s.rows() + Engine::kForwardRows - 1) / Engine::kForwardRows;
     const Range mine{blocks * part / parts, blocks * (part + 1) / parts};
     if (mine.empty()) return;
-    const typename Engine::Scope scope;
+    [[maybe_unused]] const typename Engine::Scope scope;
     ForwardTask<Engine, T>(p, s, mine).run();
   });
 }
