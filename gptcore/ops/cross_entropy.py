@@ -36,8 +36,9 @@ def cross_entropy(
         RuntimeError: on a second derivative.
     """
     if is_torch(logits):
-        return _op(logits, targets, weight, ignore_index, label_smoothing, reduction)[0]
-    return _run(logits, targets, weight, ignore_index, label_smoothing, reduction, with_lse=False)[0]
+        loss = _op(logits, targets, weight, ignore_index, label_smoothing, reduction)
+        return loss[0] if type(loss) is tuple else loss
+    return _loss_alone(logits, targets, weight, ignore_index, label_smoothing, reduction)
 
 
 def cross_entropy_backward(
@@ -83,21 +84,20 @@ def cross_entropy_reference(
     return loss.sum() / share.sum() if reduction == "mean" else loss.sum()
 
 
-def _outputs(logits: Array, reduction: str) -> tuple[Array, Array]:
-    rows = logits.shape[0]
-    return empty(logits, (rows,) if reduction == "none" else ()), empty(logits, (rows,), "float32")
+def _new_loss(logits: Array, reduction: str) -> Array:
+    return empty(logits, (logits.shape[0],) if reduction == "none" else ())
 
 
-def _run(
-    logits: Array, targets: Array, weight: Any, ignore_index: int, smoothing: float, reduction: str,
-    with_lse: bool = True,
-) -> tuple[Array, Array]:  # fmt: skip
-    loss, lse = _outputs(logits, reduction)
-    backend.extension().cross_entropy_forward(
-        last_contiguous(logits), targets, weight, ignore_index, smoothing, reduction, loss,
-        lse if with_lse else None,
-    )  # fmt: skip
+def _run(logits: Array, targets: Array, weight: Any, *options: Any) -> tuple[Array, Array]:
+    loss, lse = _new_loss(logits, options[-1]), empty(logits, (logits.shape[0],), "float32")
+    backend.extension().cross_entropy_forward(last_contiguous(logits), targets, weight, *options, loss, lse)
     return loss, lse
+
+
+def _loss_alone(logits: Array, targets: Array, weight: Any, *options: Any) -> Array:
+    loss = _new_loss(logits, options[-1])
+    backend.extension().cross_entropy_forward(last_contiguous(logits), targets, weight, *options, loss, None)
+    return loss
 
 
 def _run_backward(
@@ -115,7 +115,7 @@ def _run_backward(
 
 
 def _fake(logits: Any, targets: Any, weight: Any, *options: Any) -> tuple[Any, Any]:
-    return _outputs(logits, options[-1])
+    return _new_loss(logits, options[-1]), empty(logits, (logits.shape[0],), "float32")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -131,6 +131,17 @@ def _backward(ctx: Any, grad_loss: Any, *_: Any) -> tuple[Any, ...]:
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return None, *nothing
     return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing
+
+
+def _eager_forward(ctx: Any, logits: Any, targets: Any, weight: Any, *options: Any) -> Any:
+    loss, lse = _run(logits, targets, weight, *options)
+    ctx.save_for_backward(logits, targets, weight, lse)
+    ctx.options = options
+    return loss
+
+
+def _eager_backward(ctx: Any, grad_loss: Any) -> tuple[Any, ...]:
+    return _run_backward(grad_loss, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 def _backward_fake(grad_loss: Any, logits: Any, *_: Any) -> Any:
@@ -152,4 +163,7 @@ _op = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    inference=_loss_alone,
+    eager_forward=_eager_forward,
+    eager_backward=_eager_backward,
 )

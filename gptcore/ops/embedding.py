@@ -79,6 +79,13 @@ def _eager_forward(ctx: Any, ids: Any, weight: Any) -> Any:
     return _run(ids, weight)
 
 
+def _eager_backward(ctx: Any, grad_out: Any) -> tuple[Any, Any]:
+    (ids,) = ctx.saved_tensors
+    main_grad = ctx.main_grad
+    dweight = embedding_backward(ids, grad_out, ctx.vocabulary, accumulate_into=main_grad)
+    return None, dweight if main_grad is None else None
+
+
 def _fake(ids: Any, weight: Any) -> Any:
     return weight.new_empty((*ids.shape, weight.shape[-1]))
 
@@ -86,14 +93,11 @@ def _fake(ids: Any, weight: Any) -> Any:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ids, weight = inputs
     ctx.save_for_backward(ids)
-    ctx.vocabulary, ctx.main_grad = weight.shape[0], None
+    ctx.vocabulary = weight.shape[0]
 
 
 def _backward(ctx: Any, grad_out: Any) -> tuple[Any, Any]:
     (ids,) = ctx.saved_tensors
-    if ctx.main_grad is not None:
-        embedding_backward(ids, grad_out, ctx.vocabulary, accumulate_into=ctx.main_grad)
-        return None, None
     return None, _embedding_backward(ids, grad_out, ctx.vocabulary)
 
 
@@ -115,4 +119,5 @@ _embedding = TorchOp(
     setup_context=_setup,
     backward=_backward,
     eager_forward=_eager_forward,
+    eager_backward=_eager_backward,
 )

@@ -17,18 +17,20 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from gptcore import backend
+
 _torch: Any = None
 _library: Any = None
-_Tensor: Any = None
-_Parameter: Any = None
-_SCALARS = frozenset((type(None), bool, int, float))
+_classify: Any = None
+_plain: tuple[Any, Any] = (None, None)  # the tensor types without behaviour of their own
 
 
 def _load() -> None:
-    global _torch, _library, _Tensor, _Parameter
+    global _torch, _library, _classify, _plain
     import torch
 
-    _torch, _Tensor, _Parameter = torch, torch.Tensor, torch.nn.Parameter
+    _torch, _plain = torch, (torch.Tensor, torch.nn.Parameter)
+    _classify = backend.extension().classify_arguments
     _library = torch.library.Library("gptcore", "FRAGMENT")
 
 
@@ -137,15 +139,10 @@ class TorchOp:
             inputs = _autocast(inputs)
         if torch.compiler.is_compiling() or _listened():
             return self.overload(*inputs)
-        grad = False
-        for x in inputs:
-            kind = type(x)
-            if kind is _Tensor or kind is _Parameter:
-                if x.requires_grad:
-                    grad = True
-            elif kind not in _SCALARS and isinstance(x, _Tensor):
-                return self.overload(*inputs)
-        if grad and torch.is_grad_enabled():
+        kind = _classify(inputs, *_plain)
+        if kind < 0:
+            return self.overload(*inputs)
+        if kind and torch.is_grad_enabled():
             return self.apply(*inputs)
         return self.inference(*inputs)
 
