@@ -17,32 +17,12 @@ void register_adamw(py::module_& m);
 void register_rotary(py::module_& m);
 void register_embedding(py::module_& m);
 void register_rms_norm(py::module_& m);
+void register_routing(py::module_& m);
 
 namespace {
 
 // Does nothing with three tensors: what crossing the boundary costs.
 void noop(const TensorView&, const TensorView&, const TensorView&) {}
-
-// What the arguments of an op are, for its choice of route: kOther where there is anything but plain tensors (no
-// subclass), numbers and None.
-constexpr int kOther = -1, kNoGradient = 0, kGradient = 1;
-
-int classify_arguments(const py::tuple& arguments, py::handle tensor, py::handle parameter) {
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  int result = kNoGradient;
-  for (const py::handle argument : arguments) {
-    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(argument.ptr()));
-    if (type == tensor.ptr() || type == parameter.ptr()) {
-      const auto wanted = py::reinterpret_steal<py::object>(PyObject_GetAttr(argument.ptr(), requires_grad));
-      if (!wanted) throw py::error_already_set();
-      if (wanted.ptr() == Py_True) result = kGradient;
-    } else if (!argument.is_none() && !PyFloat_CheckExact(argument.ptr()) && !PyLong_Check(argument.ptr()) &&
-               py::isinstance(argument, tensor)) {
-      return kOther;
-    }
-  }
-  return result;
-}
 
 void register_machine(py::module_& m) {
   m.def("isa", [] { return gptcore::name_of(gptcore::current_isa()); }, "The instruction set in use.");
@@ -63,10 +43,6 @@ void register_machine(py::module_& m) {
   m.def("scratch_bytes", &gptcore::scratch_bytes, "Bytes held by the kernels' scratch stacks.");
   m.def("noop", &noop, py::arg("a"), py::arg("b"), py::arg("c"), py::call_guard<py::gil_scoped_release>(),
         "An empty kernel over three tensors, to measure the boundary.");
-  m.def("classify_arguments", &classify_arguments, py::arg("arguments"), py::arg("tensor"),
-        py::arg("parameter"),
-        "1 where a tensor requires a gradient, 0 where none does, -1 where there is a tensor of another type "
-        "than the two given.");
 }
 
 }  // namespace
@@ -92,4 +68,5 @@ PYBIND11_MODULE(_C, m) {
   register_rotary(m);
   register_embedding(m);
   register_rms_norm(m);
+  register_routing(m);
 }

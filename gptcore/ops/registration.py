@@ -21,16 +21,22 @@ from gptcore import backend
 
 _torch: Any = None
 _library: Any = None
-_classify: Any = None
-_plain: tuple[Any, Any] = (None, None)  # the tensor types without behaviour of their own
+_route: Any = None
 
 
 def _load() -> None:
-    global _torch, _library, _classify, _plain
+    global _torch, _library, _route
     import torch
 
-    _torch, _plain = torch, (torch.Tensor, torch.nn.Parameter)
-    _classify = backend.extension().classify_arguments
+    native = torch._C
+    # A dispatch mode, a function mode or a functorch transform must see every call.
+    modes = [
+        native._len_torch_dispatch_stack,
+        native._len_torch_function_stack,
+        native._functorch.peek_interpreter_stack,
+    ]
+    _torch = torch
+    _route = backend.extension().Routing(torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled, modes).route
     _library = torch.library.Library("gptcore", "FRAGMENT")
 
 
@@ -137,24 +143,12 @@ class TorchOp:
         torch = _torch
         if self.lower_precision and torch.is_autocast_enabled("cpu"):
             inputs = _autocast(inputs)
-        if torch.compiler.is_compiling() or _listened():
+        if torch.compiler.is_compiling():
             return self.overload(*inputs)
-        kind = _classify(inputs, *_plain)
-        if kind < 0:
-            return self.overload(*inputs)
-        if kind and torch.is_grad_enabled():
+        route = _route(inputs)
+        if route > 0:
             return self.apply(*inputs)
-        return self.inference(*inputs)
-
-
-def _listened() -> bool:
-    """Whether a dispatch mode, a function mode or a functorch transform is active."""
-    native = _torch._C
-    return bool(
-        native._len_torch_dispatch_stack()
-        or native._len_torch_function_stack()
-        or native._functorch.peek_interpreter_stack() is not None
-    )
+        return self.overload(*inputs) if route else self.inference(*inputs)
 
 
 def _autocast(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
