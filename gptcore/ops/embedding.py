@@ -73,16 +73,24 @@ def _run(ids: Array, weight: Array, out: Array | None = None) -> Array:
 
 
 def _eager_forward(ctx: Any, ids: Any, weight: Any) -> Any:
+    vocabulary, width = weight.shape
     ctx.save_for_backward(ids)
-    ctx.vocabulary = weight.shape[0]
-    ctx.main_grad = getattr(weight, "main_grad", None)
-    return _run(ids, weight)
+    ctx.options = vocabulary, width, getattr(weight, "main_grad", None)
+    out = weight.new_empty(*ids.shape, width)
+    backend.extension().embedding_forward(ids if ids.is_contiguous() else ids.contiguous(), weight, out)
+    return out
 
 
 def _eager_backward(ctx: Any, grad_out: Any) -> tuple[Any, Any]:
     (ids,) = ctx.saved_tensors
-    main_grad = ctx.main_grad
-    dweight = embedding_backward(ids, grad_out, ctx.vocabulary, accumulate_into=main_grad)
+    vocabulary, width, main_grad = ctx.options
+    dweight = grad_out.new_empty(vocabulary, width) if main_grad is None else main_grad
+    backend.extension().embedding_backward(
+        ids if ids.is_contiguous() else ids.contiguous(),
+        grad_out if grad_out.is_contiguous() else rows(grad_out),
+        dweight,
+        main_grad is not None,
+    )
     return None, dweight if main_grad is None else None
 
 

@@ -134,7 +134,10 @@ class TorchOp:
             return once(ctx, *marked)
 
         methods = {"forward": staticmethod(self.eager_forward), "backward": staticmethod(eager_backward)}
-        return type(f"gptcore_{self.name}", (_torch.autograd.Function,), methods)
+        function: Any = type(f"gptcore_{self.name}", (_torch.autograd.Function,), methods)
+        # What the engine calls; torch's own version looks up the method above anew in each call.
+        function._backward_cls.apply = eager_backward
+        return function
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the op on torch tensors by the cheapest right route. ``inputs`` follow the schema, in order."""
