@@ -7,6 +7,12 @@ Tensor = Any
 
 __version__: str
 
+class Routing:
+    def __init__(
+        self, tensor: type, parameter: type, is_grad_enabled: Any, is_listening: Sequence[Any]
+    ) -> None: ...
+    def route(self, arguments: tuple[Any, ...]) -> int: ...
+
 def adamw(
     params: list[Tensor],
     grads: list[Tensor],
@@ -77,6 +83,8 @@ def cross_entropy_forward(
 def embedding_backward(
     ids: Tensor | None, grad_out: Tensor | None, dweight: Tensor | None, accumulate: bool
 ) -> None: ...
+def embedding_eager_backward(ctx: object, grad_out: object) -> object: ...
+def embedding_eager_forward(ctx: object, ids: object, weight: object) -> object: ...
 def embedding_forward(ids: Tensor | None, weight: Tensor | None, out: Tensor | None) -> None: ...
 def gated_activation_backward(
     kind: int,
@@ -90,6 +98,10 @@ def gated_activation_backward(
     dgate_bias: Tensor | None,
     dup_bias: Tensor | None,
 ) -> None: ...
+def gated_activation_eager_backward(ctx: object, grad_y: object) -> object: ...
+def gated_activation_eager_forward(
+    ctx: object, gate: object, up: object, gate_bias: object, up_bias: object, kind: int
+) -> object: ...
 def gated_activation_forward(
     kind: int,
     gate: Tensor | None,
@@ -109,6 +121,8 @@ def layer_norm_backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None: ...
+def layer_norm_eager_backward(ctx: object, grad_y: object) -> object: ...
+def layer_norm_eager_forward(ctx: object, x: object, weight: object, bias: object, eps: float) -> object: ...
 def layer_norm_forward(
     x: Tensor | None,
     residual: Tensor | None,

@@ -132,7 +132,7 @@ def test_threads_follow_the_affinity() -> None:
 
 def test_the_stub_names_what_the_module_has() -> None:
     stub = (ROOT / "gptcore" / "_C.pyi").read_text()
-    declared = set(re.findall(r"^def (\w+)\(", stub, flags=re.MULTILINE))
+    declared = set(re.findall(r"^(?:def|class) (\w+)[(:]", stub, flags=re.MULTILINE))
     module = {name for name in dir(backend.extension()) if not name.startswith("_")}
     assert declared == module
     for name in sorted(module):

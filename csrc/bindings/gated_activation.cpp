@@ -1,8 +1,57 @@
 #include "kernels/gated_activation/gated_activation.h"
 
-#include "bindings/tensor_caster.h"
+#include "bindings/torch_function.h"
 
 namespace py = pybind11;
+using gptcore::bindings::Operand;
+
+namespace {
+
+constexpr int kPacked = 4;  // kinds from here on: gate and up in one tensor
+
+Operand half_of(const Operand& packed) {
+  const gptcore::TensorView& view = packed.view();
+  int64_t sizes[gptcore::bindings::kMaxDims];
+  for (int d = 0; d < view.ndim; ++d) sizes[d] = view.size(d);
+  if (view.ndim) sizes[view.ndim - 1] /= 2;
+  return packed.new_empty(sizes, view.ndim);
+}
+
+// ctx.options = kind
+py::object gated_activation_eager_forward(py::handle ctx, py::handle gate_tensor, py::handle up_tensor,
+                                          py::object gate_bias_tensor, py::object up_bias_tensor,
+                                          const py::int_& kind) {
+  const Operand gate = gptcore::bindings::as_rows(gate_tensor), up = gptcore::bindings::as_rows(up_tensor),
+                gate_bias(std::move(gate_bias_tensor)), up_bias(std::move(up_bias_tensor));
+  const int number = kind;
+  const Operand y = number < kPacked ? gate.empty_like() : half_of(gate);
+  gptcore::bindings::save_for_backward(ctx, gate.tensor(), up.tensor(), gate_bias.tensor(), up_bias.tensor());
+  gptcore::bindings::set_attribute(ctx, gptcore::bindings::options_name(), kind);
+  {
+    const py::gil_scoped_release release;
+    gptcore::gated_activation_forward(number, gate.view(), up.view(), gate_bias.view(), up_bias.view(),
+                                      y.view());
+  }
+  return y.tensor();
+}
+
+py::object gated_activation_eager_backward(py::handle ctx, py::handle grad_y) {
+  const py::tuple saved = gptcore::bindings::saved_tensors(ctx);
+  const int kind = py::int_(gptcore::bindings::attribute(ctx, gptcore::bindings::options_name()));
+  const Operand gradient = gptcore::bindings::as_rows(grad_y), gate = gptcore::bindings::as_rows(saved[0]),
+                up = gptcore::bindings::as_rows(saved[1]), gate_bias(saved[2]), up_bias(saved[3]);
+  const Operand dgate = gate.empty_like(), dup = up.empty_like(), dgate_bias = gate_bias.empty_like(),
+                dup_bias = up_bias.empty_like();
+  {
+    const py::gil_scoped_release release;
+    gptcore::gated_activation_backward(kind, gradient.view(), gate.view(), up.view(), gate_bias.view(),
+                                       up_bias.view(), dgate.view(), dup.view(), dgate_bias.view(),
+                                       dup_bias.view());
+  }
+  return py::make_tuple(dgate.tensor(), dup.tensor(), dgate_bias.tensor(), dup_bias.tensor(), py::none());
+}
+
+}  // namespace
 
 void register_gated_activation(py::module_& m) {
   m.def("gated_activation_forward", &gptcore::gated_activation_forward, py::arg("kind"), py::arg("gate"),
@@ -14,4 +63,9 @@ void register_gated_activation(py::module_& m) {
         py::arg("gate"), py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("dgate"),
         py::arg("dup"), py::arg("dgate_bias"), py::arg("dup_bias"), py::call_guard<py::gil_scoped_release>(),
         "Gradients of gated_activation_forward, overwritten.");
+  m.def("gated_activation_eager_forward", &gated_activation_eager_forward, py::arg("ctx"), py::arg("gate"),
+        py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("kind"),
+        "Hook of torch.autograd.Function.");
+  m.def("gated_activation_eager_backward", &gated_activation_eager_backward, py::arg("ctx"),
+        py::arg("grad_y"), "Hook of torch.autograd.Function.");
 }

@@ -72,28 +72,6 @@ def _run(ids: Array, weight: Array, out: Array | None = None) -> Array:
 # --- torch -------------------------------------------------------------------------------------------------
 
 
-def _eager_forward(ctx: Any, ids: Any, weight: Any) -> Any:
-    vocabulary, width = weight.shape
-    ctx.save_for_backward(ids)
-    ctx.options = vocabulary, width, getattr(weight, "main_grad", None)
-    out = weight.new_empty(*ids.shape, width)
-    backend.extension().embedding_forward(ids if ids.is_contiguous() else ids.contiguous(), weight, out)
-    return out
-
-
-def _eager_backward(ctx: Any, grad_out: Any) -> tuple[Any, Any]:
-    (ids,) = ctx.saved_tensors
-    vocabulary, width, main_grad = ctx.options
-    dweight = grad_out.new_empty(vocabulary, width) if main_grad is None else main_grad
-    backend.extension().embedding_backward(
-        ids if ids.is_contiguous() else ids.contiguous(),
-        grad_out if grad_out.is_contiguous() else rows(grad_out),
-        dweight,
-        main_grad is not None,
-    )
-    return None, dweight if main_grad is None else None
-
-
 def _fake(ids: Any, weight: Any) -> Any:
     return weight.new_empty((*ids.shape, weight.shape[-1]))
 
@@ -101,12 +79,16 @@ def _fake(ids: Any, weight: Any) -> Any:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ids, weight = inputs
     ctx.save_for_backward(ids)
-    ctx.vocabulary = weight.shape[0]
+    ctx.options = *weight.shape, None  # autocast and tracing pass copies: no main_grad here
 
 
 def _backward(ctx: Any, grad_out: Any) -> tuple[Any, Any]:
     (ids,) = ctx.saved_tensors
-    return None, _embedding_backward(ids, grad_out, ctx.vocabulary)
+    vocabulary, _, main_grad = ctx.options
+    if main_grad is not None:
+        embedding_backward(ids, grad_out, vocabulary, accumulate_into=main_grad)
+        return None, None
+    return None, _embedding_backward(ids, grad_out, vocabulary)
 
 
 def _backward_fake(ids: Any, grad_out: Any, vocabulary: int) -> Any:
@@ -126,6 +108,5 @@ _embedding = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
-    eager_forward=_eager_forward,
-    eager_backward=_eager_backward,
+    native_hooks=True,
 )

@@ -201,13 +201,13 @@ def _fake(gate: Any, up: Any, gate_bias: Any, up_bias: Any, kind: int) -> Any:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    gate, up, gate_bias, up_bias, ctx.kind = inputs
+    gate, up, gate_bias, up_bias, ctx.options = inputs
     ctx.save_for_backward(gate, up, gate_bias, up_bias)
 
 
 def _backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
     gate, up, gate_bias, up_bias = ctx.saved_tensors
-    dgate, dup, dgate_bias, dup_bias = _gradient(grad_y, gate, up, gate_bias, up_bias, ctx.kind)
+    dgate, dup, dgate_bias, dup_bias = _gradient(grad_y, gate, up, gate_bias, up_bias, ctx.options)
     return (
         dgate,
         None if up is None else dup,
@@ -215,17 +215,6 @@ def _backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
         None if up_bias is None else dup_bias,
         None,
     )
-
-
-def _eager_forward(ctx: Any, gate: Any, up: Any, gate_bias: Any, up_bias: Any, kind: int) -> Any:
-    ctx.save_for_backward(gate, up, gate_bias, up_bias)
-    ctx.kind = kind
-    return _run(gate, up, gate_bias, up_bias, kind)
-
-
-def _eager_backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
-    gate, up, gate_bias, up_bias = ctx.saved_tensors
-    return *gated_activation_backward(grad_y, gate, up, gate_bias, up_bias, ctx.kind), None
 
 
 def _backward_forward(
@@ -257,6 +246,5 @@ _gated_activation = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
-    eager_forward=_eager_forward,
-    eager_backward=_eager_backward,
+    native_hooks=True,
 )

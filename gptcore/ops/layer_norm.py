@@ -127,21 +127,6 @@ def _inference(x: Any, weight: Any, bias: Any, eps: float) -> Any:
     return _run(x, None, weight, bias, eps, None)[0]
 
 
-def _eager_forward(ctx: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
-    if not x.is_contiguous():
-        x = rows(x)
-    y, stats = empty_like(x), _new_stats(x)
-    ctx.save_for_backward(x, weight, stats)
-    backend.extension().layer_norm_forward(x, None, weight, bias, eps, y, None, stats)
-    return y
-
-
-def _eager_backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
-    h, weight, stats = ctx.saved_tensors
-    dx, dweight, dbias = _run_backward(grad_y, None, h, weight, stats, ctx.needs_input_grad[2])
-    return dx, dweight, dbias, None
-
-
 def _fake(x: Any, weight: Any, bias: Any, eps: float) -> tuple[Any, ...]:
     return x.new_empty(x.shape), _new_stats(x)
 
@@ -227,8 +212,7 @@ _layer_norm = TorchOp(
     setup_context=_setup,
     backward=_backward,
     inference=_inference,
-    eager_forward=_eager_forward,
-    eager_backward=_eager_backward,
+    native_hooks=True,
 )
 _add_layer_norm = TorchOp(
     "add_layer_norm",

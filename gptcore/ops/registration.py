@@ -55,6 +55,8 @@ class TorchOp:
             a microsecond counts. Its outputs may be fewer than the schema's, one of them bare instead of in a
             tuple; backward must cope with what it saved.
         eager_backward: like backward, for the eager Function without create_graph: may call kernels directly.
+        native_hooks: eager_forward and eager_backward are the extension's ``<name>_eager_forward`` and
+            ``<name>_eager_backward``, for ops so small that a Python frame counts.
         lower_precision: under autocast, floating tensors are cast to its dtype first, as torch does for
             products.
     """
@@ -71,6 +73,7 @@ class TorchOp:
         inference: Callable[..., Any] | None = None,
         eager_forward: Callable[..., Any] | None = None,
         eager_backward: Callable[..., Any] | None = None,
+        native_hooks: bool = False,
         lower_precision: bool = False,
     ) -> None:
         self.name = name
@@ -82,6 +85,7 @@ class TorchOp:
         self.inference = inference or forward
         self.eager_forward = eager_forward or self._generic_forward
         self.eager_backward = eager_backward or self.backward
+        self.native_hooks = native_hooks
         self.lower_precision = lower_precision
         self.apply: Any = None
         self.overload: Any = None
@@ -94,6 +98,10 @@ class TorchOp:
             return
         if _torch is None:
             _load()
+        if self.native_hooks:
+            extension = backend.extension()
+            self.eager_forward = getattr(extension, f"{self.name}_eager_forward")
+            self.eager_backward = getattr(extension, f"{self.name}_eager_backward")
         library = _library
         library.define(self.name + self.schema, tags=(_torch.Tag.pt2_compliant_tag,))
         library.impl(self.name, self.forward, "CPU")

@@ -1,0 +1,132 @@
+// What the eager autograd hooks of small ops need of torch, by way of its Python objects: an op of a microsecond
+// would spend several in Python's frames. Nothing here knows torch's C++ interface.
+//
+// A hook is what torch.autograd.Function calls: forward(ctx, *inputs) and backward(ctx, *gradients).
+#pragma once
+
+#include <utility>
+
+#include "bindings/tensor_caster.h"
+
+namespace gptcore::bindings {
+
+// --- Python's C interface with errors as exceptions ----------------------------------------------------------
+
+inline py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// Kept for the life of the process, since a static py::object would outlive the interpreter.
+inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+inline PyObject* imported(const char* module, const char* name) {
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
+inline py::object attribute(py::handle object, PyObject* name) {
+  return checked(PyObject_GetAttr(object.ptr(), name));
+}
+
+// None where the object has none of that name, without raising in between.
+inline py::object attribute_or_none(py::handle object, PyObject* name) {
+  static PyObject* const getattr = imported("builtins", "getattr");
+  PyObject* const values[] = {object.ptr(), name, Py_None};
+  return checked(PyObject_Vectorcall(getattr, values, 3, nullptr));
+}
+
+inline void set_attribute(py::handle object, PyObject* name, py::handle value) {
+  if (PyObject_SetAttr(object.ptr(), name, value.ptr()) != 0) throw py::error_already_set();
+}
+
+// --- tensors -------------------------------------------------------------------------------------------------
+
+// A torch tensor or None, kept, with its view.
+class Operand {
+ public:
+  explicit Operand(py::object tensor) : tensor_(std::move(tensor)) {
+    view_of(tensor_, &view_, &owner_, dims_);
+  }
+  Operand(Operand&& other) : Operand(std::move(other.tensor_)) {}  // a view may point into its operand
+  Operand& operator=(const Operand&) = delete;
+
+  const py::object& tensor() const { return tensor_; }
+  const TensorView& view() const { return view_; }
+
+  // A fresh tensor of this one's device and dtype, or f32; sizes: `count` numbers.
+  Operand new_empty(const int64_t* sizes, int count, bool f32 = false) const {
+    static PyObject* const name = interned("new_empty");
+    static PyObject* const float32 = imported("torch", "float32");
+    static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
+    py::object numbers[kMaxDims];
+    PyObject* values[kMaxDims + 2] = {tensor_.ptr()};
+    for (int i = 0; i < count; ++i) {
+      numbers[i] = py::int_(sizes[i]);
+      values[i + 1] = numbers[i].ptr();
+    }
+    values[count + 1] = float32;
+    return Operand(checked(
+        PyObject_VectorcallMethod(name, values, static_cast<size_t>(count) + 1, f32 ? keywords : nullptr)));
+  }
+
+  // A fresh tensor of this one's shape, dtype and device; None for None.
+  Operand empty_like() const {
+    static PyObject* const function = imported("torch", "empty_like");
+    if (!view_) return Operand(py::none());
+    if (view_.is_contiguous()) return Operand(checked(PyObject_CallOneArg(function, tensor_.ptr())));
+    return new_empty(view_.sizes, view_.ndim);
+  }
+
+ private:
+  py::object tensor_, owner_;
+  TensorView view_;
+  int64_t dims_[2 * kMaxDims];
+};
+
+inline bool rows_at_one_stride(const TensorView& view) {
+  if (view.ndim < 1 || (view.size(-1) > 1 && view.stride(-1) != 1)) return false;
+  int64_t expected = -1;
+  for (int d = view.ndim - 2; d >= 0; --d) {
+    if (view.size(d) == 1) continue;
+    if (expected >= 0 && view.stride(d) != expected) return false;
+    expected = view.stride(d) * view.size(d);
+  }
+  return true;
+}
+
+inline Operand made_contiguous(py::handle tensor) {
+  static PyObject* const name = interned("contiguous");
+  return Operand(checked(PyObject_VectorcallMethod(name, &tensor.ptr(), 1, nullptr)));
+}
+
+inline Operand contiguous(py::handle tensor) {
+  Operand operand(py::reinterpret_borrow<py::object>(tensor));
+  return operand.view().is_contiguous() ? std::move(operand) : made_contiguous(tensor);
+}
+
+// The tensor (..., C) or None, copied where its rows do not lie at one stride, as kernels want them.
+inline Operand as_rows(py::handle tensor) {
+  Operand operand(py::reinterpret_borrow<py::object>(tensor));
+  return !operand.view() || rows_at_one_stride(operand.view()) ? std::move(operand) : made_contiguous(tensor);
+}
+
+// --- ctx -----------------------------------------------------------------------------------------------------
+
+template <class... Tensors>
+void save_for_backward(py::handle ctx, const Tensors&... tensors) {
+  static PyObject* const name = interned("save_for_backward");
+  PyObject* const values[] = {ctx.ptr(), tensors.ptr()...};
+  checked(PyObject_VectorcallMethod(name, values, sizeof...(Tensors) + 1, nullptr));
+}
+
+inline py::tuple saved_tensors(py::handle ctx) {
+  static PyObject* const name = interned("saved_tensors");
+  return py::tuple(attribute(ctx, name));
+}
+
+// What a hook keeps besides tensors.
+inline PyObject* options_name() {
+  static PyObject* const name = interned("options");
+  return name;
+}
+
+}  // namespace gptcore::bindings
