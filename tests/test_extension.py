@@ -135,7 +135,8 @@ def test_the_stub_names_what_the_module_has() -> None:
     declared = set(re.findall(r"^(?:def|class) (\w+)[(:]", stub, flags=re.MULTILINE))
     module = {name for name in dir(backend.extension()) if not name.startswith("_")}
     assert declared == module
-    for name in sorted(module):
+    functions = set(re.findall(r"^def (\w+)\(", stub, flags=re.MULTILINE))
+    for name in sorted(functions):
         signature = backend.extension().__dict__[name].__doc__.partition("\n")[0]
         parameters = re.findall(r"(?:\(|, )(\w+): ", signature)
         body = re.search(rf"^def {name}\((.*?)\) ->", stub, flags=re.MULTILINE | re.DOTALL)
