@@ -7,7 +7,7 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, as_rows, empty, is_torch, last_contiguous
+from gptcore.ops.arrays import Array, as_rows, empty, empty_like, is_torch, last_contiguous
 from gptcore.ops.registration import TorchOp
 
 # From this many rows on a chunk is long enough (a quarter of them) for its products to outweigh its traffic;
@@ -60,12 +60,9 @@ def linear_cross_entropy(
         ValueError, TypeError: shapes, dtypes, devices or targets that do not fit; nothing is written then.
         RuntimeError: on a second derivative.
     """
-    if is_torch(x):
-        tensors = as_rows(x), weight, targets.reshape(-1)
-        out = _op(*tensors, ignore_index, label_smoothing, z_loss, logit_scale, reduction)
-    else:
-        options = (ignore_index, label_smoothing, z_loss, logit_scale, reduction)
-        out = _run(as_rows(x), weight, targets.reshape(-1), *options)
+    flat = targets if targets.ndim == 1 else targets.reshape(-1)
+    run = _op if is_torch(x) else _run
+    out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction)
     if targets.ndim != 1:
         shape = targets.shape
         out = [o if o.ndim == 0 else o.reshape(shape) for o in out]
@@ -147,12 +144,11 @@ def linear_cross_entropy_reference(
 
 
 def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
-    rows = x.shape[0]
-    shape = (rows,) if reduction == "none" else ()
-    return (
-        empty(x, shape, "float32"), empty(x, shape, "float32"),
-        empty(x, (rows,), "float32"), empty(x, (rows,), "float32"),
-    )  # fmt: skip
+    # torch makes a twin in two thirds of the time of a tensor from its shape
+    twin = sys.modules["torch"].empty_like if is_torch(x) else empty_like
+    lse = empty(x, (x.shape[0],), "float32")
+    loss = twin(lse) if reduction == "none" else empty(x, (), "float32")
+    return loss, twin(loss), twin(lse), lse
 
 
 def _run(
@@ -216,10 +212,7 @@ def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
     dx = dweight = None
     if _gradients_at_once(x, weight, inputs[-1]):
         want_x, want_weight = ctx.needs_input_grad[:2]
-        dx, dweight = (
-            empty(x, x.shape) if want_x else None,
-            empty(weight, weight.shape) if want_weight else None,
-        )
+        dx, dweight = empty_like(x) if want_x else None, empty_like(weight) if want_weight else None
     output = _run(*inputs, dx, dweight)
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
