@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 # Unit roundoff: half the distance from 1 to the next number.
-ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float64: 2.0**-53}
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 
 
 def error_bound(
@@ -32,7 +32,7 @@ def error_bound(
     """
     scale = exact.abs().max().item() if exact.numel() else 0.0
     f32 = ROUNDOFF[torch.float32] * max(terms, 1) ** 0.5
-    floor = 2 * (ROUNDOFF[dtype] * scale + f32 * max(scale, summand))
+    floor = ROUNDOFF[dtype] * scale + 2 * f32 * max(scale, summand)
     twin_error = 0.0 if twin is None or not exact.numel() else (twin.double() - exact).abs().max().item()
     return 2 * twin_error + floor
 
