@@ -33,8 +33,7 @@ GPTCORE_INLINE int64_t packed_bytes(int64_t count, int64_t steps) {
   return ceil_div(count, kGroup) * steps * kStepBytes;
 }
 
-// --- packing
-// -----------------------------------------------------------------------------------------------------
+// --- packing -----------------------------------------------------------------------------------------------
 
 // A matrix in memory as lines of `width` contiguous elements; line i starts at index[i] * stride (i without
 // index).
@@ -195,8 +194,7 @@ static inline void pack_b(const Lines& m, bool depth_lines, int64_t column, int6
   pack_any<P>(m, depth_lines, depth_lines, column, depth_first, steps, out);
 }
 
-// --- products of packed blocks
-// -----------------------------------------------------------------------------------
+// --- products of packed blocks -----------------------------------------------------------------------------
 
 // Rows x vectors of accumulators of the plain and dot-product kernels. AVX-512: 8 x 3 of 32 registers, three
 // for a line of three panels, one for the broadcast; AVX2: 4 x 2 and SSE: 2 x 4 of 16.

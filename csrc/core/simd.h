@@ -77,8 +77,7 @@ GPTCORE_INLINE Vec sqrt(Vec x) {
 #endif
 }
 
-// --- bf16 conversion: exact up, round to nearest even down; NaN stays NaN
-// -----------------------------------
+// --- bf16 conversion: exact up, round to nearest even down; NaN stays NaN ----------------------------------
 
 GPTCORE_INLINE Vec widen(VecH x) { return (Vec)(__builtin_convertvector(x, VecU) << 16); }
 

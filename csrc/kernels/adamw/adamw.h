@@ -15,8 +15,7 @@
 //          f32 is summed in f64.
 // Bits     equal for any thread count.
 // Cost     two reads of g, one read and write of p, m, v, one write of copy: 32 bytes a parameter in f32 (36
-// if
-//          the caller needs the clipped gradient too, which torch writes and reads again); 20 flops.
+//          if the caller needs the clipped gradient too, which torch writes and reads again); 20 flops.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

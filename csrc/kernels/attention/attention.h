@@ -10,23 +10,20 @@
 // 0.
 //
 // Shapes   q, out, dout, dq (B, T, H, D); k, v, dk, dv (B, S, Hkv, D); Hkv divides H, query head h reads key
-// head
-//          h / (H / Hkv); 1 <= D <= 256; lse (B, H, T). Packed: (total, H, D), (total, Hkv, D), lse (H,
+//          head h / (H / Hkv); 1 <= D <= 256; lse (B, H, T). Packed: (total, H, D), (total, Hkv, D), lse (H,
 //          total), with cu_seqlens_q and cu_seqlens_k (documents + 1), int32, from 0 to the totals, not
 //          decreasing.
 // Types    q, k, v and their like of one type, f32 or bf16; lse f32.
 // Strides  any, but the last dimension contiguous: views into a fused projection work, gradients included.
-// lse
-//          contiguous.
+//          lse contiguous.
 // Aliasing outputs overlap neither each other nor inputs; they may interleave within one buffer.
 // Sums     f32. bf16: P and dS are rounded to bf16 before their products where the processor multiplies bf16.
 // Bits     Equal for every thread count; each sequence depends on itself only. Forward: every row depends on
-// its own
-//          keys. dk and dv sum over query blocks in order, dq over key blocks in order.
+//          its own keys. dk and dv sum over query blocks in order, dq over key blocks in order.
 // Memory   scratch per thread: packed K and V of a sequence and head forward, Q, dout and dq backward: O((T +
-// S) D). Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one. Blocks
-// outside the mask
-//          are skipped.
+//          S) D).
+// Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one. Blocks outside
+//          the mask are skipped.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

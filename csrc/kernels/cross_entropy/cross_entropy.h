@@ -14,8 +14,7 @@
 // None     class_weight; lse in forward when no backward follows; grad_loss (zero gradient).
 // Aliasing dlogits may be logits.
 // Bits     lse of a row and its gradient depend on that row and its factor only; sums over rows run in row
-// order in
-//          f64: the same bits on every thread count.
+//          order in f64: the same bits on every thread count.
 // Cost     forward NV * size bytes read, NV exponentials; backward 2NV * size bytes, NV exponentials.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once

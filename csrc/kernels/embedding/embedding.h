@@ -4,15 +4,14 @@
 //   dweight[v,c] = sum over n with ids[n] == v of grad_out[n,c]        (added to dweight where accumulating)
 //
 // Shapes   ids: (N), contiguous; weight: (V, C), last dimension contiguous; out, grad_out: (..., C) with N
-// rows;
-//          dweight: (V, C), contiguous.
+//          rows; dweight: (V, C), contiguous.
 // Types    ids int32 or int64; out like weight, f32 or bf16; grad_out f32 or bf16; dweight f32 or bf16.
 // Aliasing none.
 // Sums     f32, over the occurrences of an id in the order of n, one rounding at the end.
 // Bits     equal for any thread count; a row of dweight depends on its own occurrences only.
 // Cost     forward NC elements read and written. Backward NC read and VC written (zeros included);
-// accumulating
-//          reads and writes only the rows that occur. Plus 4(V + N) bytes of scratch for the counting sort.
+//          accumulating reads and writes only the rows that occur. Plus 4(V + N) bytes of scratch for the
+//          counting sort.
 // Errors   ValueError or TypeError on any violated line above or an id outside [0, V), before anything is
 //          written.
 #pragma once

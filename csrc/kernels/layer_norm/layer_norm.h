@@ -6,18 +6,15 @@
 //   y[n,c] = (h[n,c] - mean[n]) * rstd[n] * weight[c] + bias[c]
 //
 // Shapes   x, residual, h, y: (..., C), last dimension contiguous, leading dimensions mergeable; weight,
-// bias:
-//          (C); stats: (2, N), mean and rstd.
+//          bias: (C); stats: (2, N), mean and rstd.
 // Types    x, residual, h, y of one type, f32 or bf16; weight and bias of one type, f32 or bf16; stats f32.
 // None     residual (then h is unused), weight, bias; stats when no backward follows.
 // Aliasing y and h may be x or residual, element for element.
 // Sums     f32; h is rounded to its type first, so that forward and backward see the same values; the
-// variance
-//          is that of squared deviations from the mean, which does not cancel.
+//          variance is that of squared deviations from the mean, which does not cancel.
 // Bits     each row depends on its own values only: equal for any N, thread count and position in a batch.
 // Cost     forward 8NC flops and (2NC + 2C) * size bytes (4NC with residual); backward 13NC flops and 3NC *
-// size
-//          bytes (4NC with residual) plus bounded partial sums.
+//          size bytes (4NC with residual) plus bounded partial sums.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

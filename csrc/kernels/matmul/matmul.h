@@ -5,18 +5,17 @@
 //
 // Shapes   a: (M, K), or (K, M) with transpose_a; b: (K, N), or (N, K) with transpose_b; out: (M, N).
 // Layout   one dimension of a and of b contiguous, the other of any stride; rows of out contiguous, any row
-// stride. Types    a and b of one type, f32 or bf16; out of that type or f32. accumulate needs an f32 out.
+//          stride.
+// Types    a and b of one type, f32 or bf16; out of that type or f32. accumulate needs an f32 out.
 // Aliasing out overlaps neither a nor b.
 // Sums     f32 throughout; a bf16 out is rounded once.
 // Bits     An element of out depends on its row of a, its column of b, K, the layouts and (one body serves M
-// <= 64 with
-//          b transposed, another the rest) on which side of that limit M lies. It does not depend on M
-//          otherwise, on N, on its position, or on the number of threads. With AMX or AVX512-BF16 subnormal
-//          bf16 inputs count as zero.
+//          <= 64 with b transposed, another the rest) on which side of that limit M lies. It does not depend
+//          on M otherwise, on N, on its position, or on the number of threads. With AMX or AVX512-BF16
+//          subnormal bf16 inputs count as zero.
 // Cost     2MNK flops; for M <= 64 with b transposed K * N * size bytes read once, which bounds it. Otherwise
-// a and b
-//          are packed in blocks: at most 4096 rows and columns times 1024 (bf16) or 512 (f32) of depth of
-//          scratch, unless out is bf16, which takes the whole depth.
+//          a and b are packed in blocks: at most 4096 rows and columns times 1024 (bf16) or 512 (f32) of
+//          depth of scratch, unless out is bf16, which takes the whole depth.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

@@ -13,8 +13,7 @@
 // Sums     f32; h is rounded to its type first, so that forward and backward see the same values.
 // Bits     each row depends on its own values only: equal for any N, thread count and position in a batch.
 // Cost     forward 5NC flops and (2NC + C) * size bytes (4NC with residual); backward 11NC flops and 3NC *
-// size
-//          bytes (4NC with residual) plus bounded partial sums.
+//          size bytes (4NC with residual) plus bounded partial sums.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

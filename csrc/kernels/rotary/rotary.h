@@ -8,16 +8,14 @@
 //   is the transpose, hence the gradient.
 //
 // Shapes   x, out: (B, T, H, D) or (T, H, D), last dimension contiguous, any other strides; cos, sin: (L,
-// R/2),
-//          contiguous, R even, 2 <= R <= D; positions: (T) or (B, T), contiguous.
+//          R/2), contiguous, R even, 2 <= R <= D; positions: (T) or (B, T), contiguous.
 // Types    x, out of one type, f32 or bf16; cos, sin f32; positions int32.
 // None     positions (then offset + T <= L).
 // Aliasing out may be x, element for element.
 // Bits     element by element: equal for any thread count and batch.
 // Cost     3 flops and 2 * size bytes an element; the tables stay in cache.
 // Errors   ValueError or TypeError on any violated line above or a position outside [0, L), before anything
-// is
-//          written.
+//          is written.
 #pragma once
 
 #include "core/tensor_view.h"
