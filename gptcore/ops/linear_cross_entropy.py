@@ -213,7 +213,7 @@ def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
     if _gradients_at_once(x, weight, inputs[-1]):
         want_x, want_weight = ctx.needs_input_grad[:2]
         dx, dweight = empty_like(x) if want_x else None, empty_like(weight) if want_weight else None
-    output = _run(*inputs, dx, dweight)
+    output = _run(*inputs, dx=dx, dweight=dweight)
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, targets, output[3], dx, dweight)
