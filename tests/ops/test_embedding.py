@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore import ops
+from gptcore import backend, ops
 from gptcore.ops.embedding import embedding, embedding_backward, embedding_reference
 from tests.tolerance import assert_close_to_exact, assert_same_for_threads, same_bits, value_and_gradients
 
@@ -59,6 +59,20 @@ def test_same_bits_for_every_thread_count_and_run(threads: None, dtype: torch.dt
     ids = (torch.rand(3000) ** 3 * 500).long()  # uneven, as text is
     grad = torch.randn(3000, 100).to(dtype)
     assert_same_for_threads(lambda: [embedding_backward(ids, grad, 500)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_table_is_zeroed_past_the_caches(isa: str, dtype: torch.dtype) -> None:
+    # Above 64 MiB, with rows of 4,099 elements so that runs of empty rows start and end off any line.
+    vocabulary, width = 8400 if dtype == torch.bfloat16 else 4200, 4099
+    ids = torch.tensor([0, 1, 5, 63, 64, 100, 5, vocabulary - 2])
+    grad = torch.randn(8, width).to(dtype)
+    dweight = torch.full((vocabulary, width), float("nan"), dtype=dtype)
+    backend.extension().embedding_backward(ids, grad, dweight, False)
+    small = embedding_backward(ids[:7], grad[:7], 101)
+    assert same_bits(dweight[:101], small)
+    assert same_bits(dweight[-2], grad[-1])
+    assert not dweight[101:-2].any() and not dweight[-1].any()
 
 
 def test_row_gradient_depends_on_its_own_tokens_only() -> None:

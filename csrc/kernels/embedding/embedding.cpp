@@ -5,7 +5,6 @@
 
 #include "core/arena.h"
 #include "core/isa.h"
-#include "core/parallel.h"
 #include "core/rows.h"
 #include "kernels/embedding/embedding_body.h"
 
@@ -17,17 +16,18 @@ namespace {
 
 int is_bf16(const TensorView& tensor) { return tensor.dtype == DType::bf16; }
 
-// Bytes copied by one thread before a second one pays.
-constexpr int64_t kGrainBytes = 64 << 10;
-
 template <class Id>
 void check_range(const Checker& check, const Id* ids, int64_t count, int64_t vocabulary) {
+  uint64_t outside = 0;  // one comparison for both ends: a negative index is a large unsigned one
+  for (int64_t i = 0; i < count; ++i) {
+    outside += static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= static_cast<uint64_t>(vocabulary);
+  }
+  if (outside == 0) return;
   Id low = 0, high = 0;
   for (int64_t i = 0; i < count; ++i) {
     low = ids[i] < low ? ids[i] : low;
     high = ids[i] > high ? ids[i] : high;
   }
-  if (low >= 0 && high < vocabulary) return;
   check.fail("ids", "index " + std::to_string(low < 0 ? low : high),
              "indices from 0 to " + std::to_string(vocabulary - 1));
 }
@@ -47,20 +47,6 @@ Rows check_rows(const Checker& check, const TensorView& tensor, const char* name
   check.that(rows.count == count && rows.width == width, name, describe(tensor),
              std::to_string(count) + " rows of " + std::to_string(width));
   return rows;
-}
-
-template <class Id>
-void gather(const Id* ids, int64_t count, const TensorView& weight, const TensorView& out,
-            int64_t out_stride) {
-  const int64_t size = size_of(weight.dtype), bytes = weight.size(1) * size;
-  const char* table = weight.as<char>();
-  char* target = out.as<char>();
-  const int64_t from = weight.stride(0) * size, to = out_stride * size;
-  parallel_ranges(count, kGrainBytes / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      std::memcpy(target + n * to, table + static_cast<int64_t>(ids[n]) * from, static_cast<size_t>(bytes));
-    }
-  });
 }
 
 // Counting sort, stable, so that sums run in the order of n. start has V + 2 entries: counted two places up,
@@ -85,8 +71,12 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
   check.output(out, "out", {weight.dtype});
   const int64_t count = ids.numel();
   const Rows rows = check_rows(check, out, "out", count, weight.size(1));
-  ids.dtype == DType::i64 ? gather(ids.as<int64_t>(), count, weight, out, rows.stride)
-                          : gather(ids.as<int32_t>(), count, weight, out, rows.stride);
+  const int64_t size = size_of(weight.dtype);
+  EmbeddingForward a{};
+  a.ids = ids.data, a.table = weight.as<char>(), a.out = out.as<char>();
+  a.count = count, a.row_bytes = rows.width * size;
+  a.table_stride = weight.stride(0) * size, a.out_stride = rows.stride * size;
+  embedding_bodies_table.pick().forward[ids.dtype == DType::i64](a);
 }
 
 void embedding_backward(const TensorView& ids, const TensorView& grad_out, const TensorView& dweight,

@@ -5,6 +5,14 @@
 
 namespace gptcore {
 
+// Sizes and strides in bytes: a copy does not ask for the type.
+struct EmbeddingForward {
+  const void* ids;
+  const char* table;
+  char* out;
+  int64_t count, row_bytes, table_stride, out_stride;
+};
+
 // The occurrences of all ids, sorted by id: those of v are order[vocabulary_start[v]] and on.
 struct EmbeddingBackward {
   const int32_t* vocabulary_start;  // (V + 1): where id v's occurrences begin in `order`
@@ -15,9 +23,9 @@ struct EmbeddingBackward {
   bool accumulate;
 };
 
-// [grad_out bf16?][dweight bf16?]
 struct EmbeddingBodies {
-  void (*backward[2][2])(const EmbeddingBackward&);
+  void (*forward[2])(const EmbeddingForward&);       // [ids int64?]
+  void (*backward[2][2])(const EmbeddingBackward&);  // [grad_out bf16?][dweight bf16?]
 };
 
 }  // namespace gptcore

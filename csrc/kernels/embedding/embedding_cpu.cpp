@@ -1,11 +1,39 @@
 #include "core/arena.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "core/stream.h"
 #include "kernels/embedding/embedding_body.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
+
+// Bytes copied by one thread before a second one pays.
+constexpr int64_t kGrainBytes = 64 << 10;
+constexpr int64_t kCacheLine = 64;
+
+// Copies a row while `next`, the row after it, is on its way: rows lie anywhere in the table, where the
+// processor's own prefetching starts anew with each.
+GPTCORE_INLINE void copy_row(const char* from, const char* next, char* to, int64_t bytes) {
+  int64_t at = 0;
+  for (; at + kCacheLine <= bytes; at += kCacheLine) {
+    __builtin_prefetch(next + at);
+    __builtin_memcpy(to + at, from + at, kCacheLine);
+  }
+  __builtin_memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
+}
+
+template <class Id>
+void forward(const EmbeddingForward& a) {
+  const Id* ids = static_cast<const Id*>(a.ids);
+  parallel_ranges(a.count, kGrainBytes / (a.row_bytes + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const char* from = a.table + ids[n] * a.table_stride;
+      const char* next = n + 1 < end ? a.table + ids[n + 1] * a.table_stride : from;
+      copy_row(from, next, a.out + n * a.out_stride, a.row_bytes);
+    }
+  });
+}
 
 // Rows of the table in one task: 64 x 768 f32 are 192 KiB, which hides the cost of a task and leaves enough
 // of them to balance ids that occur often.
@@ -49,17 +77,28 @@ bool is_frequent(const EmbeddingBackward& a, int64_t v) {
   return a.vocabulary_start[v + 1] - a.vocabulary_start[v] > kManyOccurrences;
 }
 
+bool is_empty(const EmbeddingBackward& a, int64_t v) {
+  return a.vocabulary_start[v] == a.vocabulary_start[v + 1];
+}
+
+// Rows without occurrences, most of a large table, are zeroed by runs and, where the table is large, past
+// the caches.
 template <class G, class W>
 void table_rows(const EmbeddingBackward& a, int64_t begin, int64_t end) {
+  const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(W));
+  const bool streams = a.vocabulary * row_bytes >= kStreamBytes;
   for (int64_t v = begin; v < end; ++v) {
-    if (a.vocabulary_start[v] == a.vocabulary_start[v + 1]) {
-      if (a.accumulate) continue;
-      W* row = static_cast<W*>(a.dweight) + v * a.width;
-      __builtin_memset(row, 0, static_cast<size_t>(a.width) * sizeof(W));
-    } else if (!is_frequent(a, v)) {
-      sum_row<G, W>(a, v, 0, a.width);
+    if (!is_empty(a, v)) {
+      if (!is_frequent(a, v)) sum_row<G, W>(a, v, 0, a.width);
+    } else if (!a.accumulate) {
+      const int64_t first = v;
+      while (v + 1 < end && is_empty(a, v + 1)) ++v;
+      char* start = static_cast<char*>(a.dweight) + first * row_bytes;
+      const int64_t bytes = (v + 1 - first) * row_bytes;
+      streams ? stream_zeros(start, bytes) : (void)__builtin_memset(start, 0, static_cast<size_t>(bytes));
     }
   }
+  if (streams) stream_fence();
 }
 
 template <class G, class W>
@@ -96,6 +135,7 @@ void backward(const EmbeddingBackward& a) {
 
 extern const EmbeddingBodies embedding_bodies;
 const EmbeddingBodies embedding_bodies = {
+    {forward<int32_t>, forward<int64_t>},
     {{backward<float, float>, backward<float, bf16>}, {backward<bf16, float>, backward<bf16, bf16>}}};
 
 }  // namespace GPTCORE_ISA_NS
