@@ -93,22 +93,24 @@ void run_tasks(int64_t tasks, TaskBody body, void* context) {
     return;
   }
   std::atomic<int64_t> next{0};
-  const auto worker = [&](int thread) {
+  // Each thread begins with the task of its own number, so that calls over the same data, split into as many
+  // tasks as threads, find it in that core's cache; the rest goes to whoever is free. `team` is the number of
+  // threads that the runtime really gave.
+  const auto worker = [&](int thread, int team) {
     inside_task = true;
-    for (int64_t task = next.fetch_add(1, std::memory_order_relaxed); task < tasks;
-         task = next.fetch_add(1, std::memory_order_relaxed)) {
+    for (int64_t task = thread; task < tasks; task = team + next.fetch_add(1, std::memory_order_relaxed)) {
       body(context, task, thread);
     }
     inside_task = false;
   };
 #if defined(GPTCORE_STD_THREADS)
   std::vector<std::thread> pool;
-  for (int thread = 1; thread < threads; ++thread) pool.emplace_back(worker, thread);
-  worker(0);
+  for (int thread = 1; thread < threads; ++thread) pool.emplace_back(worker, thread, threads);
+  worker(0, threads);
   for (auto& thread : pool) thread.join();
 #else
 #pragma omp parallel num_threads(threads)
-  worker(omp_get_thread_num());
+  worker(omp_get_thread_num(), omp_get_num_threads());
 #endif
 }
 

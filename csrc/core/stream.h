@@ -39,6 +39,7 @@ GPTCORE_INLINE void stream(float* p, Vec x) {
 }
 
 // Two vectors side by side, which make a whole line of bf16 on AVX-512.
+GPTCORE_INLINE void stream(float* p, Vec low, Vec high) { stream(p, low), stream(p + kLanes, high); }
 GPTCORE_INLINE void stream(bf16* p, Vec low, Vec high) {
 #if defined(__SSE2__)
   union {

@@ -1,5 +1,6 @@
 #include "core/arena.h"
 #include "core/parallel.h"
+#include "core/row_blocks.h"
 #include "core/simd.h"
 #include "kernels/layer_norm/layer_norm_body.h"
 
@@ -7,36 +8,9 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// An add takes 4 cycles and two start per cycle: four running sums keep a row's reduction near load speed
-// while the compiler still holds everything in registers on AVX2.
-constexpr int kSums = 4;
-
-// Below this many elements a parallel loop costs more than it saves.
-constexpr int64_t kGrainElements = 16384;
-
-// Backward takes this many rows together: the weight is loaded, and its gradients' partial sums loaded and
-// stored, once for all of them; and their sums keep the adders busy.
+// Rows taken together. Their sums keep the adders busy, an add taking four cycles and two starting per cycle;
+// and backward loads the weight, and loads and stores its gradients' partial sums, once for all of them.
 constexpr int kGroup = 4;
-
-// Rows per block of the weight gradients' sums. Fixed by the shape alone, so the bits do not know the thread
-// count; at most 64 blocks, so that partial sums stay a small part of the traffic.
-int64_t block_rows_of(int64_t rows) {
-  const int64_t by_count = (rows + 63) / 64;
-  return by_count < 16 ? 16 : by_count;
-}
-
-// Sum over c of term(offset, lanes): kSums running vectors, joined in a fixed tree.
-template <class F>
-GPTCORE_INLINE float row_sum(int64_t width, const F& term) {
-  Vec sums[kSums] = {};
-  int64_t c = 0;
-  for (; c + kSums * kLanes <= width; c += kSums * kLanes) {
-    for (int s = 0; s < kSums; ++s) sums[s] += term(c + s * kLanes, int64_t{kLanes});
-  }
-  for (; c + kLanes <= width; c += kLanes) sums[0] += term(c, int64_t{kLanes});
-  if (c < width) sums[1] += term(c, width - c);
-  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
 
 template <class T>
 GPTCORE_INLINE void add_rows(const T* x, const T* residual, T* h, int64_t width) {
@@ -45,43 +19,81 @@ GPTCORE_INLINE void add_rows(const T* x, const T* residual, T* h, int64_t width)
   });
 }
 
-template <class T, class W>
-GPTCORE_INLINE void normalise(const T* h, const W* weight, const W* bias, float mean, float rstd, T* y,
-                              int64_t width) {
-  // Not h * rstd - mean * rstd, one FMA: where rstd is large that cancels.
-  for_lanes(width, [&](int64_t c, int64_t n) {
-    Vec value = (load_some(h + c, n) - mean) * rstd;
-    if (weight) value *= load_some(weight + c, n);
-    if (bias) value += load_some(bias + c, n);
-    store_some(y + c, value, n);
+// kGroup rows or one: mean and variance in two passes, each row's sums in the same order in any group. Rows of
+// bf16 are widened once, into `room`, for the three times they are read.
+template <class T, int group>
+GPTCORE_INLINE void forward_rows(const LayerNormForward& a, const float* weight, const float* bias,
+                                 int64_t row, int64_t last, bool streams, float* room) {
+  const int64_t width = a.width;  // a copy: stores of vectors might alias the arguments
+  const T* x[group];
+  const float* h[group];
+  float *room_of[group], mean[group], rstd[group];
+  for (int r = 0; r < group; ++r) {
+    x[r] = static_cast<const T*>(a.x) + (row + r) * a.x_stride;
+    if (a.residual) {
+      T* sum = static_cast<T*>(a.h) + (row + r) * a.h_stride;
+      add_rows(x[r], static_cast<const T*>(a.residual) + (row + r) * a.residual_stride, sum, width);
+      x[r] = sum;
+    }
+    room_of[r] = room + r * width;
+    if constexpr (sizeof(T) == 2) {
+      h[r] = room_of[r];
+    } else {
+      h[r] = x[r];
+    }
+  }
+  Vec sums[2][group] = {}, squares[2][group] = {};
+  for_two_sums(width, [&](int64_t c, int64_t n, int s) {
+#pragma GCC unroll 4
+    for (int r = 0; r < group; ++r) {
+      const Vec value = load_some(x[r] + c, n);
+      if constexpr (sizeof(T) == 2) store_some(room_of[r] + c, value, n);
+      sums[s][r] += value;
+    }
   });
+  for (int r = 0; r < group; ++r) mean[r] = reduce_add(sums[0][r] + sums[1][r]) / width;
+  for_two_sums(width, [&](int64_t c, int64_t n, int s) {
+#pragma GCC unroll 4
+    for (int r = 0; r < group; ++r) {
+      const Vec d = load_some(h[r] + c, n) - mean[r];
+      squares[s][r] += n == kLanes ? d * d : keep_n(d * d, n, 0.0f);
+    }
+  });
+  for (int r = 0; r < group; ++r) {
+    const float variance = reduce_add(squares[0][r] + squares[1][r]) / width;
+    rstd[r] = 1.0f / __builtin_sqrtf(variance + a.eps);
+  }
+  for (int r = 0; r < group; ++r) {
+    const float *values = h[r], row_mean = mean[r], row_rstd = rstd[r];
+    const int64_t here = row + r, next = here + group < last ? here + group : here;
+    // Not h * rstd - mean * rstd, one FMA: where rstd is large that cancels.
+    write_row(static_cast<T*>(a.y) + here * a.y_stride, static_cast<const T*>(a.x) + next * a.x_stride, width,
+              streams, [&](int64_t c, int64_t n) {
+                Vec value = (load_some(values + c, n) - row_mean) * row_rstd;
+                if (weight) value *= load_some(weight + c, n);
+                if (bias) value += load_some(bias + c, n);
+                return value;
+              });
+    if (a.mean) a.mean[here] = mean[r];
+    if (a.rstd) a.rstd[here] = rstd[r];
+  }
 }
 
 template <class T, class W>
 void forward(const LayerNormForward& a) {
-  const int64_t grain = kGrainElements / a.width + 1;
-  parallel_ranges(a.rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* h = static_cast<const T*>(a.x) + row * a.x_stride;
-      if (a.residual) {
-        T* sum = static_cast<T*>(a.h) + row * a.h_stride;
-        add_rows(h, static_cast<const T*>(a.residual) + row * a.residual_stride, sum, a.width);
-        h = sum;
-      }
-      const float mean =
-          row_sum(a.width, [&](int64_t c, int64_t n) { return load_some(h + c, n); }) / a.width;
-      const float variance = row_sum(a.width,
-                                     [&](int64_t c, int64_t n) {
-                                       const Vec d = load_some(h + c, n) - mean;
-                                       return n == kLanes ? d * d : keep_n(d * d, n, 0.0f);
-                                     }) /
-                             a.width;
-      const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps);
-      normalise(h, static_cast<const W*>(a.weight), static_cast<const W*>(a.bias), mean, rstd,
-                static_cast<T*>(a.y) + row * a.y_stride, a.width);
-      if (a.mean) a.mean[row] = mean;
-      if (a.rstd) a.rstd[row] = rstd;
+  const Scratch converted(sizeof(W) == 2 ? static_cast<size_t>(2 * a.width) * sizeof(float) : 0);
+  const float* weight = as_f32(static_cast<const W*>(a.weight), a.width, converted.as<float>());
+  const float* bias = as_f32(static_cast<const W*>(a.bias), a.width, converted.as<float>() + a.width);
+  const int64_t element = sizeof(T);
+  const bool streams = can_stream(a.y, a.y_stride * element, a.rows * a.width * element);
+  parallel_ranges(a.rows, kGrainElements / a.width + 1, [&](int64_t row, int64_t last) {
+    const Scratch widened(sizeof(T) == 2 ? static_cast<size_t>(kGroup * a.width) * sizeof(float) : 0);
+    float* room = widened.as<float>();
+    for (; row + kGroup <= last; row += kGroup) {
+      forward_rows<T, kGroup>(a, weight, bias, row, last, streams, room);
     }
+    for (; row < last; ++row) forward_rows<T, 1>(a, weight, bias, row, last, streams, room);
+    if (streams) stream_fence();
   });
 }
 
@@ -90,6 +102,7 @@ void forward(const LayerNormForward& a) {
 // order in a group of any size.
 template <class T, class W, int group>
 GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, int64_t row, float* dweight, float* dbias) {
+  const int64_t width = a.width;
   const W* weight = static_cast<const W*>(a.weight);
   const T *dy[group], *h[group], *dh[group];
   T* dx[group];
@@ -102,8 +115,9 @@ GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, int64_t row, float
     rstd[r] = a.rstd[row + r], mean[r] = a.mean[row + r];
   }
   Vec sums_g[group] = {}, sums_gx[group] = {};
-  for_lanes(a.width, [&](int64_t c, int64_t n) {
+  for_lanes(width, [&](int64_t c, int64_t n) {
     const Vec w = weight ? load_some(weight + c, n) : splat(1.0f);
+#pragma GCC unroll 4
     for (int r = 0; r < group; ++r) {
       const Vec g = load_some(dy[r] + c, n) * w;  // lanes from n on are zero, so sums need no mask
       sums_g[r] += g;
@@ -111,12 +125,13 @@ GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, int64_t row, float
     }
   });
   for (int r = 0; r < group; ++r) {
-    mean_g[r] = reduce_add(sums_g[r]) / a.width;
-    mean_gx[r] = reduce_add(sums_gx[r]) * rstd[r] / a.width;
+    mean_g[r] = reduce_add(sums_g[r]) / width;
+    mean_gx[r] = reduce_add(sums_gx[r]) * rstd[r] / width;
   }
-  for_lanes(a.width, [&](int64_t c, int64_t n) {
+  for_lanes(width, [&](int64_t c, int64_t n) {
     const Vec w = weight ? load_some(weight + c, n) : splat(1.0f);
     Vec dw = dweight ? load_some(dweight + c, n) : Vec{}, db = dweight ? load_some(dbias + c, n) : Vec{};
+#pragma GCC unroll 4
     for (int r = 0; r < group; ++r) {
       const Vec xhat = (load_some(h[r] + c, n) - mean[r]) * rstd[r], g = load_some(dy[r] + c, n);
       dw += g * xhat;
@@ -132,19 +147,12 @@ GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, int64_t row, float
   });
 }
 
-// Adds the blocks' partial sums in block order and stores them in the wanted type.
+// The blocks' sums as Out, where they are wanted.
 template <class Out>
-void join_blocks(const float* partials, int64_t blocks, int64_t width, void* out_or_null) {
-  Out* out = static_cast<Out*>(out_or_null);
-  if (!out) return;
-  parallel_ranges(width, 4096, [&](int64_t begin, int64_t end) {
-    for_lanes(end - begin, [&](int64_t c, int64_t n) {
-      Vec sum = {};
-      for (int64_t block = 0; block < blocks; ++block)
-        sum += load_some(partials + 2 * block * width + begin + c, n);
-      store_some(out + begin + c, sum, n);
-    });
-  });
+void join_sums(const LayerNormBackward& a, const float* partials, int64_t blocks) {
+  const int64_t stride = 2 * a.width;
+  if (a.dweight) join_blocks(partials, stride, blocks, a.width, static_cast<Out*>(a.dweight));
+  if (a.dbias) join_blocks(partials + a.width, stride, blocks, a.width, static_cast<Out*>(a.dbias));
 }
 
 template <class T, class W>
@@ -167,13 +175,7 @@ void backward(const LayerNormBackward& a) {
     for (int64_t block = begin; block < end; ++block) block_body(block);
   });
   if (!wants_sums) return;
-  if (a.f32_dweight) {
-    join_blocks<float>(partials, blocks, a.width, a.dweight);
-    join_blocks<float>(partials + a.width, blocks, a.width, a.dbias);
-  } else {
-    join_blocks<W>(partials, blocks, a.width, a.dweight);
-    join_blocks<W>(partials + a.width, blocks, a.width, a.dbias);
-  }
+  a.f32_dweight ? join_sums<float>(a, partials, blocks) : join_sums<W>(a, partials, blocks);
 }
 
 }  // namespace

@@ -1,0 +1,75 @@
+// What norms and sums over rows share: sums along a row, weights as f32, results past the caches, and sums over
+// rows in blocks.
+#pragma once
+
+#include "core/parallel.h"
+#include "core/simd.h"
+#include "core/stream.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+// Below this many elements a parallel loop costs more than it saves.
+constexpr int64_t kGrainElements = 16384;
+
+// Rows per block of a sum over rows. Fixed by the shape alone, so the bits do not know the thread count; at
+// most 64 blocks, so that partial sums stay a small part of the traffic.
+inline int64_t block_rows_of(int64_t rows) {
+  const int64_t by_count = (rows + 63) / 64;
+  return by_count < 16 ? 16 : by_count;
+}
+
+// take(offset, lanes, sum) over a row, where sum 0 and 1 alternate: two running sums.
+template <class F>
+GPTCORE_INLINE void for_two_sums(int64_t width, const F& take) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
+    take(c, int64_t{kLanes}, 0), take(c + kLanes, int64_t{kLanes}, 1);
+  }
+  if (c + kLanes <= width) take(c, int64_t{kLanes}, 0), c += kLanes;
+  if (c < width) take(c, width - c, 1);
+}
+
+// A vector of weights as f32, converted once into `room` where it is bf16; null stays null.
+inline const float* as_f32(const float* weight, int64_t, float*) { return weight; }
+inline const float* as_f32(const bf16* weight, int64_t width, float* room) {
+  if (!weight) return nullptr;
+  for_lanes(width, [&](int64_t c, int64_t n) { store_some(room + c, load_some(weight + c, n), n); });
+  return room;
+}
+
+// out[c] = value(c, lanes), streamed where `streams`, while `next`, the row to be read afterwards, is fetched.
+template <class T, class F>
+GPTCORE_INLINE void write_row(T* out, const T* next, int64_t width, bool streams, const F& value) {
+  constexpr int64_t kPair = 2 * kLanes, kLineElements = 64 / static_cast<int64_t>(sizeof(T));
+  int64_t c = 0;
+  for (; c + kPair <= width; c += kPair) {
+    __builtin_prefetch(next + c);
+    if constexpr (kPair > kLineElements) __builtin_prefetch(next + c + kLineElements);
+    const Vec low = value(c, int64_t{kLanes}), high = value(c + kLanes, int64_t{kLanes});
+    if (streams) {
+      stream(out + c, low, high);
+    } else {
+      store(out + c, low), store(out + c + kLanes, high);
+    }
+  }
+  for_lanes(width - c, [&](int64_t at, int64_t n) { store_some(out + c + at, value(c + at, n), n); });
+}
+
+// Adds the blocks' partial sums, `stride` apart, in block order and stores them as Out.
+template <class Out>
+void join_blocks(const float* partials, int64_t stride, int64_t blocks, int64_t width, Out* out) {
+  parallel_ranges(width, 4096, [&](int64_t begin, int64_t end) {
+    for_lanes(end - begin, [&](int64_t offset, int64_t n) {
+      const int64_t c = begin + offset;
+      Vec sum = {};
+      for (int64_t block = 0; block < blocks; ++block) sum += load_some(partials + block * stride + c, n);
+      store_some(out + c, sum, n);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore
