@@ -153,7 +153,7 @@ def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
 
 def _run(
     x: Array, weight: Array, targets: Array, ignore_index: int, smoothing: float, z_loss: float,
-    scale: float, reduction: str, dx: Array | None = None, dweight: Array | None = None,
+    scale: float, reduction: str, *, dx: Array | None = None, dweight: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     out = _results(x, reduction)
     backend.extension().linear_cross_entropy_forward(

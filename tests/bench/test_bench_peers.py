@@ -54,9 +54,9 @@ def test_shakespeare_batches_are_a_function_of_seed_and_step(tmp_path: Path):
 
 def test_the_learning_rate_follows_the_recipe():
     rates = [shakespeare.learning_rate(step) for step in (0, 99, 100, 1050, 1999)]
-    assert rates[0] == pytest.approx(1e-3 / 101) and rates[1] == pytest.approx(1e-3 * 100 / 101)
+    assert rates[0] == pytest.approx(3e-3 / 101) and rates[1] == pytest.approx(3e-3 * 100 / 101)
     assert (
-        rates[2] == 1e-3 and rates[3] == pytest.approx(5.5e-4) and rates[4] == pytest.approx(1e-4, rel=1e-2)
+        rates[2] == 3e-3 and rates[3] == pytest.approx(1.65e-3) and rates[4] == pytest.approx(3e-4, rel=1e-2)
     )
 
 
