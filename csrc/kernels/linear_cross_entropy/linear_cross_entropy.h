@@ -29,7 +29,8 @@
 //          Scratch in bytes, e = 2 for bf16 products, else 4: forward NCe + NV/32 (smoothing: NV * 3/64) (and
 //          a packed block of weight of at most 512 KB per thread); backward 2NCe + 4NC + 2SNe + 2SCe for
 //          stretches of S = min(1024, V/32) words of the vocabulary, at least 256; forward with gradients
-//          4TV + 12TC + 4ST + 4SC (all N rows are one chunk if their logits take no more than 1 MB).
+//          4TV + 8TC + 8ST and a packed block of weight per thread (all N rows are one chunk if their logits
+//          take no more than 1 MB).
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

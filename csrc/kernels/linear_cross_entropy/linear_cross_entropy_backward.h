@@ -325,7 +325,7 @@ void backward(const LinearCrossEntropyBackward& a) {
   const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding, words = stretch_of(a.v);
   const int64_t c_steps = ceil_div(a.c, kDepth), n_steps = padded / kDepth, v_steps = words / kDepth;
   const int64_t c_stride = c_steps * kStepBytes, n_stride = n_steps * kStepBytes,
-                v_stride = (v_steps + 1) * kStepBytes;  // not a power of two, as dx_row below
+                v_stride = (v_steps + (a.logits ? 1 : 0)) * kStepBytes;  // kept: not a power of two
   const int64_t c_groups = ceil_div(a.c, kGroup), panels = padded / kGroup, v_groups = words / kGroup;
   const int64_t dx_row = padded + kGroup;  // not a power of two: rows of a tile would share a cache set
   const auto bytes = [](bool wanted, int64_t count) {
