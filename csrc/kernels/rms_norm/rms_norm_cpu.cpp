@@ -1,5 +1,6 @@
 #include "core/arena.h"
 #include "core/parallel.h"
+#include "core/row_blocks.h"
 #include "core/simd.h"
 #include "kernels/rms_norm/rms_norm_body.h"
 
@@ -7,19 +8,9 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// Below this many elements a parallel loop costs more than it saves.
-constexpr int64_t kGrainElements = 16384;
-
 // Backward takes this many rows together: the weight is loaded, and its gradient's partial sum loaded and
 // stored, once for all of them.
 constexpr int kGroup = 4;
-
-// Rows per block of the weight gradient's sums. Fixed by the shape alone, so the bits do not know the thread
-// count; at most 64 blocks, so that partial sums stay a small part of the traffic.
-int64_t block_rows_of(int64_t rows) {
-  const int64_t by_count = (rows + 63) / 64;
-  return by_count < 16 ? 16 : by_count;
-}
 
 // h = x + residual, stored, and the sum of its squares: four running sums, an add takes 4 cycles and two
 // start per cycle. Lanes beyond the row are zero and add nothing.
@@ -105,19 +96,6 @@ GPTCORE_INLINE void backward_rows(const RmsNormBackward& a, int64_t row, float* 
   });
 }
 
-// Adds the blocks' partial sums in block order and stores them in the wanted type.
-template <class Out>
-void join_blocks(const float* partials, int64_t blocks, int64_t width, Out* out) {
-  parallel_ranges(width, 4096, [&](int64_t begin, int64_t end) {
-    for_lanes(end - begin, [&](int64_t offset, int64_t n) {
-      const int64_t c = begin + offset;
-      Vec sum = {};
-      for (int64_t block = 0; block < blocks; ++block) sum += load_some(partials + block * width + c, n);
-      store_some(out + c, sum, n);
-    });
-  });
-}
-
 template <class T, class W>
 void backward(const RmsNormBackward& a) {
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
@@ -135,8 +113,8 @@ void backward(const RmsNormBackward& a) {
     }
   });
   if (!a.dweight) return;
-  a.f32_dweight ? join_blocks(partials, blocks, a.width, static_cast<float*>(a.dweight))
-                : join_blocks(partials, blocks, a.width, static_cast<W*>(a.dweight));
+  a.f32_dweight ? join_blocks(partials, a.width, blocks, a.width, static_cast<float*>(a.dweight))
+                : join_blocks(partials, a.width, blocks, a.width, static_cast<W*>(a.dweight));
 }
 
 }  // namespace
