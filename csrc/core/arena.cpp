@@ -26,9 +26,19 @@ struct Stack {
   int top = 0;
 
   ~Stack() {
-    for (const Block& block : blocks) {
-      munmap(block.base, block.size);
-      held -= static_cast<int64_t>(block.size);
+    for (const Block& block : blocks) drop(block);
+  }
+
+  static void drop(const Block& block) {
+    munmap(block.base, block.size);
+    held -= static_cast<int64_t>(block.size);
+  }
+
+  // Blocks that no frame lies in give way to a larger one, instead of staying beside it.
+  void drop_unused_blocks() {
+    while (!blocks.empty() && blocks.back().used == 0) {
+      drop(blocks.back());
+      blocks.pop_back();
     }
   }
 
@@ -55,7 +65,11 @@ Scratch::Scratch(size_t bytes) {
   int index = stack.top;
   const int count = static_cast<int>(stack.blocks.size());
   while (index < count && stack.blocks[index].used + bytes > stack.blocks[index].size) ++index;
-  if (index == count) stack.add_block(bytes);
+  if (index == count) {
+    stack.drop_unused_blocks();
+    index = static_cast<int>(stack.blocks.size());
+    stack.add_block(bytes);
+  }
   Block& block = stack.blocks[index];
   data_ = block.base + block.used;
   mark_ = block.used;
