@@ -108,7 +108,7 @@ void Checker::contiguous(const TensorView& tensor, const char* argument) const {
 }
 
 void Checker::last_contiguous(const TensorView& tensor, const char* argument) const {
-  if (tensor.ndim > 0 && tensor.size(-1) > 1 && tensor.stride(-1) != 1) {
+  if (tensor.ndim > 0 && tensor.size(-1) > 1 && tensor.stride(-1) != 1 && tensor.numel() > 0) {
     fail(argument, "stride " + std::to_string(tensor.stride(-1)) + " in the last dimension", "stride 1");
   }
 }

@@ -269,3 +269,9 @@ def test_the_isas_agree_within_rounding() -> None:
     backend.set_isa(before)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_broadcast_gradient_of_nothing_is_accepted() -> None:
+    x = torch.empty(0, 3, requires_grad=True)
+    op.gelu(x).sum().backward()  # its gradient has stride 0 in both dimensions
+    assert x.grad is not None and x.grad.shape == (0, 3)
