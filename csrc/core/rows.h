@@ -35,4 +35,20 @@ inline Rows rows_of(const Checker& check, const TensorView& tensor, const char* 
   return rows;
 }
 
+// The stride of the rows of a tensor that must be like `like`.
+inline int64_t checked_stride(const Checker& check, const TensorView& tensor, const char* argument,
+                              const TensorView& like, const char* like_name) {
+  check.input(tensor, argument, {like.dtype});
+  check.same_shape(tensor, argument, like, like_name);
+  return rows_of(check, tensor, argument).stride;
+}
+
+// A contiguous vector of `size` elements, such as a weight of each column or a statistic of each row.
+inline void check_vector(const Checker& check, const TensorView& tensor, const char* argument, int64_t size,
+                         std::initializer_list<DType> types) {
+  check.input(tensor, argument, types);
+  check.shape(tensor, argument, {size});
+  check.contiguous(tensor, argument);
+}
+
 }  // namespace gptcore

@@ -57,4 +57,7 @@ struct TensorView {
   }
 };
 
+// Index into tables of bodies by dtype: 0 for f32, 1 for bf16.
+inline int is_bf16(const TensorView& tensor) { return tensor.dtype == DType::bf16; }
+
 }  // namespace gptcore

@@ -178,10 +178,12 @@ def refuse_out_with_grad(op: str, *tensors: Any) -> None:
     Raises:
         RuntimeError: gradients are enabled and a tensor among ``tensors`` requires one.
     """
-    import torch
-
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
-        raise RuntimeError(
-            f"{op}: out= does not support automatic differentiation, but an argument requires grad; "
-            "call it under torch.no_grad() or without out="
-        )
+    torch = sys.modules["torch"]
+    if not torch.is_grad_enabled():
+        return
+    for x in tensors:
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            raise RuntimeError(
+                f"{op}: out= does not support automatic differentiation, but an argument requires grad; "
+                "call it under torch.no_grad() or without out="
+            )

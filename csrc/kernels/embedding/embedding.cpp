@@ -14,8 +14,6 @@ GPTCORE_BODIES(EmbeddingBodies, embedding_bodies)
 
 namespace {
 
-int is_bf16(const TensorView& tensor) { return tensor.dtype == DType::bf16; }
-
 template <class Id>
 void check_range(const Checker& check, const Id* ids, int64_t count, int64_t vocabulary) {
   uint64_t outside = 0;  // one comparison for both ends: a negative index is a large unsigned one

@@ -10,8 +10,6 @@ GPTCORE_BODIES(GatedActivationBodies, gated_activation_bodies)
 
 namespace {
 
-int is_bf16(const TensorView& tensor) { return tensor.dtype == DType::bf16; }
-
 const void* second_half(const TensorView& tensor, int64_t width) {
   return tensor.data ? static_cast<char*>(tensor.data) + width * size_of(tensor.dtype) : nullptr;
 }

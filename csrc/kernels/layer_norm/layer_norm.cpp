@@ -10,23 +10,6 @@ GPTCORE_BODIES(LayerNormBodies, layer_norm_bodies)
 
 namespace {
 
-int is_bf16(const TensorView& tensor) { return tensor.dtype == DType::bf16; }
-
-// The stride of the rows of a tensor like `like`.
-int64_t checked_stride(const Checker& check, const TensorView& tensor, const char* name,
-                       const TensorView& like, const char* like_name) {
-  check.input(tensor, name, {like.dtype});
-  check.same_shape(tensor, name, like, like_name);
-  return rows_of(check, tensor, name).stride;
-}
-
-void check_vector(const Checker& check, const TensorView& tensor, const char* name, int64_t size,
-                  std::initializer_list<DType> types) {
-  check.input(tensor, name, types);
-  check.shape(tensor, name, {size});
-  check.contiguous(tensor, name);
-}
-
 void check_stats(const Checker& check, const TensorView& stats, int64_t rows) {
   check.input(stats, "stats", {DType::f32});
   check.shape(stats, "stats", {2, rows});

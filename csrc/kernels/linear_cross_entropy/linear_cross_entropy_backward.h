@@ -87,7 +87,7 @@ struct BackwardPass {
       }
       if (a.dx) {
         *reinterpret_cast<VecU*>(column + w % kDepth / 2 * kLine) =
-            __builtin_convertvector(low, VecU) | (__builtin_convertvector(high, VecU) << 16);
+            zero_extend(low) | (zero_extend(high) << 16);
       }
     }
   }

@@ -8,27 +8,6 @@ namespace gptcore {
 
 GPTCORE_BODIES(RmsNormBodies, rms_norm_bodies)
 
-namespace {
-
-int is_bf16(const TensorView& tensor) { return tensor.dtype == DType::bf16; }
-
-// The stride of the rows of a tensor like `like`.
-int64_t checked_stride(const Checker& check, const TensorView& tensor, const char* name,
-                       const TensorView& like, const char* like_name) {
-  check.input(tensor, name, {like.dtype});
-  check.same_shape(tensor, name, like, like_name);
-  return rows_of(check, tensor, name).stride;
-}
-
-void check_vector(const Checker& check, const TensorView& tensor, const char* name, int64_t size,
-                  std::initializer_list<DType> types) {
-  check.input(tensor, name, types);
-  check.shape(tensor, name, {size});
-  check.contiguous(tensor, name);
-}
-
-}  // namespace
-
 void rms_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight, float eps,
                       const TensorView& y, const TensorView& h, const TensorView& rstd) {
   const Checker check("rms_norm");
