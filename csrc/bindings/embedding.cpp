@@ -19,10 +19,9 @@ py::object embedding_eager_forward(py::handle ctx, py::handle ids, py::object we
   gptcore::bindings::set_attribute(
       ctx, gptcore::bindings::options_name(),
       py::make_tuple(vocabulary, width, gptcore::bindings::attribute_or_none(table.tensor(), main_grad)));
-  int64_t sizes[gptcore::bindings::kMaxDims + 1];
-  for (int d = 0; d < view.ndim; ++d) sizes[d] = view.size(d);
-  sizes[view.ndim] = width;
-  const Operand out = table.new_empty(sizes, view.ndim + 1);
+  std::vector<int64_t> sizes(view.sizes, view.sizes + view.ndim);
+  sizes.push_back(width);
+  const Operand out = table.new_empty(sizes.data(), view.ndim + 1);
   {
     const py::gil_scoped_release release;
     gptcore::embedding_forward(view, table.view(), out.view());

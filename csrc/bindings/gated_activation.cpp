@@ -11,10 +11,9 @@ constexpr int kPacked = 4;  // kinds from here on: gate and up in one tensor
 
 Operand half_of(const Operand& packed) {
   const gptcore::TensorView& view = packed.view();
-  int64_t sizes[gptcore::bindings::kMaxDims];
-  for (int d = 0; d < view.ndim; ++d) sizes[d] = view.size(d);
-  if (view.ndim) sizes[view.ndim - 1] /= 2;
-  return packed.new_empty(sizes, view.ndim);
+  std::vector<int64_t> sizes(view.sizes, view.sizes + view.ndim);
+  if (!sizes.empty()) sizes.back() /= 2;
+  return packed.new_empty(sizes.data(), view.ndim);
 }
 
 // ctx.options = kind

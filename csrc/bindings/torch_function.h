@@ -5,6 +5,7 @@
 #pragma once
 
 #include <utility>
+#include <vector>
 
 #include "bindings/tensor_caster.h"
 
@@ -57,15 +58,16 @@ class Operand {
     static PyObject* const name = interned("new_empty");
     static PyObject* const float32 = imported("torch", "float32");
     static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
-    py::object numbers[kMaxDims];
-    PyObject* values[kMaxDims + 2] = {tensor_.ptr()};
-    for (int i = 0; i < count; ++i) {
+    // Views of torch tensors may have any number of dimensions.
+    std::vector<py::object> numbers(static_cast<size_t>(count));
+    std::vector<PyObject*> values{tensor_.ptr()};
+    for (size_t i = 0; i < numbers.size(); ++i) {
       numbers[i] = py::int_(sizes[i]);
-      values[i + 1] = numbers[i].ptr();
+      values.push_back(numbers[i].ptr());
     }
-    values[count + 1] = float32;
-    return Operand(checked(
-        PyObject_VectorcallMethod(name, values, static_cast<size_t>(count) + 1, f32 ? keywords : nullptr)));
+    values.push_back(float32);
+    return Operand(checked(PyObject_VectorcallMethod(name, values.data(), static_cast<size_t>(count) + 1,
+                                                     f32 ? keywords : nullptr)));
   }
 
   // A fresh tensor of this one's shape, dtype and device; None for None.

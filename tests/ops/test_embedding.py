@@ -192,3 +192,12 @@ def test_out_form_writes_there_and_refuses_gradients() -> None:
     with pytest.raises(ValueError, match="index 4"):
         embedding(torch.tensor([0, 4]), weight.detach(), out=out)
     assert (out == 7).all()
+
+
+def test_ids_of_many_dimensions() -> None:
+    weight = torch.randn(5, 3, requires_grad=True)
+    ids = torch.randint(5, (2,) + (1,) * 12 + (2,))
+    got = embedding(ids, weight)
+    got.sum().backward()
+    assert got.shape == (*ids.shape, 3) and torch.equal(got, weight[ids])
+    assert weight.grad is not None and weight.grad.sum() == ids.numel() * 3
