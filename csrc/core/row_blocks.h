@@ -31,11 +31,13 @@ GPTCORE_INLINE void for_two_sums(int64_t width, const F& take) {
   if (c < width) take(c, width - c, 1);
 }
 
-// A vector of weights as f32, converted once into `room` where it is bf16; null stays null.
-inline const float* as_f32(const float* weight, int64_t, float*) { return weight; }
-inline const float* as_f32(const bf16* weight, int64_t width, float* room) {
-  if (!weight) return nullptr;
-  for_lanes(width, [&](int64_t c, int64_t n) { store_some(room + c, load_some(weight + c, n), n); });
+// Weights or biases as f32, widened once into `room` where they are bf16, so that bodies are compiled for one
+// type of them; null stays null.
+inline const float* as_f32(const void* weight, bool is_bf16, int64_t width, float* room) {
+  if (!weight || !is_bf16) return static_cast<const float*>(weight);
+  for_lanes(width, [&](int64_t c, int64_t n) {
+    store_some(room + c, load_some(static_cast<const bf16*>(weight) + c, n), n);
+  });
   return room;
 }
 
@@ -57,15 +59,17 @@ GPTCORE_INLINE void write_row(T* out, const T* next, int64_t width, bool streams
   for_lanes(width - c, [&](int64_t at, int64_t n) { store_some(out + c + at, value(c + at, n), n); });
 }
 
-// Adds the blocks' partial sums, `stride` apart, in block order and stores them as Out.
-template <class Out>
-void join_blocks(const float* partials, int64_t stride, int64_t blocks, int64_t width, Out* out) {
+// Adds the blocks' partial sums, `stride` apart, in block order and stores them as f32 or bf16 where wanted.
+inline void join_blocks(const float* partials, int64_t stride, int64_t blocks, int64_t width, void* out,
+                        bool bf16_out) {
+  if (!out) return;
   parallel_ranges(width, 4096, [&](int64_t begin, int64_t end) {
     for_lanes(end - begin, [&](int64_t offset, int64_t n) {
       const int64_t c = begin + offset;
       Vec sum = {};
       for (int64_t block = 0; block < blocks; ++block) sum += load_some(partials + block * stride + c, n);
-      store_some(out + c, sum, n);
+      bf16_out ? store_some(static_cast<bf16*>(out) + c, sum, n)
+               : store_some(static_cast<float*>(out) + c, sum, n);
     });
   });
 }

@@ -1,5 +1,6 @@
 #include "core/arena.h"
 #include "core/parallel.h"
+#include "core/row_blocks.h"
 #include "core/simd.h"
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/gated_activation/gated_activation_body.h"
@@ -130,15 +131,6 @@ GPTCORE_INLINE void prefetch(const T* p) {
 
 // --- forward -----------------------------------------------------------------------------------------------
 
-// A bias as f32, so that the bodies are compiled for one type of it; `room` takes the widened copy.
-const float* as_f32(const void* bias, bool is_bf16, int64_t width, float* room) {
-  if (!bias || !is_bf16) return static_cast<const float*>(bias);
-  for_lanes(width, [&](int64_t c, int64_t n) {
-    store_some(room + c, load_some(static_cast<const bf16*>(bias) + c, n), n);
-  });
-  return room;
-}
-
 // Runs body(row begin, row end, column begin, column end) over tiles of about kTaskElements.
 template <class F>
 GPTCORE_INLINE void for_tiles(int64_t rows, int64_t width, const F& body) {
@@ -218,8 +210,8 @@ GPTCORE_INLINE void add_to(float* sum, Vec x, int64_t n) {
 }
 
 template <class T, class Act, bool gated>
-GPTCORE_INLINE void backward_row(const GatedActivationBackward& a, int64_t row, int64_t begin, int64_t end,
-                                 const Columns& columns) {
+[[gnu::noinline]] void backward_row(const GatedActivationBackward& a, int64_t row, int64_t begin, int64_t end,
+                                    const Columns& columns) {
   const T* dy = static_cast<const T*>(a.grad_y) + row * a.grad_y_stride + begin;
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + begin;
   const T* up = gated ? static_cast<const T*>(a.up) + row * a.up_stride + begin : nullptr;
@@ -246,27 +238,6 @@ GPTCORE_INLINE void backward_row(const GatedActivationBackward& a, int64_t row, 
   });
 }
 
-// Adds the blocks' partial sums (blocks, 2, width) in block order and stores them in the wanted type.
-void join_blocks(const float* partials, int64_t blocks, int64_t width, void* out, bool bf16_out) {
-  if (!out) return;
-  parallel_ranges(width, 4096, [&](int64_t begin, int64_t end) {
-    for_lanes(end - begin, [&](int64_t offset, int64_t n) {
-      const int64_t c = begin + offset;
-      Vec sum = {};
-      for (int64_t block = 0; block < blocks; ++block) sum += load_some(partials + 2 * block * width + c, n);
-      bf16_out ? store_some(static_cast<bf16*>(out) + c, sum, n)
-               : store_some(static_cast<float*>(out) + c, sum, n);
-    });
-  });
-}
-
-// Rows per block of the bias gradients' sums: by the shape alone, so the bits do not know the thread count;
-// at most 64 blocks, so that partial sums stay a small part of the traffic.
-int64_t block_rows_of(int64_t rows) {
-  const int64_t by_count = (rows + 63) / 64;
-  return by_count < 16 ? 16 : by_count;
-}
-
 template <class T, class Act, bool gated>
 void backward_with_sums(const GatedActivationBackward& a, Columns biases) {
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
@@ -287,8 +258,8 @@ void backward_with_sums(const GatedActivationBackward& a, Columns biases) {
   } else {
     parallel_for(blocks, [&](int64_t block, int) { block_body(block); });
   }
-  join_blocks(partials, blocks, width, a.dgate_bias, a.bf16_dbias);
-  join_blocks(partials + width, blocks, width, a.dup_bias, a.bf16_dbias);
+  join_blocks(partials, 2 * width, blocks, width, a.dgate_bias, a.bf16_dbias);
+  join_blocks(partials + width, 2 * width, blocks, width, a.dup_bias, a.bf16_dbias);
 }
 
 template <class T, class Act, bool gated>

@@ -46,8 +46,8 @@ void layer_norm_forward(const TensorView& x, const TensorView& residual, const T
   a.y = y.data, a.h = residual ? h.data : nullptr;
   a.mean = stats.as<float>(), a.rstd = stats ? a.mean + rows.count : nullptr;
   a.rows = rows.count, a.width = rows.width, a.x_stride = rows.stride, a.eps = eps;
-  const int weight_type = is_bf16(weight ? weight : bias ? bias : x);
-  layer_norm_bodies_table.pick().forward[is_bf16(x)][weight_type](a);
+  a.bf16_weight = is_bf16(weight ? weight : bias);
+  layer_norm_bodies_table.pick().forward[is_bf16(x)](a);
 }
 
 void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
@@ -75,9 +75,9 @@ void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, con
   a.grad_y = grad_y.data, a.grad_h = grad_h.data, a.h = h.data, a.weight = weight.data;
   a.mean = stats.as<float>(), a.rstd = a.mean + rows.count;
   a.dx = dx.data, a.dweight = dweight.data, a.dbias = dbias.data;
-  a.f32_dweight = (dweight ? dweight : dbias).dtype == DType::f32;
+  a.bf16_weight = is_bf16(weight), a.bf16_dweight = is_bf16(dweight ? dweight : dbias);
   a.rows = rows.count, a.width = rows.width, a.h_stride = rows.stride;
-  layer_norm_bodies_table.pick().backward[is_bf16(h)][weight_dtype == DType::bf16](a);
+  layer_norm_bodies_table.pick().backward[is_bf16(h)](a);
 }
 
 }  // namespace gptcore

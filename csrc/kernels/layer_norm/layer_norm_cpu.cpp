@@ -79,11 +79,11 @@ GPTCORE_INLINE void forward_rows(const LayerNormForward& a, const float* weight,
   }
 }
 
-template <class T, class W>
+template <class T>
 void forward(const LayerNormForward& a) {
-  const Scratch converted(sizeof(W) == 2 ? static_cast<size_t>(2 * a.width) * sizeof(float) : 0);
-  const float* weight = as_f32(static_cast<const W*>(a.weight), a.width, converted.as<float>());
-  const float* bias = as_f32(static_cast<const W*>(a.bias), a.width, converted.as<float>() + a.width);
+  const Scratch converted(a.bf16_weight ? static_cast<size_t>(2 * a.width) * sizeof(float) : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
+  const float* bias = as_f32(a.bias, a.bf16_weight, a.width, converted.as<float>() + a.width);
   const int64_t element = sizeof(T);
   const bool streams = can_stream(a.y, a.y_stride * element, a.rows * a.width * element);
   parallel_ranges(a.rows, kGrainElements / a.width + 1, [&](int64_t row, int64_t last) {
@@ -100,10 +100,10 @@ void forward(const LayerNormForward& a) {
 // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_h with g = grad_y * weight; adds the rows' part of
 // dweight = sum grad_y * xhat and dbias = sum grad_y to the block's partial sums. A row's sums take the same
 // order in a group of any size.
-template <class T, class W, int group>
-GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, int64_t row, float* dweight, float* dbias) {
+template <class T, int group>
+GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, const float* weight, int64_t row,
+                                  float* dweight, float* dbias) {
   const int64_t width = a.width;
-  const W* weight = static_cast<const W*>(a.weight);
   const T *dy[group], *h[group], *dh[group];
   T* dx[group];
   float rstd[group], mean[group], mean_g[group], mean_gx[group];
@@ -147,16 +147,10 @@ GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, int64_t row, float
   });
 }
 
-// The blocks' sums as Out, where they are wanted.
-template <class Out>
-void join_sums(const LayerNormBackward& a, const float* partials, int64_t blocks) {
-  const int64_t stride = 2 * a.width;
-  if (a.dweight) join_blocks(partials, stride, blocks, a.width, static_cast<Out*>(a.dweight));
-  if (a.dbias) join_blocks(partials + a.width, stride, blocks, a.width, static_cast<Out*>(a.dbias));
-}
-
-template <class T, class W>
+template <class T>
 void backward(const LayerNormBackward& a) {
+  const Scratch converted(a.bf16_weight ? static_cast<size_t>(a.width) * sizeof(float) : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
   const bool wants_sums = a.dweight || a.dbias;
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
   const Scratch scratch(wants_sums ? static_cast<size_t>(blocks * 2 * a.width) * sizeof(float) : 0);
@@ -167,23 +161,23 @@ void backward(const LayerNormBackward& a) {
     if (wants_sums) __builtin_memset(dweight, 0, static_cast<size_t>(2 * a.width) * sizeof(float));
     const int64_t end = (block + 1) * block_rows < a.rows ? (block + 1) * block_rows : a.rows;
     int64_t row = block * block_rows;
-    for (; row + kGroup <= end; row += kGroup) backward_rows<T, W, kGroup>(a, row, dweight, dbias);
-    for (; row < end; ++row) backward_rows<T, W, 1>(a, row, dweight, dbias);
+    for (; row + kGroup <= end; row += kGroup) backward_rows<T, kGroup>(a, weight, row, dweight, dbias);
+    for (; row < end; ++row) backward_rows<T, 1>(a, weight, row, dweight, dbias);
   };
   const int64_t grain = kGrainElements / (a.width * block_rows) + 1;
   parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) block_body(block);
   });
-  if (!wants_sums) return;
-  a.f32_dweight ? join_sums<float>(a, partials, blocks) : join_sums<W>(a, partials, blocks);
+  join_blocks(partials, 2 * a.width, blocks, a.width, a.dweight, a.bf16_dweight);
+  join_blocks(partials + a.width, 2 * a.width, blocks, a.width, a.dbias, a.bf16_dweight);
 }
 
 }  // namespace
 
 extern const LayerNormBodies layer_norm_bodies;
 const LayerNormBodies layer_norm_bodies = {
-    {{forward<float, float>, forward<float, bf16>}, {forward<bf16, float>, forward<bf16, bf16>}},
-    {{backward<float, float>, backward<float, bf16>}, {backward<bf16, float>, backward<bf16, bf16>}},
+    {forward<float>, forward<bf16>},
+    {backward<float>, backward<bf16>},
 };
 
 }  // namespace GPTCORE_ISA_NS

@@ -30,9 +30,10 @@ void rms_norm_forward(const TensorView& x, const TensorView& residual, const Ten
   check.that(eps >= 0, "eps", std::to_string(eps), "0 or more");
 
   a.x = x.data, a.residual = residual.data, a.weight = weight.data;
+  a.bf16_weight = is_bf16(weight);
   a.y = y.data, a.h = residual ? h.data : nullptr, a.rstd = rstd.as<float>();
   a.rows = rows.count, a.width = rows.width, a.x_stride = rows.stride, a.eps = eps;
-  rms_norm_bodies_table.pick().forward[is_bf16(x)][is_bf16(weight ? weight : x)](a);
+  rms_norm_bodies_table.pick().forward[is_bf16(x)](a);
 }
 
 void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
@@ -57,9 +58,9 @@ void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const
 
   a.grad_y = grad_y.data, a.grad_h = grad_h.data, a.h = h.data, a.weight = weight.data;
   a.rstd = rstd.as<float>(), a.dx = dx.data, a.dweight = dweight.data;
-  a.f32_dweight = dweight.dtype == DType::f32;
+  a.bf16_weight = is_bf16(weight), a.bf16_dweight = is_bf16(dweight);
   a.rows = rows.count, a.width = rows.width, a.h_stride = rows.stride;
-  rms_norm_bodies_table.pick().backward[is_bf16(h)][weight_dtype == DType::bf16](a);
+  rms_norm_bodies_table.pick().backward[is_bf16(h)](a);
 }
 
 }  // namespace gptcore

@@ -34,10 +34,11 @@ GPTCORE_INLINE float square_sum(const T* x, const T* residual, T* h, int64_t wid
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <class T, class W>
+template <class T>
 void forward(const RmsNormForward& a) {
   const float per_width = 1.0f / a.width;
-  const W* weight = static_cast<const W*>(a.weight);
+  const Scratch converted(a.bf16_weight ? static_cast<size_t>(a.width) * sizeof(float) : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
   parallel_ranges(a.rows, kGrainElements / a.width + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
@@ -59,9 +60,9 @@ void forward(const RmsNormForward& a) {
 
 // dx = rstd * (g - xhat * mean(g * xhat)) + grad_h with g = grad_y * weight; adds the rows' part of dweight =
 // sum grad_y * xhat to the block's partial sums. A row's sums take the same order in a group of any size.
-template <class T, class W, int group>
-GPTCORE_INLINE void backward_rows(const RmsNormBackward& a, int64_t row, float* dweight) {
-  const W* weight = static_cast<const W*>(a.weight);
+template <class T, int group>
+GPTCORE_INLINE void backward_rows(const RmsNormBackward& a, const float* weight, int64_t row,
+                                  float* dweight) {
   const T *dy[group], *h[group], *dh[group];
   T* dx[group];
   float rstd[group], mean[group];
@@ -96,8 +97,10 @@ GPTCORE_INLINE void backward_rows(const RmsNormBackward& a, int64_t row, float* 
   });
 }
 
-template <class T, class W>
+template <class T>
 void backward(const RmsNormBackward& a) {
+  const Scratch converted(a.bf16_weight ? static_cast<size_t>(a.width) * sizeof(float) : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
   const Scratch scratch(a.dweight ? static_cast<size_t>(blocks * a.width) * sizeof(float) : 0);
   float* partials = scratch.as<float>();
@@ -108,21 +111,19 @@ void backward(const RmsNormBackward& a) {
       if (dweight) __builtin_memset(dweight, 0, static_cast<size_t>(a.width) * sizeof(float));
       int64_t row = block * block_rows;
       const int64_t last = row + block_rows < a.rows ? row + block_rows : a.rows;
-      for (; row + kGroup <= last; row += kGroup) backward_rows<T, W, kGroup>(a, row, dweight);
-      for (; row < last; ++row) backward_rows<T, W, 1>(a, row, dweight);
+      for (; row + kGroup <= last; row += kGroup) backward_rows<T, kGroup>(a, weight, row, dweight);
+      for (; row < last; ++row) backward_rows<T, 1>(a, weight, row, dweight);
     }
   });
-  if (!a.dweight) return;
-  a.f32_dweight ? join_blocks(partials, a.width, blocks, a.width, static_cast<float*>(a.dweight))
-                : join_blocks(partials, a.width, blocks, a.width, static_cast<W*>(a.dweight));
+  join_blocks(partials, a.width, blocks, a.width, a.dweight, a.bf16_dweight);
 }
 
 }  // namespace
 
 extern const RmsNormBodies rms_norm_bodies;
 const RmsNormBodies rms_norm_bodies = {
-    {{forward<float, float>, forward<float, bf16>}, {forward<bf16, float>, forward<bf16, bf16>}},
-    {{backward<float, float>, backward<float, bf16>}, {backward<bf16, float>, backward<bf16, bf16>}},
+    {forward<float>, forward<bf16>},
+    {backward<float>, backward<bf16>},
 };
 
 }  // namespace GPTCORE_ISA_NS
