@@ -1,17 +1,11 @@
 """Types of the native module. Arrays are torch, NumPy or CuPy; the contracts stand in csrc/kernels/<op>/<op>.h."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Tensor = Any
 
 __version__: str
-
-class Routing:
-    def __init__(
-        self, tensor: type, parameter: type, is_grad_enabled: Any, is_listening: Sequence[Any]
-    ) -> None: ...
-    def route(self, arguments: tuple[Any, ...]) -> int: ...
 
 def adamw(
     params: list[Tensor],
@@ -59,6 +53,12 @@ def attention_forward(
     lse: Tensor | None,
 ) -> None: ...
 def available_isas() -> list[str]: ...
+def backward_method(
+    direct: Callable[..., Any],
+    general: Callable[..., Any],
+    is_grad_enabled: Callable[[], bool],
+    transform: Callable[[], Any],
+) -> Callable[..., Any]: ...
 def cross_entropy_backward(
     grad_loss: Tensor | None,
     logits: Tensor | None,
@@ -70,6 +70,16 @@ def cross_entropy_backward(
     reduction: str,
     dlogits: Tensor | None,
 ) -> None: ...
+def cross_entropy_eager_backward(ctx: object, grad_loss: object) -> object: ...
+def cross_entropy_eager_forward(
+    ctx: object,
+    logits: object,
+    targets: object,
+    weight: object,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+) -> object: ...
 def cross_entropy_forward(
     logits: Tensor | None,
     targets: Tensor | None,
@@ -204,6 +214,15 @@ def rotary(
     inverse: bool,
     out: Tensor | None,
 ) -> None: ...
+def router(
+    tensor: type,
+    parameter: type,
+    is_grad_enabled: Callable[[], bool],
+    is_listening: Sequence[Callable[[], Any]],
+    kernel: Callable[..., Any],
+    autograd: Callable[..., Any],
+    dispatcher: Callable[..., Any],
+) -> Callable[..., Any]: ...
 def scratch_bytes() -> int: ...
 def set_isa(name: str) -> None: ...
 def set_num_threads(count: int) -> None: ...

@@ -16,13 +16,14 @@ Operand half_of(const Operand& packed) {
   return packed.new_empty(sizes.data(), view.ndim);
 }
 
-// ctx.options = kind
-py::object gated_activation_eager_forward(py::handle ctx, py::handle gate_tensor, py::handle up_tensor,
-                                          py::object gate_bias_tensor, py::object up_bias_tensor,
-                                          const py::int_& kind) {
-  const Operand gate = gptcore::bindings::as_rows(gate_tensor), up = gptcore::bindings::as_rows(up_tensor),
-                gate_bias(std::move(gate_bias_tensor)), up_bias(std::move(up_bias_tensor));
-  const int number = kind;
+// (ctx, gate, up, gate_bias, up_bias, kind); ctx.options = kind
+py::object gated_activation_eager_forward(PyObject* const* arguments) {
+  const Operand gate = gptcore::bindings::as_rows(arguments[1]),
+                up = gptcore::bindings::as_rows(arguments[2]),
+                gate_bias = gptcore::bindings::operand(arguments[3]),
+                up_bias = gptcore::bindings::operand(arguments[4]);
+  const py::handle ctx = arguments[0], kind = arguments[5];
+  const int number = py::cast<int>(kind);
   const Operand y = number < kPacked ? gate.empty_like() : half_of(gate);
   gptcore::bindings::save_for_backward(ctx, gate.tensor(), up.tensor(), gate_bias.tensor(), up_bias.tensor());
   gptcore::bindings::set_attribute(ctx, gptcore::bindings::options_name(), kind);
@@ -34,11 +35,14 @@ py::object gated_activation_eager_forward(py::handle ctx, py::handle gate_tensor
   return y.tensor();
 }
 
-py::object gated_activation_eager_backward(py::handle ctx, py::handle grad_y) {
+// (ctx, grad_y)
+py::object gated_activation_eager_backward(PyObject* const* arguments) {
+  const py::handle ctx = arguments[0];
   const py::tuple saved = gptcore::bindings::saved_tensors(ctx);
-  const int kind = py::int_(gptcore::bindings::attribute(ctx, gptcore::bindings::options_name()));
-  const Operand gradient = gptcore::bindings::as_rows(grad_y), gate = gptcore::bindings::as_rows(saved[0]),
-                up = gptcore::bindings::as_rows(saved[1]), gate_bias(saved[2]), up_bias(saved[3]);
+  const int kind = py::cast<int>(gptcore::bindings::attribute(ctx, gptcore::bindings::options_name()));
+  const Operand gradient = gptcore::bindings::as_rows(arguments[1]),
+                gate = gptcore::bindings::as_rows(saved[0]), up = gptcore::bindings::as_rows(saved[1]),
+                gate_bias(saved[2]), up_bias(saved[3]);
   const Operand dgate = gate.empty_like(), dup = up.empty_like(), dgate_bias = gate_bias.empty_like(),
                 dup_bias = up_bias.empty_like();
   {
@@ -62,9 +66,13 @@ void register_gated_activation(py::module_& m) {
         py::arg("gate"), py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("dgate"),
         py::arg("dup"), py::arg("dgate_bias"), py::arg("dup_bias"), py::call_guard<py::gil_scoped_release>(),
         "Gradients of gated_activation_forward, overwritten.");
-  m.def("gated_activation_eager_forward", &gated_activation_eager_forward, py::arg("ctx"), py::arg("gate"),
-        py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("kind"),
-        "Hook of torch.autograd.Function.");
-  m.def("gated_activation_eager_backward", &gated_activation_eager_backward, py::arg("ctx"),
-        py::arg("grad_y"), "Hook of torch.autograd.Function.");
+  gptcore::bindings::define<gated_activation_eager_forward, 6>(
+      m, "gated_activation_eager_forward",
+      "gated_activation_eager_forward(ctx: object, gate: object, up: object, gate_bias: object, up_bias: "
+      "object, "
+      "kind: int) -> object\n\nHook of torch.autograd.Function.");
+  gptcore::bindings::define<gated_activation_eager_backward, 2>(
+      m, "gated_activation_eager_backward",
+      "gated_activation_eager_backward(ctx: object, grad_y: object) -> object\n\nHook of "
+      "torch.autograd.Function.");
 }

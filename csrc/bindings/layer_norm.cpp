@@ -7,14 +7,16 @@ using gptcore::bindings::Operand;
 
 namespace {
 
-py::object layer_norm_eager_forward(py::handle ctx, py::handle input, py::object weight_tensor,
-                                    py::object bias_tensor, double eps) {
-  const Operand x = gptcore::bindings::as_rows(input), weight(std::move(weight_tensor)),
-                bias(std::move(bias_tensor)), y = x.empty_like();
+// (ctx, x, weight, bias, eps)
+py::object layer_norm_eager_forward(PyObject* const* arguments) {
+  const Operand x = gptcore::bindings::as_rows(arguments[1]),
+                weight = gptcore::bindings::operand(arguments[2]),
+                bias = gptcore::bindings::operand(arguments[3]), y = x.empty_like();
+  const double eps = py::cast<double>(arguments[4]);
   const int64_t width = x.view().ndim ? x.view().size(-1) : 0;
   const int64_t sizes[] = {2, width ? x.view().numel() / width : 0};
   const Operand stats = x.new_empty(sizes, 2, true);
-  gptcore::bindings::save_for_backward(ctx, x.tensor(), weight.tensor(), stats.tensor());
+  gptcore::bindings::save_for_backward(arguments[0], x.tensor(), weight.tensor(), stats.tensor());
   {
     const py::gil_scoped_release release;
     gptcore::layer_norm_forward(x.view(), {}, weight.view(), bias.view(), eps, y.view(), {}, stats.view());
@@ -22,11 +24,12 @@ py::object layer_norm_eager_forward(py::handle ctx, py::handle input, py::object
   return y.tensor();
 }
 
-py::object layer_norm_eager_backward(py::handle ctx, py::handle grad_y) {
+// (ctx, grad_y)
+py::object layer_norm_eager_backward(PyObject* const* arguments) {
   static PyObject* const needs_input_grad = gptcore::bindings::interned("needs_input_grad");
-  const py::tuple saved = gptcore::bindings::saved_tensors(ctx);
-  const py::tuple needed = gptcore::bindings::attribute(ctx, needs_input_grad);
-  const Operand gradient = gptcore::bindings::as_rows(grad_y), h = gptcore::bindings::as_rows(saved[0]),
+  const py::tuple saved = gptcore::bindings::saved_tensors(arguments[0]);
+  const py::tuple needed = gptcore::bindings::attribute(arguments[0], needs_input_grad);
+  const Operand gradient = gptcore::bindings::as_rows(arguments[1]), h = gptcore::bindings::as_rows(saved[0]),
                 weight(saved[1]), stats(saved[2]), dx = h.empty_like(), dweight = weight.empty_like();
   const int64_t width = h.view().size(-1);
   const Operand dbias = needed[2].ptr() != Py_True ? Operand(py::none())
@@ -51,8 +54,11 @@ void register_layer_norm(py::module_& m) {
         py::arg("h"), py::arg("weight"), py::arg("stats"), py::arg("dx"), py::arg("dweight"),
         py::arg("dbias"), py::call_guard<py::gil_scoped_release>(),
         "Gradients of layer_norm_forward, overwritten.");
-  m.def("layer_norm_eager_forward", &layer_norm_eager_forward, py::arg("ctx"), py::arg("x"),
-        py::arg("weight"), py::arg("bias"), py::arg("eps"), "Hook of torch.autograd.Function.");
-  m.def("layer_norm_eager_backward", &layer_norm_eager_backward, py::arg("ctx"), py::arg("grad_y"),
-        "Hook of torch.autograd.Function.");
+  gptcore::bindings::define<layer_norm_eager_forward, 5>(
+      m, "layer_norm_eager_forward",
+      "layer_norm_eager_forward(ctx: object, x: object, weight: object, bias: object, eps: float) -> "
+      "object\n\nHook of torch.autograd.Function.");
+  gptcore::bindings::define<layer_norm_eager_backward, 2>(
+      m, "layer_norm_eager_backward",
+      "layer_norm_eager_backward(ctx: object, grad_y: object) -> object\n\nHook of torch.autograd.Function.");
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.arrays import Array, empty, empty_like, last_contiguous
 from gptcore.ops.registration import TorchOp
 
 
@@ -35,10 +35,8 @@ def cross_entropy(
         ValueError, TypeError: shapes, dtypes, devices or targets that do not fit; nothing is written then.
         RuntimeError: on a second derivative.
     """
-    if is_torch(logits):
-        loss = _op(logits, targets, weight, ignore_index, label_smoothing, reduction)
-        return loss[0] if type(loss) is tuple else loss
-    return _loss_alone(logits, targets, weight, ignore_index, label_smoothing, reduction)
+    loss = _op(logits, targets, weight, ignore_index, label_smoothing, reduction)
+    return loss[0] if type(loss) is tuple else loss
 
 
 def cross_entropy_backward(
@@ -133,17 +131,6 @@ def _backward(ctx: Any, grad_loss: Any, *_: Any) -> tuple[Any, ...]:
     return _backward_op(grad_loss, *ctx.saved_tensors, *ctx.options), *nothing
 
 
-def _eager_forward(ctx: Any, logits: Any, targets: Any, weight: Any, *options: Any) -> Any:
-    loss, lse = _run(logits, targets, weight, *options)
-    ctx.save_for_backward(logits, targets, weight, lse)
-    ctx.options = options
-    return loss
-
-
-def _eager_backward(ctx: Any, grad_loss: Any) -> tuple[Any, ...]:
-    return _run_backward(grad_loss, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
-
-
 def _backward_fake(grad_loss: Any, logits: Any, *_: Any) -> Any:
     return empty_like(logits)
 
@@ -164,6 +151,5 @@ _op = TorchOp(
     setup_context=_setup,
     backward=_backward,
     inference=_loss_alone,
-    eager_forward=_eager_forward,
-    eager_backward=_eager_backward,
+    native_hooks=True,
 )

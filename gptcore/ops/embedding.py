@@ -28,10 +28,9 @@ def embedding(ids: Array, weight: Array, *, out: Array | None = None) -> Array:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, an index out of range; nothing is
             written then.
     """
-    if is_torch(weight):
-        if out is None:
-            return _embedding(ids, weight)
-        refuse_out_with_grad("embedding", weight)
+    if out is None:
+        return _embedding(ids, weight)
+    refuse_out_with_grad("embedding", weight)
     return _run(ids, weight, out)
 
 
@@ -79,12 +78,12 @@ def _fake(ids: Any, weight: Any) -> Any:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ids, weight = inputs
     ctx.save_for_backward(ids)
-    ctx.options = *weight.shape, None  # autocast and tracing pass copies: no main_grad here
+    ctx.options = weight.shape[0], None  # autocast and tracing pass copies: no main_grad here
 
 
 def _backward(ctx: Any, grad_out: Any) -> tuple[Any, Any]:
     (ids,) = ctx.saved_tensors
-    vocabulary, _, main_grad = ctx.options
+    vocabulary, main_grad = ctx.options
     if main_grad is not None:
         embedding_backward(ids, grad_out, vocabulary, accumulate_into=main_grad)
         return None, None

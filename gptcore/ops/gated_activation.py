@@ -153,10 +153,9 @@ def _gelu_kind(approximate: str) -> int:
 
 
 def _call(gate: Array, up: Any, gate_bias: Any, up_bias: Any, kind: int, out: Array | None) -> Array:
-    if is_torch(gate):
-        if out is None:
-            return _gated_activation(gate, up, gate_bias, up_bias, kind)
-        refuse_out_with_grad("gated_activation", gate, up, gate_bias, up_bias)
+    if out is None:
+        return _gated_activation(gate, up, gate_bias, up_bias, kind)
+    refuse_out_with_grad("gated_activation", gate, up, gate_bias, up_bias)
     return _run(gate, up, gate_bias, up_bias, kind, out)
 
 

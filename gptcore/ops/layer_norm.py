@@ -35,13 +35,12 @@ def layer_norm(
 
     Source: Ba, Kiros, Hinton 2016, "Layer Normalization", section 3. Statistics are f32 whatever the dtype.
     """
-    if out is None and is_torch(x):
+    if out is None:
         if residual is None:
             y = _layer_norm(x, weight, bias, eps)
             return y[0] if type(y) is tuple else y
         return _add_layer_norm(x, residual, weight, bias, eps)[:2]
-    if is_torch(x):
-        refuse_out_with_grad("layer_norm", x, residual, weight, bias)
+    refuse_out_with_grad("layer_norm", x, residual, weight, bias)
     y, h, _ = _run(x, residual, weight, bias, eps, None, out)
     return y if residual is None else (y, h)
 

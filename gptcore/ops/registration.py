@@ -13,19 +13,25 @@ All three share the same forward and backward functions.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from gptcore import backend
+from gptcore.ops.arrays import is_torch
 
 _torch: Any = None
 _library: Any = None
-_route: Any = None
+_router: Any = None
+
+
+def _is_compiling() -> bool:
+    return False  # until torch is there, whose function takes this one's place
 
 
 def _load() -> None:
-    global _torch, _library, _route
+    global _torch, _library, _router, _is_compiling
     import torch
 
     native = torch._C
@@ -36,7 +42,10 @@ def _load() -> None:
         native._functorch.peek_interpreter_stack,
     ]
     _torch = torch
-    _route = backend.extension().Routing(torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled, modes).route
+    _is_compiling = torch.compiler.is_compiling
+    _router = functools.partial(
+        backend.extension().router, torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled, modes
+    )
     _library = torch.library.Library("gptcore", "FRAGMENT")
 
 
@@ -87,8 +96,8 @@ class TorchOp:
         self.eager_backward = eager_backward or self.backward
         self.native_hooks = native_hooks
         self.lower_precision = lower_precision
-        self.apply: Any = None
         self.overload: Any = None
+        self.route: Any = self._register_and_call
         if "torch" in sys.modules:  # else with the first call; importing gptcore.ops must not import torch
             self.register()
 
@@ -110,9 +119,16 @@ class TorchOp:
         _torch.library.register_autograd(
             qualified, self.backward, setup_context=self.setup_context, lib=library
         )
-        # The C function behind Function.apply, whose Python half (2 us) only looks for functorch, as __call__ has.
-        self.apply = super(_torch.autograd.Function, self._autograd_function()).apply  # type: ignore[misc]
         self.overload = getattr(_torch.ops.gptcore, self.name).default
+        # The C function behind Function.apply, whose Python half (2 us) only looks for functorch, as the router has.
+        apply = super(_torch.autograd.Function, self._autograd_function()).apply  # type: ignore[misc]
+        self.route = _router(self.inference, apply, self.overload)
+
+    def _register_and_call(self, *inputs: Any) -> Any:
+        if not any(map(is_torch, inputs)):
+            return self.inference(*inputs)  # without importing torch
+        self.register()
+        return self(*inputs)
 
     def _refuse_backward(self, ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
@@ -127,42 +143,44 @@ class TorchOp:
         return output
 
     def _autograd_function(self) -> Any:
-        backward, direct = self.backward, self.eager_backward
+        backward = self.backward
         once = _torch.autograd.function.once_differentiable(backward)
         is_grad_enabled = _torch.is_grad_enabled
         transform = _torch._C._functorch.peek_interpreter_stack  # autograd.grad(is_grads_batched=True) maps
 
-        def eager_backward(ctx: Any, *grads: Any) -> Any:
+        def general(ctx: Any, *grads: Any) -> Any:
             # Only create_graph=True runs backward with gradients on; then a second derivative must raise.
             if not is_grad_enabled():
-                return direct(ctx, *grads) if transform() is None else backward(ctx, *grads)
+                return backward(ctx, *grads)
             # once_differentiable guards only what depends on grads; the saved tensors must not be forgotten
             # silently when grads are constants, as a scalar loss's are.
             marked = (g if g is None or g.requires_grad else g.detach().requires_grad_() for g in grads)
             return once(ctx, *marked)
 
-        methods = {"forward": staticmethod(self.eager_forward), "backward": staticmethod(eager_backward)}
+        methods = {"forward": staticmethod(self.eager_forward), "backward": staticmethod(general)}
         function: Any = type(f"gptcore_{self.name}", (_torch.autograd.Function,), methods)
         # What the engine calls; torch's own version looks up the method above anew in each call.
-        function._backward_cls.apply = eager_backward
+        function._backward_cls.apply = backend.extension().backward_method(
+            self.eager_backward, general, is_grad_enabled, transform
+        )
         return function
 
     def __call__(self, *inputs: Any) -> Any:
-        """Run the op on torch tensors by the cheapest right route. ``inputs`` follow the schema, in order."""
-        if self.overload is None:
-            self.register()
-        torch = _torch
-        if self.lower_precision and torch.is_autocast_enabled("cpu"):
+        """Run the op by the cheapest right route; without torch tensors among the inputs that is ``inference``.
+
+        Args:
+            inputs: all that the schema names, in order.
+        """
+        if self.lower_precision:
             inputs = _autocast(inputs)
-        if torch.compiler.is_compiling():
+        if _is_compiling() and any(map(is_torch, inputs)):
             return self.overload(*inputs)
-        route = _route(inputs)
-        if route > 0:
-            return self.apply(*inputs)
-        return self.overload(*inputs) if route else self.inference(*inputs)
+        return self.route(*inputs)
 
 
 def _autocast(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    if _torch is None or not _torch.is_autocast_enabled("cpu"):
+        return inputs
     dtype = _torch.get_autocast_dtype("cpu")
     return tuple(
         x.to(dtype)
@@ -178,8 +196,8 @@ def refuse_out_with_grad(op: str, *tensors: Any) -> None:
     Raises:
         RuntimeError: gradients are enabled and a tensor among ``tensors`` requires one.
     """
-    torch = sys.modules["torch"]
-    if not torch.is_grad_enabled():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
         return
     for x in tensors:
         if isinstance(x, torch.Tensor) and x.requires_grad:

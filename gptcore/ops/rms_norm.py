@@ -34,13 +34,12 @@ def rms_norm(
 
     Source: Zhang, Sennrich 2019, "Root Mean Square Layer Normalization". Sums are f32 whatever the dtype.
     """
-    if out is None and is_torch(x):
+    if out is None:
         if residual is None:
             y = _rms_norm(x, weight, eps)
             return y[0] if type(y) is tuple else y
         return _add_rms_norm(x, residual, weight, eps)[:2]
-    if is_torch(x):
-        refuse_out_with_grad("rms_norm", x, residual, weight)
+    refuse_out_with_grad("rms_norm", x, residual, weight)
     y, h, _ = _run(x, residual, weight, eps, None, out)
     return y if residual is None else (y, h)
 
