@@ -225,10 +225,19 @@ struct PlainStep {
   }
 };
 
-// rows x (16 * panels) of C += packed A x packed B over `steps`.
-template <class Step, int kRows, int kPanels>
-static inline void multiply_micro(const char* a, const char* b, int64_t b_stride, int64_t steps, float* c,
-                                  int64_t ldc, bool accumulate) {
+// How the elements of A lie within a tile of 1 KiB, in bytes: by rows as packed, or by columns, which serves
+// kernels that broadcast elements just as well.
+struct PackedRows {
+  static constexpr int kRow = kLine, kDepth = 4;
+};
+struct PackedColumns {
+  static constexpr int kRow = 4, kDepth = kLine;
+};
+
+// rows x (16 * panels) of C += packed A x packed B over `steps`, whose tiles of A lie a_step bytes apart.
+template <class Step, class A, int kRows, int kPanels>
+static inline void multiply_micro(const char* a, int64_t a_step, const char* b, int64_t b_stride,
+                                  int64_t steps, float* c, int64_t ldc, bool accumulate) {
   constexpr int kVecs = kPanels * kVecsPerLine;
   Vec sum[kRows][kVecs];
 #pragma GCC unroll 16
@@ -248,10 +257,10 @@ static inline void multiply_micro(const char* a, const char* b, int64_t b_stride
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v)
-          sum[r][v] = Step::multiply_add(a + r * kLine + k * 4, line[v], sum[r][v]);
+          sum[r][v] = Step::multiply_add(a + r * A::kRow + k * A::kDepth, line[v], sum[r][v]);
       }
     }
-    a += kStepBytes;
+    a += a_step;
     b += kStepBytes;
   }
 #pragma GCC unroll 16
@@ -272,20 +281,27 @@ struct VectorPolicy {
 
   static void multiply(const char* a, int64_t, int64_t, const char* b, int64_t b_stride, int64_t panels,
                        int64_t steps, float* c, int64_t ldc, bool accumulate) {
+    multiply_group<PackedRows>(a, kStepBytes, b, b_stride, panels, steps, c, ldc, accumulate);
+  }
+
+  // One group of rows; tiles of A lie a_step bytes apart.
+  template <class A>
+  static void multiply_group(const char* a, int64_t a_step, const char* b, int64_t b_stride, int64_t panels,
+                             int64_t steps, float* c, int64_t ldc, bool accumulate) {
     for (int r = 0; r < kGroup; r += kMicroRows) {
-      const char* rows = a + r * kLine;
+      const char* rows = a + r * A::kRow;
       float* out = c + r * ldc;
       if constexpr (kMicroPanels == 3) {
         if (panels == 3) {
-          multiply_micro<Step, kMicroRows, 3>(rows, b, b_stride, steps, out, ldc, accumulate);
+          multiply_micro<Step, A, kMicroRows, 3>(rows, a_step, b, b_stride, steps, out, ldc, accumulate);
           continue;
         }
         if (panels == 2) {
-          multiply_micro<Step, kMicroRows, 2>(rows, b, b_stride, steps, out, ldc, accumulate);
+          multiply_micro<Step, A, kMicroRows, 2>(rows, a_step, b, b_stride, steps, out, ldc, accumulate);
           continue;
         }
       }
-      multiply_micro<Step, kMicroRows, 1>(rows, b, b_stride, steps, out, ldc, accumulate);
+      multiply_micro<Step, A, kMicroRows, 1>(rows, a_step, b, b_stride, steps, out, ldc, accumulate);
     }
   }
 };
@@ -315,10 +331,10 @@ GPTCORE_INLINE int64_t panels_at_once(int64_t left) {
 // C (16 * groups x 16 * panels, row stride ldc) = or += packed A x packed B. Strides in bytes between groups
 // and between panels. For each block of depth: panels that fit in L1, under them the groups, streamed from
 // L2.
-template <class Policy>
+template <class Policy, class Between>
 static inline void multiply_block(const char* a, int64_t a_stride, int64_t groups, const char* b,
                                   int64_t b_stride, int64_t panels, int64_t steps, float* c, int64_t ldc,
-                                  bool accumulate) {
+                                  bool accumulate, Between&& between) {
   if (steps == 0 && !accumulate) {
     for (int64_t r = 0; r < groups * kGroup; ++r) {
       __builtin_memset(c + r * ldc, 0, static_cast<size_t>(panels * kGroup) * sizeof(float));
@@ -329,6 +345,7 @@ static inline void multiply_block(const char* a, int64_t a_stride, int64_t group
     for (int64_t p = 0, wide; p < panels; p += wide) {
       wide = panels_at_once<Policy>(panels - p);
       for (int64_t g = 0; g < groups; g += Policy::kGroups) {
+        between();
         Policy::multiply(a + g * a_stride + first * kStepBytes, a_stride,
                          smaller(Policy::kGroups, groups - g), b + p * b_stride + first * kStepBytes,
                          b_stride, wide, count, c + g * kGroup * ldc + p * kGroup, ldc,
@@ -336,6 +353,13 @@ static inline void multiply_block(const char* a, int64_t a_stride, int64_t group
       }
     }
   }
+}
+
+template <class Policy>
+static inline void multiply_block(const char* a, int64_t a_stride, int64_t groups, const char* b,
+                                  int64_t b_stride, int64_t panels, int64_t steps, float* c, int64_t ldc,
+                                  bool accumulate) {
+  multiply_block<Policy>(a, a_stride, groups, b, b_stride, panels, steps, c, ldc, accumulate, [] {});
 }
 
 }  // namespace GPTCORE_ISA_NS

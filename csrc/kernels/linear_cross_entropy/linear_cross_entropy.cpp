@@ -121,7 +121,7 @@ void run_with_gradients(const LinearCrossEntropyBodies& bodies, const LinearCros
                         const LinearCrossEntropyOptions& options, const KeptRows& kept, int64_t chunk,
                         const TensorView& dx, const TensorView& dweight) {
   const int64_t words = (whole.v + kRowPadding - 1) / kRowPadding * kRowPadding;
-  const Scratch logits(static_cast<size_t>(words * chunk) * sizeof(float));
+  const Scratch logits(static_cast<size_t>(words / 16 * kept_stride(chunk)) * sizeof(float));
   Factors factors(kept, 3, options, whole.v);
   for (int64_t first = 0; first < kept.count(); first += chunk) {
     LinearCrossEntropyForward a = whole;

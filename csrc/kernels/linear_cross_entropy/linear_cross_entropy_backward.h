@@ -1,6 +1,6 @@
 // The backward body. For one stretch of the vocabulary after the other, over all tokens: logits again (unless
-// forward kept them), their gradient G in both packed forms, then from it the stretch's rows of dweight, finished at once, and its
-// share of dx. Included by the _cpu and _amx files.
+// forward kept them), their gradient G in both packed forms (of kept logits one serves), then from it the
+// stretch's rows of dweight, finished at once, and its share of dx. Included by the _cpu and _amx files.
 #pragma once
 
 #include "kernels/linear_cross_entropy/linear_cross_entropy_forward.h"
@@ -16,13 +16,17 @@ constexpr int64_t kMostStretch = 1024, kLeastStretch = 256;
 constexpr int64_t kColumnChunk = 192;
 constexpr int64_t kBlockStride = kColumnChunk + kGroup;
 constexpr int64_t kBlockRows = 256;
-// With kept logits a task makes G and dweight of few words, or takes dx of few columns over few words at a time:
-// both then find their other operand, x or G of a chunk of tokens, in L2.
-constexpr int64_t kKeptWords = 64, kKeptColumns = 128, kKeptDepth = 256;
+// With kept logits a task makes G and dweight of few words, or takes dx of few columns over few words at a
+// time: both then find their other operand, x or G of a chunk of tokens, in L2.
+constexpr int64_t kKeptWords = 64, kKeptColumns = 192, kKeptDepth = 256;
+// Of a packed panel of weight; not a power of two.
+constexpr int64_t kColumnBytes = (kKeptDepth / kGroup + 1) * kStepBytes;
 
-inline int64_t stretch_of(int64_t v) {
-  const int64_t words = v / 32 / kLeastStretch * kLeastStretch;
-  return words < kLeastStretch ? kLeastStretch : words > kMostStretch ? kMostStretch : words;
+// Kept logits need no room for a stretch's G: with long stretches fewer first parts of weight come unfetched.
+inline int64_t stretch_of(int64_t v, bool kept) {
+  const int64_t words = v / (kept ? 8 : 32) / kLeastStretch * kLeastStretch;
+  const int64_t most = kept ? 4 * kMostStretch : kMostStretch;
+  return words < kLeastStretch ? kLeastStretch : words > most ? most : words;
 }
 
 template <class Policy>
@@ -37,7 +41,7 @@ struct BackwardPass {
   char *tokens, *tokens_deep;                  // x packed as B: depth C, then depth N
   char *words, *words_deep;                // the stretch of weight packed as A: depth C; transposed, depth V
   char *gradient_rows, *gradient_columns;  // G^T packed as A (depth N), G packed as B (depth V)
-  float* dx_transposed;                    // (C, N) f32
+  float* dx_sums;                          // f32 (C, N), from kept logits (N, C)
   const int64_t dx_row;
 
   void pack_tokens() const {
@@ -71,11 +75,11 @@ struct BackwardPass {
                 n % kDepth * static_cast<int64_t>(sizeof(P));
     char* column = gradient_columns + n / kGroup * v_stride + w / kDepth * kStepBytes + n % kGroup * 4;
     if constexpr (sizeof(P) == 4) {
-      if (a.dweight) {
+      if (a.dweight || a.logits) {
         store(reinterpret_cast<float*>(row), g0);
         store(reinterpret_cast<float*>(row + kLine), g1);
       }
-      if (a.dx) {
+      if (a.dx && !a.logits) {
         store(reinterpret_cast<float*>(column + w % kDepth * kLine), g0);
         store(reinterpret_cast<float*>(column + (w % kDepth + 1) * kLine), g1);
       }
@@ -209,8 +213,8 @@ struct BackwardPass {
     [[maybe_unused]] const typename Policy::Scope scope;
     multiply_block<Policy>(words_deep + row / kGroup * v_stride, v_stride, rows / kGroup,
                            gradient_columns + n / kGroup * v_stride, v_stride,
-                           smaller(kColumnChunk, padded - n) / kGroup, steps,
-                           dx_transposed + row * dx_row + n, dx_row, add);
+                           smaller(kColumnChunk, padded - n) / kGroup, steps, dx_sums + row * dx_row + n,
+                           dx_row, add);
   }
 
   void stretch(int64_t first, int64_t count) const {
@@ -230,7 +234,7 @@ struct BackwardPass {
     });
   }
 
-  // G of a group of words from kept logits: in place, and once more as packed B.
+  // G of a group of words from kept logits, in place.
   void keep_gradient(int64_t first, int64_t w, int64_t count) const {
     const float* tiles = reinterpret_cast<const float*>(gradient_rows + w / kGroup * n_stride);
     for (int64_t n = 0; n < padded; n += kLanes) {
@@ -247,27 +251,63 @@ struct BackwardPass {
     }
   }
 
-  // dx^T[row .., all tokens] += weight^T G^T over the stretch. No other task wants these columns of weight, so
-  // they are packed here, a part of L2 at a time.
-  void kept_token_task(int64_t first, int64_t count, int64_t row) const {
-    const int64_t groups = smaller(kKeptColumns / kGroup, ceil_div(a.c, kGroup) - row / kGroup);
-    constexpr int64_t kStride = (kKeptDepth / kDepth + 1) * kStepBytes;  // not a power of two
-    const Scratch packed(static_cast<size_t>(groups * kStride));
-    Lines stretch = weight;
-    stretch.count = first + count;
-    for (int64_t w = 0; w < count; w += kKeptDepth) {
-      const int64_t steps = ceil_div(smaller(kKeptDepth, count - w), kDepth);
-      for (int64_t step = 0; step < steps; ++step) {
-        for (int64_t g = 0; g < groups; ++g) {
-          pack_a<P>(stretch, false, row + g * kGroup, first + w + step * kDepth, 1,
-                    packed.as<char>() + g * kStride + step * kStepBytes);
+  // A part of `panels` panels of weight, packed as B.
+  void pack_columns(const Lines& part, int64_t word, int64_t steps, int64_t column, int64_t panels,
+                    char* packed) const {
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int64_t p = 0; p < panels; ++p) {
+        pack_b<P>(part, false, column + p * kGroup, word + step * kGroup, 1,
+                  packed + p * kColumnBytes + step * kStepBytes);
+      }
+    }
+  }
+
+  // dx[all tokens, panels] += G weight over the words that are packed. Of G, which begins at g and goes on
+  // for `left` groups of words, the next block of depth is fetched while one is multiplied.
+  void multiply_kept(const char* g, int64_t left, const char* packed, int64_t panels, int64_t steps,
+                     float* out, bool add, Fetch weight_fetch) const {
+    const int64_t groups = padded / kGroup, calls = ceil_div(panels, Policy::kPanels) * groups;
+    for (int64_t step = 0, deep; step < steps; step += deep) {
+      deep = smaller(Policy::kBlockSteps, steps - step);
+      const int64_t next = step + deep;
+      Fetch fetch(g + next * n_stride, smaller(Policy::kBlockSteps, left - next), groups * kStepBytes,
+                  n_stride, calls);
+      for (int64_t p = 0, wide; p < panels; p += wide) {
+        wide = panels_at_once<Policy>(panels - p);
+        for (int64_t n = 0; n < groups; ++n) {
+          fetch.some();
+          weight_fetch.some();
+          Policy::template multiply_group<PackedColumns>(
+              g + step * n_stride + n * kStepBytes, n_stride, packed + p * kColumnBytes + step * kStepBytes,
+              kColumnBytes, wide, deep, out + n * kGroup * dx_row + p * kGroup, dx_row, add || step > 0);
         }
       }
-      [[maybe_unused]] const typename Policy::Scope scope;
-      multiply_block<Policy>(packed.as<char>(), kStride, groups, gradient_columns + w / kDepth * kStepBytes,
-                             v_stride, padded / kGroup, steps, dx_transposed + row * dx_row, dx_row,
-                             first + w > 0);
     }
+  }
+
+  // dx[all tokens, column ..] += G weight over the stretch. No other task wants these columns of weight, so
+  // they are packed here, a part of L2 at a time, while the next part is fetched from memory.
+  void kept_token_task(int64_t first, int64_t count, int64_t column) const {
+    const int64_t panels = smaller(kKeptColumns / kGroup, ceil_div(a.c, kGroup) - column / kGroup);
+    const int64_t calls = ceil_div(panels, Policy::kPanels) * (padded / kGroup);
+    const Scratch packed(static_cast<size_t>(panels * kColumnBytes));
+    Lines stretch = weight;
+    stretch.count = first + count;  // what lies behind is packed as zeros
+    for (int64_t w = 0; w < count; w += kKeptDepth) {
+      const int64_t steps = ceil_div(smaller(kKeptDepth, count - w), kGroup), next = w + kKeptDepth;
+      pack_columns(stretch, first + w, steps, column, panels, packed.as<char>());
+      multiply_kept(gradient_rows + w / kGroup * n_stride, ceil_div(count - w, kGroup), packed.as<char>(),
+                    panels, steps, dx_sums + column, first + w > 0,
+                    fetch_weight(weight, first + next, smaller(kKeptDepth, count - next), column,
+                                 panels * kGroup, calls * ceil_div(steps, Policy::kBlockSteps)));
+    }
+  }
+
+  void store_kept_tokens() const {
+    for_tasks(a, a.n, [&](int64_t n, int) {
+      __builtin_memcpy(static_cast<float*>(a.dx) + a.rows[n] * a.dx_stride, dx_sums + n * dx_row,
+                       static_cast<size_t>(a.c) * sizeof(float));
+    });
   }
 
   template <class T>
@@ -277,7 +317,7 @@ struct BackwardPass {
       const int64_t rows = smaller(kGroup, a.n - p * kGroup);
       for (int64_t c = 0; c < a.c; c += kGroup) {
         for (int64_t r = 0; r < kGroup; ++r) {
-          tile[r] = *reinterpret_cast<const Line32Unaligned*>(dx_transposed + (c + r) * dx_row + p * kGroup);
+          tile[r] = *reinterpret_cast<const Line32Unaligned*>(dx_sums + (c + r) * dx_row + p * kGroup);
         }
         transpose_words(tile);
         for (int64_t r = 0; r < rows; ++r) {
@@ -291,15 +331,13 @@ struct BackwardPass {
   }
 };
 
-// Stretches of `words` words from kept logits: in one loop dx of one stretch, and G and dweight of the next, whose
-// G as packed B takes `column_bytes`.
+// Stretches of `words` words from kept logits: in one loop dx of one stretch, and G and dweight of the next.
 template <class Policy>
-void backward_of_kept(const BackwardPass<Policy>& pass, int64_t words, int64_t column_bytes) {
+void backward_of_kept(const BackwardPass<Policy>& pass, int64_t words) {
   const LinearCrossEntropyBackward& a = pass.a;
   const auto of_stretch = [&](int64_t s) {
     BackwardPass<Policy> part = pass;
     part.gradient_rows += s * (words / kGroup * pass.n_stride);
-    part.gradient_columns += s % 2 * column_bytes;
     return part;
   };
   const int64_t stretches = ceil_div(a.v, words);
@@ -322,23 +360,24 @@ template <class Policy>
 void backward(const LinearCrossEntropyBackward& a) {
   using P = typename Policy::P;
   constexpr int64_t kDepth = kStepDepth<P>;
-  const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding, words = stretch_of(a.v);
+  const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding, words = stretch_of(a.v, a.logits);
+  const bool again = !a.logits;
   const int64_t c_steps = ceil_div(a.c, kDepth), n_steps = padded / kDepth, v_steps = words / kDepth;
-  const int64_t c_stride = c_steps * kStepBytes, n_stride = n_steps * kStepBytes,
-                v_stride = (v_steps + (a.logits ? 1 : 0)) * kStepBytes;  // kept: not a power of two
+  const int64_t c_stride = c_steps * kStepBytes, v_stride = v_steps * kStepBytes;
+  const int64_t n_stride = again ? n_steps * kStepBytes : kept_stride(padded) * 4;
   const int64_t c_groups = ceil_div(a.c, kGroup), panels = padded / kGroup, v_groups = words / kGroup;
-  const int64_t dx_row = padded + kGroup;  // not a power of two: rows of a tile would share a cache set
+  // Not a power of two: rows of a tile would share a cache set.
+  const int64_t dx_lines = again ? c_groups * kGroup : padded,
+                dx_row = (again ? padded : c_groups * kGroup) + kGroup;
   const auto bytes = [](bool wanted, int64_t count) {
     return wanted ? static_cast<size_t>(count) : size_t{0};
   };
-  const bool again = !a.logits;
-  const int64_t column_sets = again ? 1 : 2;  // kept: dx of one stretch beside G of the next
   const Scratch tokens(bytes(again, panels * c_stride)), tokens_deep(bytes(a.dweight, c_groups * n_stride));
   const Scratch packed(bytes(again, v_groups * c_stride)),
       packed_deep(bytes(again && a.dx, c_groups * v_stride));
   const Scratch rows(bytes(again && a.dweight, v_groups * n_stride)),
-      columns(bytes(a.dx, column_sets * panels * v_stride));
-  const Scratch dx(bytes(a.dx, c_groups * kGroup * dx_row * 4));
+      columns(bytes(again && a.dx, panels * v_stride));
+  const Scratch dx(bytes(a.dx, dx_lines * dx_row * 4));
   const BackwardPass<Policy> pass{a,
                                   weight_lines(a),
                                   token_lines(a),
@@ -358,11 +397,14 @@ void backward(const LinearCrossEntropyBackward& a) {
                                   dx.as<float>(),
                                   dx_row};
   pass.pack_tokens();
-  if (again) {
-    for (int64_t first = 0; first < a.v; first += words) pass.stretch(first, smaller(words, a.v - first));
-  } else {
-    backward_of_kept(pass, words, panels * v_stride);
+  if constexpr (sizeof(P) == 4) {  // logits are kept for products in f32 only
+    if (!again) {
+      backward_of_kept(pass, words);
+      if (a.dx) pass.store_kept_tokens();
+      return;
+    }
   }
+  for (int64_t first = 0; first < a.v; first += words) pass.stretch(first, smaller(words, a.v - first));
   if (!a.dx) return;
   if (a.x_dtype == DType::f32) {
     pass.template store_tokens<float>();

@@ -12,6 +12,10 @@ namespace gptcore {
 
 constexpr int64_t kRowPadding = 32;
 
+// Floats from one group of 16 words of kept logits to the next. 512 bytes more than the tiles take: a stride
+// of some KiB would put the tiles of many words into the same few sets of L1.
+constexpr int64_t kept_stride(int64_t padded_tokens) { return 16 * padded_tokens + 128; }
+
 struct LinearCrossEntropyInputs {
   const void *x, *weight;
   DType x_dtype, weight_dtype;
@@ -22,7 +26,8 @@ struct LinearCrossEntropyInputs {
   float scale;
   // Room for this call's unscaled logits, written by forward and turned into gradients in place by backward
   // (null: backward makes the logits again). f32 tiles of 16 words x 16 tokens, [group of words][group of
-  // tokens], which is packed A of the product that gives dweight; both padded to kRowPadding.
+  // tokens], both padded to kRowPadding, groups of words kept_stride() apart. To the product that gives
+  // dweight they are packed A by rows, to that which gives dx by columns.
   float* logits;
   bool parallel;  // worth more than one thread
 };

@@ -18,6 +18,8 @@ constexpr int64_t kLogitStride = kTokenChunk + kGroup;
 // With few blocks of vocabulary, work is split over tokens too; packing the weight again for each part of
 // this many tokens costs about a tenth of their product.
 constexpr int64_t kTokenPart = 768, kEnoughTasks = 64;
+// Blocks of one task, each fetched from memory while the one before is multiplied.
+constexpr int64_t kBlocksInOrder = 4;
 constexpr int64_t kTile = kGroup * kGroup;
 
 inline int64_t words_per_block(int64_t c, int64_t element) {
@@ -30,6 +32,39 @@ GPTCORE_INLINE Lines weight_lines(const LinearCrossEntropyInputs& a) {
 }
 GPTCORE_INLINE Lines token_lines(const LinearCrossEntropyInputs& a) {
   return {a.x, a.x_dtype, a.x_stride, a.rows, a.n, a.c};
+}
+
+// Fetches `rows` rows of `row_bytes` into L2 beside other work: a part at each of `calls` calls of some().
+class Fetch {
+ public:
+  Fetch(const void* start, int64_t rows, int64_t row_bytes, int64_t stride, int64_t calls)
+      : row_(static_cast<const char*>(start)),
+        rows_(rows),
+        row_bytes_(row_bytes),
+        stride_(stride),
+        lines_(rows > 0 ? ceil_div(ceil_div(row_bytes, kLine) * rows, calls) : 0) {}
+
+  void some() {
+    for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= row_bytes_) at_ = 0, row_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t rows_;
+  const int64_t row_bytes_, stride_, lines_;
+  int64_t at_ = 0;
+};
+
+// Words [first, first + count) of weight, columns [column, column + width).
+inline Fetch fetch_weight(const Lines& weight, int64_t first, int64_t count, int64_t column, int64_t width,
+                          int64_t calls) {
+  const int64_t element = weight.dtype == DType::f32 ? 4 : 2;
+  return {static_cast<const char*>(weight.data) + (first * weight.stride + column) * element, count,
+          smaller(width, weight.width - column) * element, weight.stride * element, calls};
 }
 
 // What a block of the vocabulary contributes to each token: the largest scaled logit, the sum of exponentials
@@ -103,10 +138,14 @@ struct ForwardPass {
   const int64_t steps, stride, block_words;
   const Partials partials;
 
-  // Words [first, ...) against tokens [begin, end), multiples of kRowPadding.
-  void task(int64_t block, int64_t begin, int64_t end) const {
+  // A block of words against tokens [begin, end), multiples of kRowPadding; the next block's rows of weight
+  // are fetched meanwhile, where `fetch_next`.
+  void task(int64_t block, int64_t begin, int64_t end, bool fetch_next) const {
     const int64_t first = block * block_words, words = smaller(block_words, a.v - first);
-    const int64_t groups = ceil_div(words, kGroup);
+    const int64_t groups = ceil_div(words, kGroup), next = first + words;
+    const int64_t tiles = ceil_div(end - begin, kGroup * Policy::kPanels) * ceil_div(groups, Policy::kGroups);
+    Fetch fetch = fetch_weight(weight, next, fetch_next ? smaller(block_words, a.v - next) : 0, 0, a.c,
+                               tiles * ceil_div(steps, Policy::kBlockSteps));
     const Scratch packed(static_cast<size_t>(groups * stride));
     for (int64_t g = 0; g < groups; ++g) {
       pack_a<P>(weight, true, first + g * kGroup, 0, steps, packed.as<char>() + g * stride);
@@ -117,13 +156,14 @@ struct ForwardPass {
     for (int64_t n = begin; n < end; n += kTokenChunk) {
       const int64_t width = smaller(kTokenChunk, end - n);
       multiply_block<Policy>(packed.as<char>(), stride, groups, tokens + n / kGroup * stride, stride,
-                             width / kGroup, steps, logits, kLogitStride, false);
+                             width / kGroup, steps, logits, kLogitStride, false, [&] { fetch.some(); });
       for (int64_t j = 0; j < width; j += kLanes) {
         reduce_strip(logits + j, words, a.scale, partials.at(block, 0) + n + j, partials.at(block, 1) + n + j,
                      a.logit_sum ? partials.at(block, 2) + n + j : nullptr);
         if (!a.logits) continue;
-        float* tile = a.logits + first * partials.tokens + (n + j) / kGroup * kTile + j % kGroup;
-        keep_strip(logits + j, words, tile, kGroup * partials.tokens);
+        const int64_t group_stride = kept_stride(partials.tokens);
+        float* tile = a.logits + first / kGroup * group_stride + (n + j) / kGroup * kTile + j % kGroup;
+        keep_strip(logits + j, words, tile, group_stride);
       }
       for (int64_t j = 0; j < width; ++j) {
         const int64_t word = a.targets[n + j] - first;
@@ -154,9 +194,11 @@ void forward(const LinearCrossEntropyForward& a) {
                                  block_words,
                                  {results.as<float>(), padded, quantities}};
   const int64_t part = blocks >= kEnoughTasks ? padded : kTokenPart, parts = ceil_div(padded, part);
-  for_tasks(a, blocks * parts, [&](int64_t t, int) {
-    const int64_t begin = t % parts * part;
-    pass.task(t / parts, begin, smaller(begin + part, padded));
+  const int64_t run = blocks / kEnoughTasks < 1 ? 1 : smaller(blocks / kEnoughTasks, kBlocksInOrder);
+  for_tasks(a, ceil_div(blocks, run) * parts, [&](int64_t t, int) {
+    const int64_t begin = t % parts * part, end = smaller(begin + part, padded);
+    const int64_t first = t / parts * run, last = smaller(first + run, blocks);
+    for (int64_t block = first; block < last; ++block) pass.task(block, begin, end, block + 1 < last);
   });
   join_blocks(a, pass.partials, blocks);
 }
