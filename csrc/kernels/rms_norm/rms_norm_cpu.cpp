@@ -8,53 +8,61 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// Backward takes this many rows together: the weight is loaded, and its gradient's partial sum loaded and
-// stored, once for all of them.
+// Rows taken together. Their sums keep the adders busy, an add taking four cycles and two starting per cycle;
+// and the weight is loaded, in backward its gradient's partial sum loaded and stored, once for all of them.
 constexpr int kGroup = 4;
 
-// h = x + residual, stored, and the sum of its squares: four running sums, an add takes 4 cycles and two
-// start per cycle. Lanes beyond the row are zero and add nothing.
-template <class T>
-GPTCORE_INLINE float square_sum(const T* x, const T* residual, T* h, int64_t width) {
-  Vec sums[4] = {};
-  const auto take = [&](int64_t c, int64_t n) {
-    Vec value = load_some(x + c, n);
-    if (residual) {
-      store_some(h + c, value + load_some(residual + c, n), n);
-      value = load_some(h + c, n);
-    }
-    return value * value;
-  };
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= width; c += 4 * kLanes) {
-    for (int s = 0; s < 4; ++s) sums[s] += take(c + s * kLanes, kLanes);
+// kGroup rows or one, each row's sum in the same order in any group. With a residual h = x + residual is stored
+// on the way.
+template <class T, int group>
+GPTCORE_INLINE void forward_rows(const RmsNormForward& a, const float* weight, int64_t row, int64_t last,
+                                 bool streams) {
+  const int64_t width = a.width;  // a copy: stores of vectors might alias the arguments
+  const T *x[group], *residual[group], *h[group];
+  T* sum[group];
+  for (int r = 0; r < group; ++r) {
+    x[r] = h[r] = static_cast<const T*>(a.x) + (row + r) * a.x_stride;
+    if (!a.residual) continue;
+    residual[r] = static_cast<const T*>(a.residual) + (row + r) * a.residual_stride;
+    h[r] = sum[r] = static_cast<T*>(a.h) + (row + r) * a.h_stride;
   }
-  for (; c + kLanes <= width; c += kLanes) sums[0] += take(c, kLanes);
-  if (c < width) sums[1] += take(c, width - c);
-  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  const bool adds = a.residual;
+  Vec squares[2][group] = {};
+  for_two_sums(width, [&](int64_t c, int64_t n, int s) {
+#pragma GCC unroll 4
+    for (int r = 0; r < group; ++r) {
+      Vec value = load_some(x[r] + c, n);  // lanes from n on are zero, so the sum needs no mask
+      if (adds) {
+        store_some(sum[r] + c, value + load_some(residual[r] + c, n), n);
+        value = load_some(h[r] + c, n);
+      }
+      squares[s][r] += value * value;
+    }
+  });
+  for (int r = 0; r < group; ++r) {
+    const T* values = h[r];
+    const float mean = reduce_add(squares[0][r] + squares[1][r]) / width;
+    const float rstd = 1.0f / __builtin_sqrtf(mean + a.eps);
+    const int64_t here = row + r, next = here + group < last ? here + group : here;
+    write_row(static_cast<T*>(a.y) + here * a.y_stride, static_cast<const T*>(a.x) + next * a.x_stride, width,
+              streams, [&](int64_t c, int64_t n) {
+                const Vec value = load_some(values + c, n) * rstd;
+                return weight ? value * load_some(weight + c, n) : value;
+              });
+    if (a.rstd) a.rstd[here] = rstd;
+  }
 }
 
 template <class T>
 void forward(const RmsNormForward& a) {
-  const float per_width = 1.0f / a.width;
   const Scratch converted(a.bf16_weight ? static_cast<size_t>(a.width) * sizeof(float) : 0);
   const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
-  parallel_ranges(a.rows, kGrainElements / a.width + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-      T* sum = a.residual ? static_cast<T*>(a.h) + row * a.h_stride : nullptr;
-      const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.residual_stride : nullptr;
-      const float mean = square_sum(x, residual, sum, a.width) * per_width;
-      const float rstd = 1.0f / __builtin_sqrtf(mean + a.eps);
-      const T* h = a.residual ? sum : x;
-      T* y = static_cast<T*>(a.y) + row * a.y_stride;
-      for_lanes(a.width, [&](int64_t c, int64_t n) {
-        Vec value = load_some(h + c, n) * rstd;
-        if (weight) value *= load_some(weight + c, n);
-        store_some(y + c, value, n);
-      });
-      if (a.rstd) a.rstd[row] = rstd;
-    }
+  const int64_t element = sizeof(T);
+  const bool streams = can_stream(a.y, a.y_stride * element, a.rows * a.width * element);
+  parallel_ranges(a.rows, kGrainElements / a.width + 1, [&](int64_t row, int64_t last) {
+    for (; row + kGroup <= last; row += kGroup) forward_rows<T, kGroup>(a, weight, row, last, streams);
+    for (; row < last; ++row) forward_rows<T, 1>(a, weight, row, last, streams);
+    if (streams) stream_fence();
   });
 }
 
