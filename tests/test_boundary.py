@@ -75,6 +75,14 @@ def test_what_kernels_cannot_read_is_refused_with_a_sentence() -> None:
         native.noop(fake, None, None)
 
 
+def test_arrays_beside_tensors_that_want_a_gradient_are_refused() -> None:
+    x, weight = np.ones((2, 8), np.float32), torch.ones(8, requires_grad=True)
+    with pytest.raises(TypeError, match="rms_norm: got a numpy.ndarray beside torch tensors that require"):
+        ops.rms_norm(x, weight)
+    with torch.no_grad():
+        assert ops.rms_norm(x, weight).shape == (2, 8)
+
+
 def test_read_only_arrays_are_inputs_but_not_outputs() -> None:
     x = np.ones((2, 3), np.float32)
     x.flags.writeable = False

@@ -2,6 +2,7 @@
 // the same questions cost microseconds from Python, as much as the small ops themselves.
 #include <new>
 #include <stdexcept>
+#include <string>
 
 #include "bindings/torch_function.h"
 
@@ -33,8 +34,10 @@ py::object callable(T* state) {
       return (*static_cast<const T*>(PyCapsule_GetPointer(self, nullptr)))(arguments, count);
     } catch (py::error_already_set& error) {
       error.restore();
-      return nullptr;
+    } catch (const py::builtin_exception& error) {
+      error.set_error();
     }
+    return nullptr;
   };
   static PyMethodDef definition{T::kName, gptcore::bindings::as_method(entry), METH_FASTCALL, nullptr};
   const py::capsule owner(state, [](void* pointer) { delete static_cast<T*>(pointer); });
@@ -43,6 +46,7 @@ py::object callable(T* state) {
 
 struct Router {
   static constexpr const char* kName = "route";
+  py::str name;
   py::object tensor, parameter, is_grad_enabled;
   py::tuple questions;
   py::object kernel, autograd, dispatcher;
@@ -55,21 +59,30 @@ struct Router {
   const py::object& route(PyObject* const* arguments, Py_ssize_t count) const {
     static PyObject* const requires_grad = gptcore::bindings::interned("requires_grad");
     bool any = false, wanted = false;
+    PyObject* foreign = nullptr;
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* value = arguments[i];
       auto* type = reinterpret_cast<PyObject*>(Py_TYPE(value));
       if (type == tensor.ptr() || type == parameter.ptr()) {
         any = true;
         wanted = wanted || gptcore::bindings::attribute(value, requires_grad).ptr() == Py_True;
-      } else if (value != Py_None && !PyLong_Check(value) && !PyFloat_CheckExact(value) &&
-                 !PyUnicode_CheckExact(value) && py::isinstance(value, tensor)) {
-        return dispatcher;
+      } else if (value != Py_None && !PyLong_Check(value) && !PyFloat_Check(value) &&
+                 !PyUnicode_CheckExact(value)) {
+        if (py::isinstance(value, tensor)) return dispatcher;
+        if (PyObject_HasAttrString(value, "__dlpack__")) foreign = value;
       }
     }
     for (const py::handle question : questions) {
       if (any && is_listening(question)) return dispatcher;
     }
-    return wanted && is_true(is_grad_enabled) ? autograd : kernel;
+    if (!wanted || !is_true(is_grad_enabled)) return kernel;
+    if (foreign) refuse(foreign);
+    return autograd;
+  }
+
+  [[noreturn]] void refuse(PyObject* foreign) const {
+    throw py::type_error(std::string(name) + ": got a " + Py_TYPE(foreign)->tp_name +
+                         " beside torch tensors that require a gradient, expected torch tensors alone");
   }
 };
 
@@ -86,7 +99,8 @@ struct Backward {
 py::object kept(PyObject* object) { return py::reinterpret_borrow<py::object>(object); }
 
 py::object router(PyObject* const* arguments) {
-  return callable(new Router{kept(arguments[0]), kept(arguments[1]), kept(arguments[2]),
+  const auto name = py::str(kept(arguments[7]));
+  return callable(new Router{name, kept(arguments[0]), kept(arguments[1]), kept(arguments[2]),
                              py::tuple(kept(arguments[3])), kept(arguments[4]), kept(arguments[5]),
                              kept(arguments[6])});
 }
@@ -126,13 +140,13 @@ PyObject* run(Body body, Py_ssize_t expected, PyObject* const* arguments, Py_ssi
 }  // namespace gptcore::bindings
 
 void register_routing(py::module_& m) {
-  gptcore::bindings::define<router, 7>(
+  gptcore::bindings::define<router, 8>(
       m, "router",
       "router(tensor: type, parameter: type, is_grad_enabled: Callable, is_listening: Sequence, "
-      "kernel: Callable, autograd: Callable, dispatcher: Callable) -> Callable\n\n"
+      "kernel: Callable, autograd: Callable, dispatcher: Callable, name: str) -> Callable\n\n"
       "Passes its positional arguments to dispatcher where one of is_listening answers or a tensor has a "
-      "type with "
-      "behaviour of its own, to autograd where a gradient is wanted, else to kernel.");
+      "type with behaviour of its own, to autograd where a gradient is wanted, else to kernel. Refuses other "
+      "arrays beside tensors that want a gradient. name: the op, for that error.");
   gptcore::bindings::define<backward_method, 4>(
       m, "backward_method",
       "backward_method(direct: Callable, general: Callable, is_grad_enabled: Callable, transform: Callable) "

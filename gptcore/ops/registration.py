@@ -122,7 +122,7 @@ class TorchOp:
         self.overload = getattr(_torch.ops.gptcore, self.name).default
         # The C function behind Function.apply, whose Python half (2 us) only looks for functorch, as the router has.
         apply = super(_torch.autograd.Function, self._autograd_function()).apply  # type: ignore[misc]
-        self.route = _router(self.inference, apply, self.overload)
+        self.route = _router(self.inference, apply, self.overload, self.name)
 
     def _register_and_call(self, *inputs: Any) -> Any:
         if not any(map(is_torch, inputs)):
