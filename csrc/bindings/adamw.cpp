@@ -23,6 +23,6 @@ void register_adamw(py::module_& m) {
   m.def("adamw", &adamw, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
         py::arg("copies"), py::arg("weight_decay"), py::arg("step"), py::arg("lr"), py::arg("beta1"),
         py::arg("beta2"), py::arg("eps"), py::arg("max_norm"), py::arg("grad_scale"),
-        py::call_guard<py::gil_scoped_release>(),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "One AdamW step over lists of tensors; returns (norm, found_inf).");
 }

@@ -26,11 +26,11 @@ void register_attention(py::module_& m) {
   m.def("attention_forward", &attention_forward, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("softmax_scale"), py::arg("causal"),
         py::arg("left"), py::arg("right"), py::arg("out"), py::arg("lse"),
-        py::call_guard<py::gil_scoped_release>(),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "out = softmax(softmax_scale q k') v over the visible keys; writes lse where given.");
   m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("lse"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"),
         py::arg("softmax_scale"), py::arg("causal"), py::arg("left"), py::arg("right"), py::arg("dq"),
-        py::arg("dk"), py::arg("dv"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("dk"), py::arg("dv"), py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of attention_forward, overwritten.");
 }

@@ -27,7 +27,7 @@ py::object cross_entropy_eager_forward(PyObject* const* arguments) {
   const Operand loss = logits.new_empty(&rows, options.reduction == "none"),
                 lse = logits.new_empty(&rows, 1, true);
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::cross_entropy_forward(logits.view(), targets.view(), weight.view(), options.ignore_index,
                                    options.smoothing, options.reduction, loss.view(), lse.view());
   }
@@ -48,7 +48,7 @@ py::object cross_entropy_eager_backward(PyObject* const* arguments) {
                 logits = gptcore::bindings::as_rows(saved[0]), targets(saved[1]), weight(saved[2]),
                 lse(saved[3]), dlogits = logits.empty_like();
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::cross_entropy_backward(gradient.view(), logits.view(), targets.view(), weight.view(), lse.view(),
                                     options.ignore_index, options.smoothing, options.reduction,
                                     dlogits.view());
@@ -63,12 +63,12 @@ py::object cross_entropy_eager_backward(PyObject* const* arguments) {
 void register_cross_entropy(py::module_& m) {
   m.def("cross_entropy_forward", &gptcore::cross_entropy_forward, py::arg("logits"), py::arg("targets"),
         py::arg("weight"), py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("reduction"),
-        py::arg("loss"), py::arg("lse"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("loss"), py::arg("lse"), py::call_guard<py::gil_scoped_release_simple>(),
         "Cross-entropy of logits (N, V); writes lse where given.");
   m.def("cross_entropy_backward", &gptcore::cross_entropy_backward, py::arg("grad_loss"), py::arg("logits"),
         py::arg("targets"), py::arg("weight"), py::arg("lse"), py::arg("ignore_index"),
         py::arg("label_smoothing"), py::arg("reduction"), py::arg("dlogits"),
-        py::call_guard<py::gil_scoped_release>(), "Gradient of cross_entropy_forward, overwritten.");
+        py::call_guard<py::gil_scoped_release_simple>(), "Gradient of cross_entropy_forward, overwritten.");
   gptcore::bindings::define<cross_entropy_eager_forward, 7>(
       m, "cross_entropy_eager_forward",
       "cross_entropy_eager_forward(ctx: object, logits: object, targets: object, weight: object, "

@@ -23,7 +23,7 @@ py::object embedding_eager_forward(PyObject* const* arguments) {
   sizes.push_back(table.view().size(1));
   const Operand out = table.new_empty(sizes.data(), view.ndim + 1);
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::embedding_forward(view, table.view(), out.view());
   }
   return out.tensor();
@@ -39,7 +39,7 @@ py::object embedding_eager_backward(PyObject* const* arguments) {
   const int64_t sizes[] = {py::cast<int64_t>(options[0]), gradient.view().size(-1)};
   const Operand dweight = accumulate ? Operand(options[1]) : gradient.new_empty(sizes, 2);
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::embedding_backward(index.view(), gradient.view(), dweight.view(), accumulate);
   }
   return py::make_tuple(py::none(), accumulate ? py::none() : dweight.tensor());
@@ -49,9 +49,9 @@ py::object embedding_eager_backward(PyObject* const* arguments) {
 
 void register_embedding(py::module_& m) {
   m.def("embedding_forward", &gptcore::embedding_forward, py::arg("ids"), py::arg("weight"), py::arg("out"),
-        py::call_guard<py::gil_scoped_release>(), "out[n] = weight[ids[n]].");
+        py::call_guard<py::gil_scoped_release_simple>(), "out[n] = weight[ids[n]].");
   m.def("embedding_backward", &gptcore::embedding_backward, py::arg("ids"), py::arg("grad_out"),
-        py::arg("dweight"), py::arg("accumulate"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("dweight"), py::arg("accumulate"), py::call_guard<py::gil_scoped_release_simple>(),
         "dweight[v] = (or +=) the sum of grad_out[n] over n with ids[n] == v.");
   gptcore::bindings::define<embedding_eager_forward, 3>(
       m, "embedding_eager_forward",

@@ -28,7 +28,7 @@ py::object gated_activation_eager_forward(PyObject* const* arguments) {
   gptcore::bindings::save_for_backward(ctx, gate.tensor(), up.tensor(), gate_bias.tensor(), up_bias.tensor());
   gptcore::bindings::set_attribute(ctx, gptcore::bindings::options_name(), kind);
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::gated_activation_forward(number, gate.view(), up.view(), gate_bias.view(), up_bias.view(),
                                       y.view());
   }
@@ -46,7 +46,7 @@ py::object gated_activation_eager_backward(PyObject* const* arguments) {
   const Operand dgate = gate.empty_like(), dup = up.empty_like(), dgate_bias = gate_bias.empty_like(),
                 dup_bias = up_bias.empty_like();
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::gated_activation_backward(kind, gradient.view(), gate.view(), up.view(), gate_bias.view(),
                                        up_bias.view(), dgate.view(), dup.view(), dgate_bias.view(),
                                        dup_bias.view());
@@ -59,12 +59,13 @@ py::object gated_activation_eager_backward(PyObject* const* arguments) {
 void register_gated_activation(py::module_& m) {
   m.def("gated_activation_forward", &gptcore::gated_activation_forward, py::arg("kind"), py::arg("gate"),
         py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("y"),
-        py::call_guard<py::gil_scoped_release>(),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "y = act(gate + gate_bias) [* (up + up_bias)]; kind: 0 gelu_tanh, 1 gelu_erf, 2 silu, 3 relu, "
         "+4 gated with gate and up packed in one tensor.");
   m.def("gated_activation_backward", &gptcore::gated_activation_backward, py::arg("kind"), py::arg("grad_y"),
         py::arg("gate"), py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("dgate"),
-        py::arg("dup"), py::arg("dgate_bias"), py::arg("dup_bias"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("dup"), py::arg("dgate_bias"), py::arg("dup_bias"),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of gated_activation_forward, overwritten.");
   gptcore::bindings::define<gated_activation_eager_forward, 6>(
       m, "gated_activation_eager_forward",

@@ -18,7 +18,7 @@ py::object layer_norm_eager_forward(PyObject* const* arguments) {
   const Operand stats = x.new_empty(sizes, 2, true);
   gptcore::bindings::save_for_backward(arguments[0], x.tensor(), weight.tensor(), stats.tensor());
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::layer_norm_forward(x.view(), {}, weight.view(), bias.view(), eps, y.view(), {}, stats.view());
   }
   return y.tensor();
@@ -36,7 +36,7 @@ py::object layer_norm_eager_backward(PyObject* const* arguments) {
                         : weight.view()            ? weight.empty_like()
                                                    : h.new_empty(&width, 1);
   {
-    const py::gil_scoped_release release;
+    const py::gil_scoped_release_simple release;
     gptcore::layer_norm_backward(gradient.view(), {}, h.view(), weight.view(), stats.view(), dx.view(),
                                  dweight.view(), dbias.view());
   }
@@ -48,11 +48,11 @@ py::object layer_norm_eager_backward(PyObject* const* arguments) {
 void register_layer_norm(py::module_& m) {
   m.def("layer_norm_forward", &gptcore::layer_norm_forward, py::arg("x"), py::arg("residual"),
         py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("y"), py::arg("h"), py::arg("stats"),
-        py::call_guard<py::gil_scoped_release>(),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "y = layer_norm(x + residual) over (N, C); writes h and stats where given.");
   m.def("layer_norm_backward", &gptcore::layer_norm_backward, py::arg("grad_y"), py::arg("grad_h"),
         py::arg("h"), py::arg("weight"), py::arg("stats"), py::arg("dx"), py::arg("dweight"),
-        py::arg("dbias"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("dbias"), py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of layer_norm_forward, overwritten.");
   gptcore::bindings::define<layer_norm_eager_forward, 5>(
       m, "layer_norm_eager_forward",

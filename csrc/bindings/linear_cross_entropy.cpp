@@ -32,11 +32,13 @@ void register_linear_cross_entropy(py::module_& m) {
   m.def("linear_cross_entropy_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("targets"),
         py::arg("ignore_index"), py::arg("label_smoothing"), py::arg("z_loss"), py::arg("logit_scale"),
         py::arg("reduction"), py::arg("loss"), py::arg("z"), py::arg("logprobs"), py::arg("lse"),
-        py::arg("dx") = py::none(), py::arg("dweight") = py::none(), py::call_guard<py::gil_scoped_release>(),
+        py::arg("dx") = py::none(), py::arg("dweight") = py::none(),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "Cross-entropy of x weight^T without the logits in memory; dx and dweight take its gradients.");
   m.def("linear_cross_entropy_backward", &backward, py::arg("grad_loss"), py::arg("grad_z"), py::arg("x"),
         py::arg("weight"), py::arg("targets"), py::arg("lse"), py::arg("ignore_index"),
         py::arg("label_smoothing"), py::arg("z_loss"), py::arg("logit_scale"), py::arg("reduction"),
-        py::arg("dx"), py::arg("dweight"), py::arg("accumulate"), py::call_guard<py::gil_scoped_release>(),
+        py::arg("dx"), py::arg("dweight"), py::arg("accumulate"),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of linear_cross_entropy_forward; dweight is overwritten or added to.");
 }

@@ -41,7 +41,8 @@ void register_machine(py::module_& m) {
   m.def("num_threads_reason", &gptcore::num_threads_reason, "Why num_threads() is what it is.");
   m.def("set_num_threads", &gptcore::set_num_threads, py::arg("count"), "0 returns to the default.");
   m.def("scratch_bytes", &gptcore::scratch_bytes, "Bytes held by the kernels' scratch stacks.");
-  m.def("noop", &noop, py::arg("a"), py::arg("b"), py::arg("c"), py::call_guard<py::gil_scoped_release>(),
+  m.def("noop", &noop, py::arg("a"), py::arg("b"), py::arg("c"),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "An empty kernel over three tensors, to measure the boundary.");
 }
 

@@ -4,6 +4,8 @@
 // A hook is what torch.autograd.Function calls: forward(ctx, *inputs) and backward(ctx, *gradients).
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -70,7 +72,12 @@ class Operand {
   explicit Operand(py::object tensor) : tensor_(std::move(tensor)) {
     view_of(tensor_, &view_, &owner_, dims_);
   }
-  Operand(Operand&& other) : Operand(std::move(other.tensor_)) {}  // a view may point into its operand
+  Operand(Operand&& other)
+      : tensor_(std::move(other.tensor_)), owner_(std::move(other.owner_)), view_(other.view_) {
+    std::copy(std::begin(other.dims_), std::end(other.dims_), dims_);
+    if (view_.sizes == other.dims_) view_.sizes = dims_;  // where the source had none to point to
+    if (view_.strides == other.dims_ + kMaxDims) view_.strides = dims_ + kMaxDims;
+  }
   Operand& operator=(const Operand&) = delete;
 
   const py::object& tensor() const { return tensor_; }
@@ -109,7 +116,7 @@ class Operand {
 
   py::object tensor_, owner_;
   TensorView view_;
-  int64_t dims_[2 * kMaxDims];
+  int64_t dims_[2 * kMaxDims] = {};
 };
 
 inline Operand operand(py::handle tensor) { return Operand(py::reinterpret_borrow<py::object>(tensor)); }

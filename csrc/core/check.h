@@ -29,10 +29,6 @@ class Checker {
  public:
   explicit Checker(const char* op) : op_(op) {}
 
-  // `condition` must hold, else ValueError "op: argument 'name': got <got>, expected <expected>".
-  void that(bool condition, const char* argument, const std::string& got, const std::string& expected) const {
-    if (!condition) fail(argument, got, expected);
-  }
   void defined(const TensorView& tensor, const char* argument) const;
   void cpu(const TensorView& tensor, const char* argument) const;
   void dtype(const TensorView& tensor, const char* argument, std::initializer_list<DType> allowed) const;
@@ -58,6 +54,8 @@ class Checker {
     writable(tensor, argument);
   }
 
+  // ValueError, TypeError: "op: argument 'name': got <got>, expected <expected>". Called where a check has failed, so
+  // that no sentence is made before: a handful of strings takes as long as a small kernel.
   [[noreturn]] void fail(const char* argument, const std::string& got, const std::string& expected) const;
   [[noreturn]] void fail_type(const char* argument, const std::string& got,
                               const std::string& expected) const;

@@ -8,10 +8,12 @@ namespace gptcore {
 void check_targets(const Checker& check, const TensorView& targets, int64_t rows, int64_t classes,
                    int64_t ignore_index) {
   const int64_t limit = std::numeric_limits<int32_t>::max() / 2;  // positions and classes are kept as 32 bits
-  check.that(classes > 0 && classes <= limit, "targets", std::to_string(classes) + " classes", "1 to 2^30");
+  if (classes <= 0 || classes > limit) {
+    check.fail("targets", std::to_string(classes) + " classes", "1 to 2^30");
+  }
   check.input(targets, "targets", {DType::i64});
   check.shape(targets, "targets", {rows});
-  check.that(rows <= limit, "targets", describe(targets), "at most 2^30 rows");
+  if (rows > limit) check.fail("targets", describe(targets), "at most 2^30 rows");
   check.contiguous(targets, "targets");
   const int64_t* target = targets.as<int64_t>();
   for (int64_t n = 0; n < rows; ++n) {
@@ -24,10 +26,12 @@ void check_targets(const Checker& check, const TensorView& targets, int64_t rows
 }
 
 void check_loss_options(const Checker& check, const std::string& reduction, double label_smoothing) {
-  check.that(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing", std::to_string(label_smoothing),
-             "0 to 1");
-  check.that(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction",
-             "'" + reduction + "'", "'mean', 'sum' or 'none'");
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+    check.fail("label_smoothing", std::to_string(label_smoothing), "0 to 1");
+  }
+  if (reduction != "mean" && reduction != "sum" && reduction != "none") {
+    check.fail("reduction", "'" + reduction + "'", "'mean', 'sum' or 'none'");
+  }
 }
 
 void check_loss(const Checker& check, const TensorView& tensor, const char* name, int64_t rows,
@@ -36,7 +40,7 @@ void check_loss(const Checker& check, const TensorView& tensor, const char* name
   if (reduction == "none") {
     check.shape(tensor, name, {rows});
   } else {
-    check.that(tensor.numel() == 1, name, describe(tensor), "one element");
+    if (tensor.numel() != 1) check.fail(name, describe(tensor), "one element");
   }
 }
 

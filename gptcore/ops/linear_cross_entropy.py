@@ -1,4 +1,4 @@
-"""The vocabulary projection with its cross-entropy loss; the logits are never whole in memory."""
+"""The vocabulary projection with its cross-entropy loss; logits are made for some tokens or words at a time."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from typing import Any, NamedTuple
 from gptcore import backend
 from gptcore.ops.arrays import Array, as_rows, empty, empty_like, is_torch, last_contiguous
 from gptcore.ops.registration import TorchOp
-
-# From this many rows on a chunk is long enough (a quarter of them) for its products to outweigh its traffic;
-# logits no larger than 1 MB are kept whole.
-LEAST_ROWS, WHOLE_LOGITS = 384, 1 << 18
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -198,13 +194,10 @@ def _gradients_at_once(x: Any, weight: Any, reduction: str) -> bool:
     """Whether the eager forward makes the gradients too, for gradients of 1 of loss and z_loss.
 
     That saves making the logits again, a quarter of all products, at the price of weight and its gradient
-    crossing memory once per chunk of tokens: bf16 products are too fast for that to pay, and so are few rows.
+    crossing memory once per chunk of 512 tokens: bf16 products are too fast for that to pay.
     """
     f32 = sys.modules["torch"].float32
-    if x.dtype is not f32 or weight.dtype is not f32 or reduction == "none":
-        return False
-    rows = x.shape[0]
-    return rows >= LEAST_ROWS or rows * weight.shape[0] <= WHOLE_LOGITS
+    return x.dtype is f32 and weight.dtype is f32 and reduction != "none"
 
 
 def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:

@@ -41,17 +41,18 @@ void check_item(const Checker& check, const Views& list, const char* name, size_
 }
 
 void check_length(const Checker& check, size_t length, const char* name, size_t expected) {
-  check.that(length == expected, name, std::to_string(length) + " entries",
-             std::to_string(expected) + ", one per parameter");
+  if (length != expected) {
+    check.fail(name, std::to_string(length) + " entries", std::to_string(expected) + ", one per parameter");
+  }
 }
 
 void check_number(const Checker& check, bool condition, const char* name, double value,
                   const char* expected) {
-  check.that(condition, name, std::to_string(value), expected);
+  if (!condition) check.fail(name, std::to_string(value), expected);
 }
 
 void check_options(const Checker& check, const AdamwOptions& o) {
-  check.that(o.step >= 1, "step", std::to_string(o.step), "1 or more");
+  if (o.step < 1) check.fail("step", std::to_string(o.step), "1 or more");
   check_number(check, o.lr >= 0 && std::isfinite(o.lr), "lr", o.lr, "a finite number, 0 or more");
   check_number(check, o.beta1 >= 0 && o.beta1 < 1, "beta1", o.beta1, "a number in [0, 1)");
   check_number(check, o.beta2 >= 0 && o.beta2 < 1, "beta2", o.beta2, "a number in [0, 1)");

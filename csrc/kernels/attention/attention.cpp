@@ -33,20 +33,24 @@ int64_t check_lengths(const Checker& check, const TensorView& lengths, const cha
   check.ndim(lengths, name, 1);
   check.contiguous(lengths, name);
   const int64_t count = lengths.size(0);
-  check.that(count >= 1, name, "0 elements", "documents + 1 of them");
+  if (count < 1) check.fail(name, "0 elements", "documents + 1 of them");
   const int32_t* at = lengths.as<int32_t>();
-  check.that(at[0] == 0, name, "a first element of " + std::to_string(at[0]), "0");
+  if (at[0] != 0) check.fail(name, "a first element of " + std::to_string(at[0]), "0");
   int64_t longest = 0;
   for (int64_t i = 1; i < count; ++i) {
     const int64_t length = int64_t{at[i]} - at[i - 1];
-    check.that(
-        length >= 0, name,
-        std::to_string(at[i]) + " after " + std::to_string(at[i - 1]) + " at position " + std::to_string(i),
-        "lengths that do not decrease");
+    if (length < 0) {
+      check.fail(
+          name,
+          std::to_string(at[i]) + " after " + std::to_string(at[i - 1]) + " at position " + std::to_string(i),
+          "lengths that do not decrease");
+    }
     if (length > longest) longest = length;
   }
-  check.that(at[count - 1] == total, name, "a last element of " + std::to_string(at[count - 1]),
-             "the number of tokens, " + std::to_string(total));
+  if (at[count - 1] != total) {
+    check.fail(name, "a last element of " + std::to_string(at[count - 1]),
+               "the number of tokens, " + std::to_string(total));
+  }
   return longest;
 }
 
@@ -56,20 +60,26 @@ void check_documents(const Checker& check, const TensorView& cu_q, const TensorV
   check.defined(cu_k, "cu_seqlens_k");
   p->queries = check_lengths(check, cu_q, "cu_seqlens_q", total_q);
   p->keys = check_lengths(check, cu_k, "cu_seqlens_k", total_k);
-  check.that(cu_q.size(0) == cu_k.size(0), "cu_seqlens_k", std::to_string(cu_k.size(0) - 1) + " documents",
-             "as many as cu_seqlens_q has, " + std::to_string(cu_q.size(0) - 1));
+  if (cu_q.size(0) != cu_k.size(0)) {
+    check.fail("cu_seqlens_k", std::to_string(cu_k.size(0) - 1) + " documents",
+               "as many as cu_seqlens_q has, " + std::to_string(cu_q.size(0) - 1));
+  }
   p->batch = cu_q.size(0) - 1;
   p->cu_q = cu_q.as<int32_t>(), p->cu_k = cu_k.as<int32_t>();
 }
 
 void check_heads(const Checker& check, const TensorView& q, const TensorView& k) {
   const int64_t heads = q.size(-2), kv_heads = k.size(-2), head_dim = q.size(-1);
-  check.that(head_dim >= 1 && head_dim <= kMaxHeadDim, "q", "head size " + std::to_string(head_dim),
-             "1 to 256");
-  check.that(k.size(-1) == head_dim, "k", "head size " + std::to_string(k.size(-1)),
-             "that of 'q', " + std::to_string(head_dim));
-  check.that(heads == 0 || (kv_heads > 0 && heads % kv_heads == 0), "k", std::to_string(kv_heads) + " heads",
-             "a divisor of the " + std::to_string(heads) + " query heads");
+  if (head_dim < 1 || head_dim > kMaxHeadDim) {
+    check.fail("q", "head size " + std::to_string(head_dim), "1 to 256");
+  }
+  if (k.size(-1) != head_dim) {
+    check.fail("k", "head size " + std::to_string(k.size(-1)), "that of 'q', " + std::to_string(head_dim));
+  }
+  if (heads != 0 && (kv_heads == 0 || heads % kv_heads != 0)) {
+    check.fail("k", std::to_string(kv_heads) + " heads",
+               "a divisor of the " + std::to_string(heads) + " query heads");
+  }
 }
 
 // What both passes take; fills everything but outputs and gradients.
@@ -78,24 +88,29 @@ AttentionProblem check_inputs(const Checker& check, const TensorView& q, const T
                               const AttentionOptions& options) {
   check.input(q, "q", {DType::f32, DType::bf16});
   const bool packed = cu_q || cu_k;
-  check.that(q.ndim == (packed ? 3 : 4), "q", std::to_string(q.ndim) + " dimensions",
-             packed ? "3, (total, H, D), with cu_seqlens" : "4, (B, T, H, D), without cu_seqlens");
+  if (q.ndim != (packed ? 3 : 4)) {
+    check.fail("q", std::to_string(q.ndim) + " dimensions",
+               packed ? "3, (total, H, D), with cu_seqlens" : "4, (B, T, H, D), without cu_seqlens");
+  }
   check.last_contiguous(q, "q");
   check_tensor(check, k, "k", q);
   check_tensor(check, v, "v", q);
   check.same_shape(v, "v", k, "k");
   check_heads(check, q, k);
-  check.that(std::isfinite(options.softmax_scale), "softmax_scale", std::to_string(options.softmax_scale),
-             "a finite number");
-  check.that(options.left >= -1 && options.right >= -1, "window_size",
-             "(" + std::to_string(options.left) + ", " + std::to_string(options.right) + ")",
-             "numbers of keys to the left and right, or -1 for all");
+  if (!std::isfinite(options.softmax_scale)) {
+    check.fail("softmax_scale", std::to_string(options.softmax_scale), "a finite number");
+  }
+  if (options.left < -1 || options.right < -1) {
+    check.fail("window_size", "(" + std::to_string(options.left) + ", " + std::to_string(options.right) + ")",
+               "numbers of keys to the left and right, or -1 for all");
+  }
   AttentionProblem p{};
   if (packed) {
     check_documents(check, cu_q, cu_k, q.size(0), k.size(0), &p);
   } else {
-    check.that(k.size(0) == q.size(0), "k", "batch " + std::to_string(k.size(0)),
-               "that of 'q', " + std::to_string(q.size(0)));
+    if (k.size(0) != q.size(0)) {
+      check.fail("k", "batch " + std::to_string(k.size(0)), "that of 'q', " + std::to_string(q.size(0)));
+    }
     p.batch = q.size(0), p.queries = q.size(1), p.keys = k.size(1);
   }
   p.q = tensor_of(q), p.k = tensor_of(k), p.v = tensor_of(v);

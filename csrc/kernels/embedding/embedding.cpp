@@ -42,8 +42,9 @@ void check_ids(const Checker& check, const TensorView& ids, int64_t vocabulary) 
 Rows check_rows(const Checker& check, const TensorView& tensor, const char* name, int64_t count,
                 int64_t width) {
   const Rows rows = rows_of(check, tensor, name);
-  check.that(rows.count == count && rows.width == width, name, describe(tensor),
-             std::to_string(count) + " rows of " + std::to_string(width));
+  if (rows.count != count || rows.width != width) {
+    check.fail(name, describe(tensor), std::to_string(count) + " rows of " + std::to_string(width));
+  }
   return rows;
 }
 
@@ -88,8 +89,9 @@ void embedding_backward(const TensorView& ids, const TensorView& grad_out, const
   check.input(grad_out, "grad_out", {DType::f32, DType::bf16});
   const Rows rows = check_rows(check, grad_out, "grad_out", count, dweight.size(1));
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 2;
-  check.that(count <= kMost && vocabulary <= kMost, "ids", std::to_string(count) + " of them",
-             "at most 2^31 - 3, as rows of the table");
+  if (count > kMost || vocabulary > kMost) {
+    check.fail("ids", std::to_string(count) + " of them", "at most 2^31 - 3, as rows of the table");
+  }
   if (vocabulary == 0 || rows.width == 0) return;
 
   const Scratch scratch(static_cast<size_t>(vocabulary + 2 + count) * sizeof(int32_t));

@@ -16,13 +16,14 @@ const void* second_half(const TensorView& tensor, int64_t width) {
 
 // The last dimension of y and of its gradient: half of a packed gate's.
 int64_t checked_width(const Checker& check, int kind, const TensorView& gate, const TensorView& up) {
-  check.that(kind >= 0 && kind < kActivations + kPacked, "kind", std::to_string(kind), "0 to 7");
+  if (kind < 0 || kind >= kActivations + kPacked) check.fail("kind", std::to_string(kind), "0 to 7");
   check.input(gate, "gate", {DType::f32, DType::bf16});
   if (gate.ndim < 1) check.fail("gate", "a scalar", "at least 1 dimension");
   const int64_t last = gate.size(-1);
   if (kind < kPacked) return last;
-  check.that(last % 2 == 0, "gate_up", "a last dimension of " + std::to_string(last),
-             "an even one (gate | up)");
+  if (last % 2 != 0) {
+    check.fail("gate_up", "a last dimension of " + std::to_string(last), "an even one (gate | up)");
+  }
   if (up) check.fail_type("up", "a tensor", "None, since gate holds both halves");
   return last / 2;
 }
@@ -39,8 +40,10 @@ Rows result_rows(const Checker& check, const TensorView& tensor, const char* nam
   check.input(tensor, name, {gate.dtype});
   bool same = tensor.ndim == gate.ndim && tensor.size(-1) == width;
   for (int d = 0; same && d + 1 < tensor.ndim; ++d) same = tensor.sizes[d] == gate.sizes[d];
-  check.that(same, name, describe(tensor),
-             "the leading dimensions of 'gate' and a last one of " + std::to_string(width));
+  if (!same) {
+    check.fail(name, describe(tensor),
+               "the leading dimensions of 'gate' and a last one of " + std::to_string(width));
+  }
   return rows_of(check, tensor, name);
 }
 

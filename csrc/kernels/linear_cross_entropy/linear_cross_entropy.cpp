@@ -18,9 +18,9 @@ namespace {
 
 // Below this many products of numbers (some ten microseconds) one thread is as fast as two.
 constexpr int64_t kSerialProducts = 1 << 20;
-// Logits that are kept whole: 1 MB, which scratch holds anyway.
-constexpr int64_t kWholeLogits = 1 << 18;
-constexpr int64_t kMostTokens = 256;
+// Tokens whose logits are kept at a time: so many that passing over weight and dweight again for each chunk is a
+// twentieth of its products. torch keeps three matrices of the logits of all.
+constexpr int64_t kMostTokens = 512;
 
 const LinearCrossEntropyBodies& bodies_of(const TensorView& x, const TensorView& weight) {
   const bool half = x.dtype == DType::bf16 && weight.dtype == DType::bf16;
@@ -37,9 +37,10 @@ void check_inputs(const Checker& check, const TensorView& x, const TensorView& w
   check.shape(weight, "weight", {-1, x.size(1)});
   check.last_contiguous(weight, "weight");
   check_loss_options(check, options.reduction, options.label_smoothing);
-  check.that(std::isfinite(options.z_loss), "z_loss", std::to_string(options.z_loss), "a finite number");
-  check.that(std::isfinite(options.logit_scale), "logit_scale", std::to_string(options.logit_scale),
-             "a finite number");
+  if (!std::isfinite(options.z_loss)) check.fail("z_loss", std::to_string(options.z_loss), "a finite number");
+  if (!std::isfinite(options.logit_scale)) {
+    check.fail("logit_scale", std::to_string(options.logit_scale), "a finite number");
+  }
   check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
 }
 
@@ -109,13 +110,6 @@ LinearCrossEntropyBackward backward_of(const LinearCrossEntropyInputs& inputs, c
   return a;
 }
 
-// Tokens whose logits are kept at a time: fewer than a third of all, of which torch keeps three matrices; at
-// most 256, where passing over weight and dweight again for each chunk is a tenth of its products.
-int64_t tokens_at_once(int64_t rows, int64_t classes) {
-  if (rows * classes <= kWholeLogits) return (rows + kRowPadding - 1) / kRowPadding * kRowPadding;
-  return std::clamp(rows / 4 / kRowPadding * kRowPadding, kRowPadding, kMostTokens);
-}
-
 // Forward of all kept rows and, chunk by chunk, the gradients for gradients of 1 of loss and z.
 void run_with_gradients(const LinearCrossEntropyBodies& bodies, const LinearCrossEntropyForward& whole,
                         const LinearCrossEntropyOptions& options, const KeptRows& kept, int64_t chunk,
@@ -156,7 +150,9 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   if (gradients) {
     check.input(x, "x", {DType::f32});
     check.input(weight, "weight", {DType::f32});
-    check.that(options.reduction != "none", "reduction", "'none'", "'mean' or 'sum' for gradients at once");
+    if (options.reduction == "none") {
+      check.fail("reduction", "'none'", "'mean' or 'sum' for gradients at once");
+    }
     check_gradients(check, x, weight, dx, dweight);
   }
 
@@ -168,7 +164,7 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   if (dx && kept.count() < rows) zero_matrix(dx);
   if (dweight && kept.count() == 0) zero_matrix(dweight);
   if (gradients) {
-    const int64_t chunk = tokens_at_once(rows, a.v);
+    const int64_t chunk = std::min((rows + kRowPadding - 1) / kRowPadding * kRowPadding, kMostTokens);
     run_with_gradients(bodies_of(x, weight), a, options, kept, chunk, dx, dweight);
   } else if (kept.count() > 0) {
     bodies_of(x, weight).forward(a);
@@ -214,8 +210,9 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
   if (grad_z) check_loss(check, grad_z, "grad_z", rows, options.reduction, {DType::f32});
   check_row_values(check, lse, "lse", rows);
   check_gradients(check, x, weight, dx, dweight);
-  check.that(!dweight || !accumulate || dweight.dtype == DType::f32, "dweight", describe(dweight),
-             "f32 to accumulate into");
+  if (dweight && accumulate && dweight.dtype != DType::f32) {
+    check.fail("dweight", describe(dweight), "f32 to accumulate into");
+  }
 
   const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
   if (dx && kept.count() < rows) zero_matrix(dx);

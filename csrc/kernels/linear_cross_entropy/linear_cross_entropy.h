@@ -25,12 +25,11 @@
 //          Sums run in an order fixed by shapes: the same bits on every thread count.
 // Cost     forward 2NCV flops; backward 6NCV (2NCV of it the logits again), N counting kept rows;
 //          exponentials 2NV. Forward with gradients 6NCV, for it weight is read 2N/T times and dweight N/T
-//          times (and written as often), T = min(256, N/4) tokens of a chunk.
+//          times (and written as often), T = min(512, N) tokens of a chunk.
 //          Scratch in bytes, e = 2 for bf16 products, else 4: forward NCe + NV/32 (smoothing: NV * 3/64) (and
 //          a packed block of weight of at most 512 KB per thread); backward 2NCe + 4NC + 2SNe + 2SCe for
 //          stretches of S = min(1024, V/32) words of the vocabulary, at least 256; forward with gradients
-//          4TV + 8TC + 8ST and a packed block of weight per thread (all N rows are one chunk if their logits
-//          take no more than 1 MB).
+//          4TV + 8TC + 8ST and a packed block of weight per thread.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

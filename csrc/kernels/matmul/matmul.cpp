@@ -20,9 +20,11 @@ struct Layout {
 Layout layout_of(const Checker& check, const TensorView& tensor, const char* name, int depth_dim) {
   const int64_t across = tensor.stride(1 - depth_dim), along = tensor.stride(depth_dim);
   if (along == 1 || tensor.size(depth_dim) <= 1) return {true, across};
-  check.that(across == 1 || tensor.size(1 - depth_dim) <= 1, name,
-             "strides (" + std::to_string(tensor.stride(0)) + ", " + std::to_string(tensor.stride(1)) + ")",
-             "a contiguous dimension");
+  if (across != 1 && tensor.size(1 - depth_dim) > 1) {
+    check.fail(name,
+               "strides (" + std::to_string(tensor.stride(0)) + ", " + std::to_string(tensor.stride(1)) + ")",
+               "a contiguous dimension");
+  }
   return {false, along};
 }
 
@@ -37,12 +39,13 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& out, boo
   check.ndim(b, "b", 2);
   MatmulArgs x{};
   x.m = a.size(transpose_a ? 1 : 0), x.k = a.size(transpose_a ? 0 : 1), x.n = b.size(transpose_b ? 0 : 1);
-  check.that(b.size(transpose_b ? 1 : 0) == x.k, "b", describe(b),
-             "a depth of " + std::to_string(x.k) + " as in a");
+  if (b.size(transpose_b ? 1 : 0) != x.k) {
+    check.fail("b", describe(b), "a depth of " + std::to_string(x.k) + " as in a");
+  }
   check.output(out, "out", {DType::f32, a.dtype});
   check.shape(out, "out", {x.m, x.n});
   check.last_contiguous(out, "out");
-  check.that(!accumulate || out.dtype == DType::f32, "out", describe(out), "f32 to accumulate into");
+  if (accumulate && out.dtype != DType::f32) check.fail("out", describe(out), "f32 to accumulate into");
   const Layout a_layout = layout_of(check, a, "a", transpose_a ? 0 : 1);
   const Layout b_layout = layout_of(check, b, "b", transpose_b ? 1 : 0);
   if (x.m == 0 || x.n == 0) return;

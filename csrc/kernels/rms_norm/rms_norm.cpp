@@ -13,7 +13,7 @@ void rms_norm_forward(const TensorView& x, const TensorView& residual, const Ten
   const Checker check("rms_norm");
   check.input(x, "x", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, x, "x");
-  check.that(rows.width > 0, "x", "a last dimension of 0", "at least 1 element to normalise");
+  if (rows.width == 0) check.fail("x", "a last dimension of 0", "at least 1 element to normalise");
   RmsNormForward a{};
   if (residual) a.residual_stride = checked_stride(check, residual, "residual", x, "x");
   if (weight) check_vector(check, weight, "weight", rows.width, {DType::f32, DType::bf16});
@@ -27,7 +27,7 @@ void rms_norm_forward(const TensorView& x, const TensorView& residual, const Ten
     check_vector(check, rstd, "rstd", rows.count, {DType::f32});
     check.writable(rstd, "rstd");
   }
-  check.that(eps >= 0, "eps", std::to_string(eps), "0 or more");
+  if (!(eps >= 0)) check.fail("eps", std::to_string(eps), "0 or more");
 
   a.x = x.data, a.residual = residual.data, a.weight = weight.data;
   a.bf16_weight = is_bf16(weight);
@@ -42,7 +42,7 @@ void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const
   const Checker check("rms_norm_backward");
   check.input(h, "h", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, h, "h");
-  check.that(rows.width > 0, "h", "a last dimension of 0", "at least 1 element");
+  if (rows.width == 0) check.fail("h", "a last dimension of 0", "at least 1 element");
   RmsNormBackward a{};
   a.grad_y_stride = checked_stride(check, grad_y, "grad_y", h, "h");
   if (grad_h) a.grad_h_stride = checked_stride(check, grad_h, "grad_h", h, "h");

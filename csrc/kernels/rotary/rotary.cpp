@@ -17,16 +17,19 @@ void check_tables(const Checker& check, const TensorView& cos, const TensorView&
   check.input(sin, "sin", {DType::f32});
   check.same_shape(sin, "sin", cos, "cos");
   check.contiguous(sin, "sin");
-  check.that(cos.size(1) >= 1 && 2 * cos.size(1) <= head_size, "cos", std::to_string(cos.size(1)) + " angles",
-             "1 to " + std::to_string(head_size / 2) + " (half the head size)");
+  if (cos.size(1) < 1 || 2 * cos.size(1) > head_size) {
+    check.fail("cos", std::to_string(cos.size(1)) + " angles",
+               "1 to " + std::to_string(head_size / 2) + " (half the head size)");
+  }
 }
 
 void check_positions(const Checker& check, const TensorView& positions, int64_t offset, int64_t batch,
                      int64_t tokens, int64_t length) {
-  const std::string limit = "positions within the table of " + std::to_string(length);
+  const auto limit = [length] { return "positions within the table of " + std::to_string(length); };
   if (!positions) {
-    check.that(offset >= 0 && offset + tokens <= length, "position",
-               std::to_string(offset) + " for " + std::to_string(tokens) + " tokens", limit);
+    if (offset < 0 || offset + tokens > length) {
+      check.fail("position", std::to_string(offset) + " for " + std::to_string(tokens) + " tokens", limit());
+    }
     return;
   }
   check.input(positions, "position", {DType::i32});
@@ -38,7 +41,7 @@ void check_positions(const Checker& check, const TensorView& positions, int64_t 
   }
   const int32_t* p = positions.as<int32_t>();
   for (int64_t i = 0, n = positions.numel(); i < n; ++i) {
-    if (p[i] < 0 || p[i] >= length) check.fail("position", std::to_string(p[i]), limit);
+    if (p[i] < 0 || p[i] >= length) check.fail("position", std::to_string(p[i]), limit());
   }
 }
 
@@ -53,7 +56,7 @@ void rotary(const TensorView& x, const TensorView& cos, const TensorView& sin, c
             int64_t offset, bool interleaved, bool inverse, const TensorView& out) {
   const Checker check("rotary");
   check.input(x, "x", {DType::f32, DType::bf16});
-  check.that(x.ndim == 3 || x.ndim == 4, "x", describe(x), "(B, T, H, D) or (T, H, D)");
+  if (x.ndim != 3 && x.ndim != 4) check.fail("x", describe(x), "(B, T, H, D) or (T, H, D)");
   check.last_contiguous(x, "x");
   check.output(out, "out", {x.dtype});
   check.same_shape(out, "out", x, "x");
