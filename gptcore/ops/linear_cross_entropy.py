@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from math import isfinite
+from math import frexp, isfinite
 from typing import Any, NamedTuple
 
 from gptcore import backend
@@ -190,35 +190,40 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.options, ctx.main_grad = options, None
 
 
-def _gradients_at_once(x: Any, weight: Any, reduction: str) -> bool:
+def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> bool:
     """Whether the eager forward makes the gradients too, for gradients of 1 of loss and z_loss.
 
     That saves making the logits again, a quarter of all products, at the price of weight and its gradient
-    crossing memory once per chunk of 512 tokens: bf16 products are too fast for that to pay.
+    crossing memory once per chunk of 512 tokens: bf16 products are too fast for that to pay with a second chunk.
+    main_grad takes the weight's gradient unrounded.
     """
-    f32 = sys.modules["torch"].float32
-    return x.dtype is f32 and weight.dtype is f32 and reduction != "none"
+    torch = sys.modules["torch"]
+    if x.dtype is not weight.dtype or reduction == "none":
+        return False
+    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and x.shape[0] <= 512 and main_grad is None)
 
 
 def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
     x, weight, targets, *options = inputs
+    main_grad = getattr(weight, "main_grad", None)
     dx = dweight = None
-    if _gradients_at_once(x, weight, inputs[-1]):
+    if _gradients_at_once(x, weight, main_grad, inputs[-1]):
         want_x, want_weight = ctx.needs_input_grad[:2]
         dx, dweight = empty_like(x) if want_x else None, empty_like(weight) if want_weight else None
     output = _run(*inputs, dx=dx, dweight=dweight)
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, targets, output[3], dx, dweight)
-    ctx.options, ctx.main_grad = options, getattr(weight, "main_grad", None)
+    ctx.options, ctx.main_grad = options, main_grad
     return output
 
 
 def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tuple[Any, ...]:
-    *_, dx, dweight = ctx.saved_tensors
+    x, *_, dx, dweight = ctx.saved_tensors
     kept = dx is not None or dweight is not None
     factor = _common_factor(grad_loss, grad_z, ctx.options[2]) if kept else None
-    if factor is None:
+    # bf16 gradients are rounded already: only a power of two rounds them no second time.
+    if factor is None or (x.element_size() == 2 and abs(frexp(factor)[0]) != 0.5):
         return _backward(ctx, grad_loss, grad_z, *unused)
     last_use = not sys.modules["torch"]._C._autograd._get_current_graph_task_keep_graph()
     if dweight is not None and ctx.main_grad is not None:

@@ -324,9 +324,10 @@ def _unit_step(options: dict):
 
 
 @pytest.mark.parametrize("options", OPTIONS[:3])
-@pytest.mark.parametrize("shape", [MANY, (40, 64, 300), (7, 5, 3)])
-def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, shape, options: dict) -> None:
-    x, weight, targets = _inputs(*shape, torch.float32)
+@pytest.mark.parametrize("shape", [MANY, (300, 100, 700), (40, 64, 300), (7, 5, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, dtype, shape, options: dict) -> None:
+    x, weight, targets = _inputs(*shape, dtype)
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     out = linear_cross_entropy(*leaves, targets, **options)
     dx, dweight = torch.autograd.grad(out.loss + out.z_loss, leaves)
@@ -363,6 +364,26 @@ def test_kept_gradients_are_scaled_and_serve_again() -> None:
     assert all(same_bits(a, b * factor) for a, b in zip(scaled, kept, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(out.loss, [x, weight])
+
+
+def test_kept_bf16_gradients_are_rounded_once() -> None:
+    x, weight, targets = _inputs(300, 100, 700, torch.bfloat16)
+    for factor in (0.25, 0.3, -2.0, 0.0):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = linear_cross_entropy(*leaves, targets)
+        got = torch.autograd.grad(factor * out.loss, leaves)
+        grads = torch.tensor(factor), torch.tensor(0.0)
+        expected = linear_cross_entropy_backward(*grads, x, weight, targets, out.lse)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_bf16_gradients_at_once_are_of_one_chunk() -> None:
+    x, weight, targets = _inputs(513, 16, 40, torch.bfloat16)
+    results = torch.empty(()), torch.empty(()), torch.empty(513), torch.empty(513)
+    with pytest.raises(ValueError, match="'x': got 513 rows, expected at most 512 of bf16"):
+        backend.extension().linear_cross_entropy_forward(
+            x, weight, targets, -100, 0.0, 0.0, 1.0, "mean", *results, torch.empty_like(x), None
+        )
 
 
 def test_different_gradients_of_loss_and_z_are_made_anew() -> None:

@@ -148,8 +148,10 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   for (const TensorView* out : {&loss, &z, &logprobs, &lse}) check.writable(*out, "output");
   const bool gradients = dx || dweight;
   if (gradients) {
-    check.input(x, "x", {DType::f32});
-    check.input(weight, "weight", {DType::f32});
+    check.dtype(weight, "weight", {x.dtype});
+    if (is_bf16(x) && rows > kMostTokens) {
+      check.fail("x", std::to_string(rows) + " rows", "at most 512 of bf16 for gradients at once");
+    }
     if (options.reduction == "none") {
       check.fail("reduction", "'none'", "'mean' or 'sum' for gradients at once");
     }

@@ -17,8 +17,9 @@
 // Ignored  rows with ignore_index take no part: loss, z, logprobs, lse and dx are 0 there, and no work is
 //          done.
 // None     grad_loss, grad_z: zero; dx, dweight: not wanted.
-// At once  forward with dx or dweight (x and weight f32, mean or sum) makes the gradients for gradients of 1
-//          of loss and z, by chunks of tokens whose logits it keeps: the bits of backward with those.
+// At once  forward with dx or dweight (mean or sum; x and weight f32, or bf16 and N at most 512) makes the
+//          gradients for gradients of 1 of loss and z, by chunks of tokens whose logits it keeps: the bits of
+//          backward with those.
 // Aliasing outputs overlap nothing. dx is overwritten; dweight is overwritten, or by backward added to (f32
 //          only).
 // Bits     lse and logprobs of a row depend on that row and weight only; dx of a row on its gradients too.

@@ -61,7 +61,7 @@ struct BackwardPass {
     stretch.count = first + count;  // what lies behind is packed as zeros
     const int64_t groups = ceil_div(count, kGroup), deep = a.dx ? ceil_div(a.c, kGroup) : 0;
     const int64_t word = step * kDepth;
-    for (int64_t g = word / kGroup; g < smaller((word + kDepth) / kGroup, groups); ++g) {
+    for (int64_t g = word / kGroup; !a.logits && g < smaller((word + kDepth) / kGroup, groups); ++g) {
       pack_a<P>(stretch, true, first + g * kGroup, 0, c_steps, words + g * c_stride);
     }
     for (int64_t c = 0; c < deep; ++c) {
@@ -111,6 +111,13 @@ struct BackwardPass {
     for (int64_t r = 0; r < rows; r += 2) put(w + r, n, gradient(r), gradient(r + 1));
   }
 
+  // G of a group of words from kept logits.
+  void gradient_of_kept(int64_t first, int64_t w, int64_t count, const float* tiles) const {
+    for (int64_t n = 0; n < padded; n += kLanes) {
+      differentiate(tiles + n / kGroup * kTile + n % kGroup, kGroup, first, w, count, kGroup, n);
+    }
+  }
+
   // Logits and gradient of words [first + w, first + w + rows) for kTokenChunk tokens from n.
   void gradient_task(int64_t first, int64_t w, int64_t count, int64_t rows, int64_t n) const {
     const Scratch room(static_cast<size_t>(kBlockRows * kLogitStride) * sizeof(float));
@@ -130,6 +137,14 @@ struct BackwardPass {
   void make_gradient(int64_t first, int64_t count) const {
     const int64_t rows = ceil_div(count, kRowPadding) * kRowPadding, packs = ceil_div(count, kDepth);
     for_tasks(a, packs, [&](int64_t step, int) { pack_words(first, count, step); });
+    if (a.logits) {
+      for_tasks(a, rows / kRowPadding, [&](int64_t t, int) {
+        for (int64_t w = t * kRowPadding; w < (t + 1) * kRowPadding; w += kGroup) {
+          gradient_of_kept(first, w, count - w, a.logits + (first + w) / kGroup * kept_stride(padded));
+        }
+      });
+      return;
+    }
     const int64_t blocks = ceil_div(rows, kBlockRows), chunks = ceil_div(padded, kTokenChunk);
     for_tasks(a, blocks * chunks, [&](int64_t t, int) {
       const int64_t w = t / chunks * kBlockRows;
@@ -234,18 +249,13 @@ struct BackwardPass {
     });
   }
 
-  // G of a group of words from kept logits, in place.
-  void keep_gradient(int64_t first, int64_t w, int64_t count) const {
-    const float* tiles = reinterpret_cast<const float*>(gradient_rows + w / kGroup * n_stride);
-    for (int64_t n = 0; n < padded; n += kLanes) {
-      differentiate(tiles + n / kGroup * kTile + n % kGroup, kGroup, first, w, count, kGroup, n);
-    }
-  }
-
   // G and dweight of words [first + w, ...) of a stretch of `count`.
   void kept_word_task(int64_t first, int64_t count, int64_t w) const {
     const int64_t rows = smaller(kKeptWords, count - w);
-    for (int64_t g = w; g < w + rows; g += kGroup) keep_gradient(first, g, count - g);
+    for (int64_t g = w; g < w + rows; g += kGroup) {  // in place
+      gradient_of_kept(first, g, count - g,
+                       reinterpret_cast<const float*>(gradient_rows + g / kGroup * n_stride));
+    }
     for (int64_t column = 0; a.dweight && column < a.c; column += kColumnChunk) {
       weight_task(first + w, w, rows, column);
     }
@@ -303,10 +313,13 @@ struct BackwardPass {
     }
   }
 
+  template <class T>
   void store_kept_tokens() const {
     for_tasks(a, a.n, [&](int64_t n, int) {
-      __builtin_memcpy(static_cast<float*>(a.dx) + a.rows[n] * a.dx_stride, dx_sums + n * dx_row,
-                       static_cast<size_t>(a.c) * sizeof(float));
+      T* out = static_cast<T*>(a.dx) + a.rows[n] * a.dx_stride;
+      for_lanes(a.c, [&](int64_t c, int64_t lanes) {
+        store_some(out + c, load_some(dx_sums + n * dx_row + c, lanes), lanes);
+      });
     });
   }
 
@@ -360,23 +373,25 @@ template <class Policy>
 void backward(const LinearCrossEntropyBackward& a) {
   using P = typename Policy::P;
   constexpr int64_t kDepth = kStepDepth<P>;
-  const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding, words = stretch_of(a.v, a.logits);
-  const bool again = !a.logits;
+  // Kept logits of f32 products become G where they lie; else G lies apart, in both packed forms.
+  const bool apart = !a.logits || sizeof(P) != 4;
+  const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding, words = stretch_of(a.v, !apart);
   const int64_t c_steps = ceil_div(a.c, kDepth), n_steps = padded / kDepth, v_steps = words / kDepth;
   const int64_t c_stride = c_steps * kStepBytes, v_stride = v_steps * kStepBytes;
-  const int64_t n_stride = again ? n_steps * kStepBytes : kept_stride(padded) * 4;
+  const int64_t n_stride = apart ? n_steps * kStepBytes : kept_stride(padded) * 4;
   const int64_t c_groups = ceil_div(a.c, kGroup), panels = padded / kGroup, v_groups = words / kGroup;
   // Not a power of two: rows of a tile would share a cache set.
-  const int64_t dx_lines = again ? c_groups * kGroup : padded,
-                dx_row = (again ? padded : c_groups * kGroup) + kGroup;
+  const int64_t dx_lines = apart ? c_groups * kGroup : padded,
+                dx_row = (apart ? padded : c_groups * kGroup) + kGroup;
   const auto bytes = [](bool wanted, int64_t count) {
     return wanted ? static_cast<size_t>(count) : size_t{0};
   };
-  const Scratch tokens(bytes(again, panels * c_stride)), tokens_deep(bytes(a.dweight, c_groups * n_stride));
-  const Scratch packed(bytes(again, v_groups * c_stride)),
-      packed_deep(bytes(again && a.dx, c_groups * v_stride));
-  const Scratch rows(bytes(again && a.dweight, v_groups * n_stride)),
-      columns(bytes(again && a.dx, panels * v_stride));
+  const Scratch tokens(bytes(!a.logits, panels * c_stride)),
+      tokens_deep(bytes(a.dweight, c_groups * n_stride));
+  const Scratch packed(bytes(!a.logits, v_groups * c_stride)),
+      packed_deep(bytes(apart && a.dx, c_groups * v_stride));
+  const Scratch rows(bytes(apart && a.dweight, v_groups * n_stride)),
+      columns(bytes(apart && a.dx, panels * v_stride));
   const Scratch dx(bytes(a.dx, dx_lines * dx_row * 4));
   const BackwardPass<Policy> pass{a,
                                   weight_lines(a),
@@ -392,15 +407,17 @@ void backward(const LinearCrossEntropyBackward& a) {
                                   tokens_deep.as<char>(),
                                   packed.as<char>(),
                                   packed_deep.as<char>(),
-                                  again ? rows.as<char>() : reinterpret_cast<char*>(a.logits),
+                                  apart ? rows.as<char>() : reinterpret_cast<char*>(a.logits),
                                   columns.as<char>(),
                                   dx.as<float>(),
                                   dx_row};
   pass.pack_tokens();
-  if constexpr (sizeof(P) == 4) {  // logits are kept for products in f32 only
-    if (!again) {
+  if constexpr (sizeof(P) == 4) {
+    if (!apart) {
       backward_of_kept(pass, words);
-      if (a.dx) pass.store_kept_tokens();
+      if (!a.dx) return;
+      a.x_dtype == DType::f32 ? pass.template store_kept_tokens<float>()
+                              : pass.template store_kept_tokens<bf16>();
       return;
     }
   }

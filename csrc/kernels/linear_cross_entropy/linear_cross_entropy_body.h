@@ -24,7 +24,7 @@ struct LinearCrossEntropyInputs {
   const int32_t* targets;  // its class
   int64_t n, c, v;
   float scale;
-  // Room for this call's unscaled logits, written by forward and turned into gradients in place by backward
+  // Room for this call's unscaled logits, written by forward and turned into gradients by backward, f32 in place
   // (null: backward makes the logits again). f32 tiles of 16 words x 16 tokens, [group of words][group of
   // tokens], both padded to kRowPadding, groups of words kept_stride() apart. To the product that gives
   // dweight they are packed A by rows, to that which gives dx by columns.
