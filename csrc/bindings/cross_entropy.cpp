@@ -69,13 +69,9 @@ void register_cross_entropy(py::module_& m) {
         py::arg("targets"), py::arg("weight"), py::arg("lse"), py::arg("ignore_index"),
         py::arg("label_smoothing"), py::arg("reduction"), py::arg("dlogits"),
         py::call_guard<py::gil_scoped_release_simple>(), "Gradient of cross_entropy_forward, overwritten.");
-  gptcore::bindings::define<cross_entropy_eager_forward, 7>(
-      m, "cross_entropy_eager_forward",
-      "cross_entropy_eager_forward(ctx: object, logits: object, targets: object, weight: object, "
-      "ignore_index: int, label_smoothing: float, reduction: str) -> object\n\nHook of "
-      "torch.autograd.Function.");
-  gptcore::bindings::define<cross_entropy_eager_backward, 2>(
-      m, "cross_entropy_eager_backward",
-      "cross_entropy_eager_backward(ctx: object, grad_loss: object) -> object\n\nHook of "
-      "torch.autograd.Function.");
+  gptcore::bindings::define_hooks<cross_entropy_eager_forward, 6, cross_entropy_eager_backward>(
+      m, "cross_entropy",
+      "logits: object, targets: object, weight: object, ignore_index: int, label_smoothing: float, "
+      "reduction: str",
+      "grad_loss: object");
 }

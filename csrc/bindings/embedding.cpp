@@ -53,12 +53,6 @@ void register_embedding(py::module_& m) {
   m.def("embedding_backward", &gptcore::embedding_backward, py::arg("ids"), py::arg("grad_out"),
         py::arg("dweight"), py::arg("accumulate"), py::call_guard<py::gil_scoped_release_simple>(),
         "dweight[v] = (or +=) the sum of grad_out[n] over n with ids[n] == v.");
-  gptcore::bindings::define<embedding_eager_forward, 3>(
-      m, "embedding_eager_forward",
-      "embedding_eager_forward(ctx: object, ids: object, weight: object) -> object\n\nHook of "
-      "torch.autograd.Function.");
-  gptcore::bindings::define<embedding_eager_backward, 2>(
-      m, "embedding_eager_backward",
-      "embedding_eager_backward(ctx: object, grad_out: object) -> object\n\nHook of "
-      "torch.autograd.Function.");
+  gptcore::bindings::define_hooks<embedding_eager_forward, 2, embedding_eager_backward>(
+      m, "embedding", "ids: object, weight: object", "grad_out: object");
 }

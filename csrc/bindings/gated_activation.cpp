@@ -67,13 +67,7 @@ void register_gated_activation(py::module_& m) {
         py::arg("dup"), py::arg("dgate_bias"), py::arg("dup_bias"),
         py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of gated_activation_forward, overwritten.");
-  gptcore::bindings::define<gated_activation_eager_forward, 6>(
-      m, "gated_activation_eager_forward",
-      "gated_activation_eager_forward(ctx: object, gate: object, up: object, gate_bias: object, up_bias: "
-      "object, "
-      "kind: int) -> object\n\nHook of torch.autograd.Function.");
-  gptcore::bindings::define<gated_activation_eager_backward, 2>(
-      m, "gated_activation_eager_backward",
-      "gated_activation_eager_backward(ctx: object, grad_y: object) -> object\n\nHook of "
-      "torch.autograd.Function.");
+  gptcore::bindings::define_hooks<gated_activation_eager_forward, 5, gated_activation_eager_backward>(
+      m, "gated_activation", "gate: object, up: object, gate_bias: object, up_bias: object, kind: int",
+      "grad_y: object");
 }

@@ -54,11 +54,6 @@ void register_layer_norm(py::module_& m) {
         py::arg("h"), py::arg("weight"), py::arg("stats"), py::arg("dx"), py::arg("dweight"),
         py::arg("dbias"), py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of layer_norm_forward, overwritten.");
-  gptcore::bindings::define<layer_norm_eager_forward, 5>(
-      m, "layer_norm_eager_forward",
-      "layer_norm_eager_forward(ctx: object, x: object, weight: object, bias: object, eps: float) -> "
-      "object\n\nHook of torch.autograd.Function.");
-  gptcore::bindings::define<layer_norm_eager_backward, 2>(
-      m, "layer_norm_eager_backward",
-      "layer_norm_eager_backward(ctx: object, grad_y: object) -> object\n\nHook of torch.autograd.Function.");
+  gptcore::bindings::define_hooks<layer_norm_eager_forward, 4, layer_norm_eager_backward>(
+      m, "layer_norm", "x: object, weight: object, bias: object, eps: float", "grad_y: object");
 }

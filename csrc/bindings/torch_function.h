@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -62,6 +63,21 @@ void define(py::module_& m, const char* name, const char* doc) {
   };
   static PyMethodDef definition{name, as_method(method), METH_FASTCALL, doc};
   m.add_object(name, checked(PyCFunction_NewEx(&definition, nullptr, m.attr("__name__").ptr())));
+}
+
+// Defines both hooks of `op`: m.<op>_eager_forward(ctx, <inputs>), of `count` inputs, and
+// m.<op>_eager_backward(ctx, <gradient>). `inputs` and `gradient` are written as in a signature.
+template <Body forward, Py_ssize_t count, Body backward>
+void define_hooks(py::module_& m, const std::string& op, const std::string& inputs,
+                  const std::string& gradient) {
+  const auto doc = [](const std::string& name, const std::string& arguments) {
+    return name + "(ctx: object, " + arguments + ") -> object\n\nHook of torch.autograd.Function.";
+  };
+  // Python keeps pointers to them.
+  static const std::string names[] = {op + "_eager_forward", op + "_eager_backward"};
+  static const std::string docs[] = {doc(names[0], inputs), doc(names[1], gradient)};
+  define<forward, count + 1>(m, names[0].c_str(), docs[0].c_str());
+  define<backward, 2>(m, names[1].c_str(), docs[1].c_str());
 }
 
 // --- tensors -------------------------------------------------------------------------------------------------

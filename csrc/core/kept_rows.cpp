@@ -39,8 +39,8 @@ void check_loss(const Checker& check, const TensorView& tensor, const char* name
   check.input(tensor, name, types);
   if (reduction == "none") {
     check.shape(tensor, name, {rows});
-  } else {
-    if (tensor.numel() != 1) check.fail(name, describe(tensor), "one element");
+  } else if (tensor.numel() != 1) {
+    check.fail(name, describe(tensor), "one element");
   }
 }
 

@@ -10,6 +10,9 @@ from gptcore import backend
 from gptcore.ops.arrays import Array, as_rows, empty, empty_like, is_torch, last_contiguous
 from gptcore.ops.registration import TorchOp
 
+# The rows whose logits the kernel keeps at a time: kMostTokens of linear_cross_entropy.cpp, which refuses more of bf16.
+CHUNK_ROWS = 512
+
 
 class LinearCrossEntropy(NamedTuple):
     """``loss`` without the z-loss, ``z_loss`` with its coefficient (both () or per token); ``logprobs`` of the targets
@@ -200,7 +203,9 @@ def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> b
     torch = sys.modules["torch"]
     if x.dtype is not weight.dtype or reduction == "none":
         return False
-    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and x.shape[0] <= 512 and main_grad is None)
+    return x.dtype is torch.float32 or (
+        x.dtype is torch.bfloat16 and x.shape[0] <= CHUNK_ROWS and main_grad is None
+    )
 
 
 def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
