@@ -42,7 +42,8 @@ def _load() -> None:
         native._functorch.peek_interpreter_stack,
     ]
     _torch = torch
-    _is_compiling = torch.compiler.is_compiling
+    # The cheaper of two such questions: what export traces without dynamo runs under a mode, which is seen below.
+    _is_compiling = torch.compiler.is_dynamo_compiling
     _router = functools.partial(
         backend.extension().router, torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled, modes
     )

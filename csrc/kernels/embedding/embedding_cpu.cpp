@@ -43,10 +43,25 @@ constexpr int64_t kTaskRows = 64;
 // token still uses all threads.
 constexpr int64_t kManyOccurrences = 256;
 
-// Running sums held in registers at a time.
+// Running sums held in registers at a time: as many as hide the latency of an addition, and for what is left of
+// a narrow row half of them, so that it too reads its occurrences once.
 constexpr int kSums = 8;
 
-// Columns [begin, end) of one row: the sum over its occurrences, in order.
+// kCount vectors of columns of one row: the sum over its occurrences, in order.
+template <int kCount, class G, class W>
+GPTCORE_INLINE void sum_columns(const EmbeddingBackward& a, const int32_t* first, const int32_t* last,
+                                const G* grad, W* target) {
+  Vec sums[kCount] = {};
+  for (const int32_t* n = first; n != last; ++n) {
+    const G* source = grad + *n * a.grad_stride;
+    for (int s = 0; s < kCount; ++s) sums[s] += load(source + s * kLanes);
+  }
+  for (int s = 0; s < kCount; ++s) {
+    store(target + s * kLanes, a.accumulate ? load(target + s * kLanes) + sums[s] : sums[s]);
+  }
+}
+
+// Columns [begin, end) of one row.
 template <class G, class W>
 GPTCORE_INLINE void sum_row(const EmbeddingBackward& a, int64_t v, int64_t begin, int64_t end) {
   const int32_t *first = a.order + a.vocabulary_start[v], *last = a.order + a.vocabulary_start[v + 1];
@@ -54,14 +69,11 @@ GPTCORE_INLINE void sum_row(const EmbeddingBackward& a, int64_t v, int64_t begin
   W* row = static_cast<W*>(a.dweight) + v * a.width;
   int64_t c = begin;
   for (; c + kSums * kLanes <= end; c += kSums * kLanes) {
-    Vec sums[kSums] = {};
-    for (const int32_t* n = first; n != last; ++n) {
-      const G* source = grad + *n * a.grad_stride + c;
-      for (int s = 0; s < kSums; ++s) sums[s] += load(source + s * kLanes);
-    }
-    for (int s = 0; s < kSums; ++s) {
-      store(row + c + s * kLanes, a.accumulate ? load(row + c + s * kLanes) + sums[s] : sums[s]);
-    }
+    sum_columns<kSums>(a, first, last, grad + c, row + c);
+  }
+  if (c + kSums / 2 * kLanes <= end) {
+    sum_columns<kSums / 2>(a, first, last, grad + c, row + c);
+    c += kSums / 2 * kLanes;
   }
   for_lanes(end - c, [&](int64_t offset, int64_t lanes) {
     Vec sum = {};
