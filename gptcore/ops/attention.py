@@ -51,16 +51,15 @@ def attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    left, right = window_size
-    scale = _default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
+    options = _options(q.shape[-1], softmax_scale, causal, window_size)
     if out is None and is_torch(q):
-        result = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, left, right, return_lse)
+        result = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, return_lse)
         return result if return_lse else result[0]
     if is_torch(q):
         refuse_out_with_grad("attention", q, k, v)
     lse = _new_lse(q) if return_lse else None
     out = empty_like(q) if out is None else out
-    _run(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, causal, left, right)
+    _run(q, k, v, cu_seqlens_q, cu_seqlens_k, options, out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -86,22 +85,17 @@ def attention_qkv(
     Returns:
         (B, T, H D) or (total, H D); with ``return_lse`` the pair with lse.
     """
-    left, right = window_size
     _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
-    scale = _default_scale(size) if softmax_scale is None else softmax_scale
+    options = _options(size, softmax_scale, causal, window_size)
     if out is None and is_torch(qkv):
-        result = _attention_qkv(
-            qkv, cu_seqlens_q, num_heads, num_kv_heads, scale, causal, left, right, return_lse
-        )
+        result = _attention_qkv(qkv, cu_seqlens_q, num_heads, num_kv_heads, *options, return_lse)
         return result if return_lse else result[0]
     if is_torch(qkv):
         refuse_out_with_grad("attention_qkv", qkv)
     out = empty(qkv, (*qkv.shape[:-1], num_heads * size)) if out is None else out
     lse = _new_lse_qkv(qkv, num_heads) if return_lse else None
     q, k, v = _split(last_contiguous(qkv), num_heads, num_kv_heads)
-    _run(
-        q, k, v, cu_seqlens_q, cu_seqlens_q, _as_heads(out, num_heads, size), lse, scale, causal, left, right
-    )
+    _run(q, k, v, cu_seqlens_q, cu_seqlens_q, options, _as_heads(out, num_heads, size), lse)
     return (out, lse) if return_lse else out
 
 
@@ -122,8 +116,8 @@ def attention_backward(
     """Gradients ``(dq, dk, dv)`` of :func:`attention` from ``dout`` (like ``out``) and what forward returned."""
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    scale = _default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
-    return _run_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, scale, causal, *window_size)
+    options = _options(q.shape[-1], softmax_scale, causal, window_size)
+    return _run_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
 
 
 def attention_reference(
@@ -139,7 +133,7 @@ def attention_reference(
     return_lse: bool = False,
 ) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times, lse included."""
-    options = (causal, window_size, _default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale)
+    options = _options(q.shape[-1], softmax_scale, causal, window_size)
     if cu_seqlens_q is None:
         out, lse = _dense_reference(q, k, v, *options)
     else:
@@ -149,7 +143,7 @@ def attention_reference(
     return (out, lse) if return_lse else out
 
 
-def _dense_reference(q: Any, k: Any, v: Any, causal: bool, window: tuple[int, int], scale: float) -> Any:
+def _dense_reference(q: Any, k: Any, v: Any, scale: float, causal: bool, left: int, right: int) -> Any:
     import torch
 
     queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
@@ -157,7 +151,7 @@ def _dense_reference(q: Any, k: Any, v: Any, causal: bool, window: tuple[int, in
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
     place = torch.arange(queries, device=q.device)[:, None] + keys - queries
     key = torch.arange(keys, device=q.device)[None, :]
-    left, right = window[0], 0 if causal else window[1]
+    right = 0 if causal else right
     hidden = torch.zeros(queries, keys, dtype=torch.bool, device=q.device)
     if left >= 0:
         hidden = hidden | (key < place - left)
@@ -181,8 +175,25 @@ def _packed_reference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, options: tup
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-def _default_scale(head_dim: int) -> float:
-    return head_dim**-0.5 if head_dim else 1.0
+# AttentionOptions of attention.h, name and type in torch's schema language, in its order. A new option is a line
+# here, a keyword of the public functions, a parameter of _options and of _dense_reference.
+_OPTIONS = {
+    "softmax_scale": "float",
+    "causal": "bool",
+    "left": "int",
+    "right": "int",
+}
+_TENSOR_OPTIONS = [i for i, kind in enumerate(_OPTIONS.values()) if kind == "Tensor?"]
+
+
+def _options(
+    head_dim: int, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]
+) -> tuple[Any, ...]:
+    """Values for ``_OPTIONS``, defaults filled in."""
+    if softmax_scale is None:
+        softmax_scale = head_dim**-0.5 if head_dim else 1.0
+    left, right = window_size
+    return softmax_scale, causal, left, right
 
 
 def _new_lse(q: Array) -> Array:
@@ -219,22 +230,20 @@ def _split(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
 
 
 def _run(
-    q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, out: Array, lse: Any, scale: float, causal: bool,
-    left: int, right: int,
-) -> None:  # fmt: skip
+    q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, options: tuple[Any, ...], out: Array, lse: Any
+) -> None:
     backend.extension().attention_forward(
-        last_contiguous(q), last_contiguous(k), last_contiguous(v), cu_q, cu_k, scale, causal, left, right, out, lse
-    )  # fmt: skip
+        last_contiguous(q), last_contiguous(k), last_contiguous(v), cu_q, cu_k, options, out, lse
+    )
 
 
 def _run_backward(
-    dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, cu_q: Any, cu_k: Any, scale: float,
-    causal: bool, left: int, right: int,
-) -> tuple[Array, Array, Array]:  # fmt: skip
+    dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, cu_q: Any, cu_k: Any, *options: Any
+) -> tuple[Array, Array, Array]:
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
     backend.extension().attention_backward(
         last_contiguous(dout), last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(out), lse,
-        cu_q, cu_k, scale, causal, left, right, dq, dk, dv,
+        cu_q, cu_k, options, dq, dk, dv,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -243,18 +252,35 @@ def _run_backward(
 # attention(q, k, v, ...) -> (out, lse) and attention_qkv(qkv, ...) -> (out, lse), with their backward ops. The
 # last argument says whether lse is wanted: without gradients it is not even computed otherwise.
 
-_OPTIONS = "float scale, bool causal, int left, int right"
+_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _OPTIONS.items())
+
+
+def _save(ctx: Any, options: list[Any], *tensors: Any) -> None:
+    """Keeps for backward what it needs, the options that are tensors where autograd sees them."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *(options[i] for i in _TENSOR_OPTIONS))
+    for i in _TENSOR_OPTIONS:
+        options[i] = None
+    ctx.options = options
+
+
+def _saved(ctx: Any, count: int) -> tuple[Any, list[Any]]:
+    """The ``count`` tensors and the options that :func:`_save` kept."""
+    tensors, options = ctx.saved_tensors, list(ctx.options)
+    for i, tensor in zip(_TENSOR_OPTIONS, tensors[count:], strict=True):
+        options[i] = tensor
+    return tensors[:count], options
 
 
 def _forward(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
     out, lse = empty_like(q), _new_lse(q)
-    _run(q, k, v, cu_q, cu_k, out, lse, *options[:4])
+    _run(q, k, v, cu_q, cu_k, options[:-1], out, lse)
     return out, lse
 
 
 def _inference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
-    out, lse = empty_like(q), _new_lse(q) if options[4] else None
-    _run(q, k, v, cu_q, cu_k, out, lse, *options[:4])
+    out, lse = empty_like(q), _new_lse(q) if options[-1] else None
+    _run(q, k, v, cu_q, cu_k, options[:-1], out, lse)
     return out, lse
 
 
@@ -263,19 +289,18 @@ def _fake(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, cu_q, cu_k, *options = inputs
+    q, k, v, cu_q, cu_k, *options, _ = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-    ctx.options = tuple(options[:4])
+    _save(ctx, options, q, k, v, out, lse, cu_q, cu_k)
 
 
 def _backward(ctx: Any, grad_out: Any, _: Any) -> tuple[Any, ...]:
+    nothing = (None,) * (len(_OPTIONS) + 3)
     if grad_out is None:
-        return (None,) * 10
-    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-    return *_attention_backward(grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.options), *(None,) * 7
+        return None, None, None, *nothing
+    tensors, options = _saved(ctx, 7)
+    return *_attention_backward(grad_out, *tensors, *options), *nothing
 
 
 def _backward_fake(dout: Any, q: Any, k: Any, v: Any, *_: Any) -> tuple[Any, Any, Any]:
@@ -285,18 +310,18 @@ def _backward_fake(dout: Any, q: Any, k: Any, v: Any, *_: Any) -> tuple[Any, Any
 def _qkv_run(qkv: Any, cu: Any, heads: int, kv_heads: int, options: tuple[Any, ...], lse: Any) -> Any:
     q, k, v = _split(last_contiguous(qkv), heads, kv_heads)
     out = qkv.new_empty((*qkv.shape[:-1], heads * q.shape[-1]))
-    _run(q, k, v, cu, cu, _as_heads(out, heads, q.shape[-1]), lse, *options)
+    _run(q, k, v, cu, cu, options, _as_heads(out, heads, q.shape[-1]), lse)
     return out
 
 
 def _qkv_forward(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tuple[Any, Any]:
     lse = _new_lse_qkv(qkv, heads)
-    return _qkv_run(qkv, cu, heads, kv_heads, options[:4], lse), lse
+    return _qkv_run(qkv, cu, heads, kv_heads, options[:-1], lse), lse
 
 
 def _qkv_inference(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tuple[Any, Any]:
-    lse = _new_lse_qkv(qkv, heads) if options[4] else None
-    return _qkv_run(qkv, cu, heads, kv_heads, options[:4], lse), lse
+    lse = _new_lse_qkv(qkv, heads) if options[-1] else None
+    return _qkv_run(qkv, cu, heads, kv_heads, options[:-1], lse), lse
 
 
 def _qkv_fake(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tuple[Any, Any]:
@@ -305,19 +330,19 @@ def _qkv_fake(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tu
 
 
 def _qkv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    qkv, cu, *options = inputs
+    qkv, cu, heads, kv_heads, *options, _ = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, out, lse, cu)
-    ctx.options = tuple(options[:6])
+    _save(ctx, options, qkv, out, lse, cu)
+    ctx.heads = heads, kv_heads
 
 
 def _qkv_backward(ctx: Any, grad_out: Any, _: Any) -> tuple[Any, ...]:
+    nothing = (None,) * (len(_OPTIONS) + 4)
     if grad_out is None:
-        return (None,) * 9
-    qkv, out, lse, cu = ctx.saved_tensors
-    return _attention_qkv_backward(grad_out, qkv, out, lse, cu, *ctx.options), *(None,) * 8
+        return None, *nothing
+    tensors, options = _saved(ctx, 4)
+    return _attention_qkv_backward(grad_out, *tensors, *ctx.heads, *options), *nothing
 
 
 def _qkv_backward_forward(
@@ -327,7 +352,7 @@ def _qkv_backward_forward(
     q, k, v = _split(last_contiguous(qkv), heads, kv_heads)
     size = q.shape[-1]
     backend.extension().attention_backward(
-        _as_heads(last_contiguous(dout), heads, size), q, k, v, _as_heads(out, heads, size), lse, cu, cu, *options,
+        _as_heads(last_contiguous(dout), heads, size), q, k, v, _as_heads(out, heads, size), lse, cu, cu, options,
         *_split(dqkv, heads, kv_heads),
     )  # fmt: skip
     return dqkv
@@ -340,13 +365,13 @@ def _qkv_backward_fake(dout: Any, qkv: Any, *_: Any) -> Any:
 _attention_backward = TorchOp(
     "attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
-    f"Tensor? cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? cu_seqlens_k, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     forward=_run_backward,
     fake=_backward_fake,
 )
 _attention = TorchOp(
     "attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {_OPTIONS}, bool want_lse)"
+    f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {_SCHEMA}, bool want_lse)"
     " -> (Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
@@ -358,13 +383,13 @@ _attention = TorchOp(
 _attention_qkv_backward = TorchOp(
     "attention_qkv_backward",
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, int heads, int kv_heads, "
-    f"{_OPTIONS}) -> Tensor",
+    f"{_SCHEMA}) -> Tensor",
     forward=_qkv_backward_forward,
     fake=_qkv_backward_fake,
 )
 _attention_qkv = TorchOp(
     "attention_qkv",
-    f"(Tensor qkv, Tensor? cu_seqlens, int heads, int kv_heads, {_OPTIONS}, bool want_lse) -> (Tensor, Tensor)",
+    f"(Tensor qkv, Tensor? cu_seqlens, int heads, int kv_heads, {_SCHEMA}, bool want_lse) -> (Tensor, Tensor)",
     forward=_qkv_forward,
     fake=_qkv_fake,
     setup_context=_qkv_setup,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptcore import ops
-from gptcore.ops.attention import attention, attention_backward, attention_qkv, attention_reference
-from tests.tolerance import assert_close_to_exact, assert_same_for_threads, same_bits
+from gptcore.ops.attention import _options, attention, attention_backward, attention_qkv, attention_reference
+from tests.ops.attention_oracle import DTYPES, check, gradients_of, inputs, torch_attention
+from tests.tolerance import assert_same_for_threads, same_bits
 
-DTYPES = [torch.float32, torch.bfloat16]
 # T, S, H, Hkv, D: single elements, less than a vector, one more than a tile, blocks and their tails, T != S both ways.
 SHAPES = [
     (1, 1, 1, 1, 1),
@@ -38,77 +38,11 @@ MASKS = [
 ]
 
 
-def _inputs(batch: int, queries: int, keys: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype):
-    q = torch.randn(batch, queries, heads, size).to(dtype)
-    k, v = (torch.randn(batch, keys, kv_heads, size).to(dtype) for _ in range(2))
-    return q, k, v
-
-
-def _torch_attention(
-    q: Any, k: Any, v: Any, *, causal: bool = False, window_size=(-1, -1), softmax_scale=None
-):
-    """torch's own attention under the same mask: the yardstick for errors."""
-    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    place = torch.arange(queries)[:, None] + keys - queries
-    key = torch.arange(keys)[None]
-    left, right = window_size[0], 0 if causal else window_size[1]
-    seen = torch.ones(queries, keys, dtype=torch.bool)
-    if left >= 0:
-        seen &= key >= place - left
-    if right >= 0:
-        seen &= key <= place + right
-    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale)
-    return out.transpose(1, 2).nan_to_num(0.0)
-
-
-def _gradients(function: Any, tensors: Any, grad: torch.Tensor, **options: Any):
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    out = function(*leaves, **options)
-    return out.detach(), torch.autograd.grad(out, leaves, grad.to(out.dtype))
-
-
-def _check(tensors: Any, twin: Any = _torch_attention, **options: Any) -> None:
-    """Output, lse and gradients against the float64 reference."""
-    q, k, _ = tensors
-    # The gradient as the kernel sees it: rounding it to bf16 is no error of the kernel's.
-    grad = torch.randn(q.shape).to(q.dtype)
-    got, got_gradients = _gradients(attention, tensors, grad, **options)
-    doubles = [x.double() for x in tensors]
-    exact, exact_gradients = _gradients(attention_reference, doubles, grad, **options)
-    mine, mine_gradients = _gradients(twin, tensors, grad, **options) if twin else (None, [None] * 3)
-    length = k.shape[-3] * q.shape[-1]
-    assert_close_to_exact(got, exact, mine, terms=length, what="out")
-    # dS = P (dP - delta) cancels: with few keys the gradients of q and k are differences of numbers of the size of
-    # dout * v, and a lone key's are exactly zero in float64.
-    summand = (grad.double().norm(dim=-1).max() * doubles[2].norm(dim=-1).max()).item() if k.numel() else 0.0
-    scale = options.get("softmax_scale") or q.shape[-1] ** -0.5
-    other = (
-        max(doubles[0].abs().max().item(), doubles[1].abs().max().item()) if k.numel() and q.numel() else 0.0
-    )
-    terms = max(q.shape[-3], length)
-    # bf16 kernels round P and dS before their products, as torch's does: every summand is off by up to 2^-9 of itself,
-    # where the floor counts f32's 2^-24. P adds up to one, so the sum is off by that share of the largest summand.
-    rounding = 2.0**15 / terms**0.5 if q.dtype == torch.bfloat16 else 1.0
-    for name, a, b, c in zip("qkv", got_gradients, exact_gradients, mine_gradients, strict=True):
-        size = 0.0 if name == "v" else summand * abs(scale) * other * rounding
-        assert_close_to_exact(a, b, c, terms=terms, summand=size, what=f"gradient of {name}")
-    with torch.no_grad():
-        lse = attention(*tensors, return_lse=True, **options)[1]
-    exact_lse = attention_reference(*doubles, return_lse=True, **options)[1]
-    seen = exact_lse.isfinite()
-    assert torch.equal(lse.isneginf(), ~seen)
-    # f32 roundings of the score sums and of the sum of exponentials; bf16 tensors take the short polynomial (1.0e-4).
-    bound = 2.0**-23 * length**0.5 * max(1.0, exact_lse[seen].abs().max().item() if seen.any() else 0.0)
-    bound += 1.1e-4 if q.dtype == torch.bfloat16 else 2.0**-22
-    assert (lse[seen].double() - exact_lse[seen]).abs().max().item() <= bound if seen.any() else True
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_at_every_shape_and_mask_on_every_isa(isa: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         for mask in MASKS:
-            _check(_inputs(2, *shape, dtype), **mask)
+            check(inputs(2, *shape, dtype), **mask)
 
 
 @settings(max_examples=40, deadline=None)
@@ -129,29 +63,29 @@ def test_any_shape_and_option(
     batch, queries, keys, kv_heads, group, size, causal, window, scale, dtype, seed
 ) -> None:
     torch.manual_seed(seed)
-    tensors = _inputs(batch, queries, keys, kv_heads * group, kv_heads, size, dtype)
+    tensors = inputs(batch, queries, keys, kv_heads * group, kv_heads, size, dtype)
     if batch * queries * keys == 0:
-        out, gradients = _gradients(
+        out, gradients = gradients_of(
             attention, tensors, torch.randn(tensors[0].shape), causal=causal, window_size=window
         )
         assert not out.any() and not any(g.any() for g in gradients)
         return
-    _check(tensors, causal=causal, window_size=window, softmax_scale=scale)
+    check(tensors, causal=causal, window_size=window, softmax_scale=scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_group_of_heads_and_a_long_row_of_blocks(isa: str, dtype: torch.dtype) -> None:
     # Longer than every block size, so that rescaling, skipped blocks and sums over blocks all take place.
-    q, k, v = _inputs(1, 700, 900, 2, 1, 64, dtype)
-    _check((q * 3, k, v), causal=True, window_size=(333, -1))
-    _check((q * 3, k, v), causal=True)
+    q, k, v = inputs(1, 700, 900, 2, 1, 64, dtype)
+    check((q * 3, k, v), causal=True, window_size=(333, -1))
+    check((q * 3, k, v), causal=True)
 
 
 def test_large_scores_are_rescaled_without_overflow(isa: str) -> None:
     # Scores grow with the key, so that the running maximum rises in every block, to several hundreds.
-    q, k, v = _inputs(1, 33, 800, 1, 1, 32, torch.float32)
+    q, k, v = inputs(1, 33, 800, 1, 1, 32, torch.float32)
     k = k + torch.linspace(0, 30, 800)[None, :, None, None]
-    _check((q.abs() + 1, k, v), causal=False)
+    check((q.abs() + 1, k, v), causal=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,19 +99,19 @@ def test_documents_do_not_see_each_other(isa: str, dtype: torch.dtype) -> None:
         out = [q[:0]]
         for i in range(5):
             one = [x[None, c[i] : c[i + 1]] for x, c in ((q, cu_q), (k, cu_k), (v, cu_k))]
-            out.append(_torch_attention(*one, causal=causal)[0] if lengths_k[i] else one[0][0] * 0)
+            out.append(torch_attention(*one, causal=causal)[0] if lengths_k[i] else one[0][0] * 0)
         return torch.cat(out)
 
     for causal in (False, True):
-        _check((q, k, v), by_document, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        check((q, k, v), by_document, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         whole = attention(q, k, v, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         alone = attention(q[None, 5:135], k[None, 13:143], v[None, 13:143], causal=causal)
         assert same_bits(whole[5:135], alone[0])
 
 
 def test_queries_that_see_nothing_are_zero_and_get_no_gradient(isa: str) -> None:
-    q, k, v = _inputs(2, 50, 20, 2, 1, 24, torch.float32)
-    out, gradients = _gradients(attention, (q, k, v), torch.randn(q.shape), causal=True)
+    q, k, v = inputs(2, 50, 20, 2, 1, 24, torch.float32)
+    out, gradients = gradients_of(attention, (q, k, v), torch.randn(q.shape), causal=True)
     lse = attention(q, k, v, causal=True, return_lse=True)[1]
     assert not out[:, :30].any() and out[:, 30:].all()
     assert lse[..., :30].isneginf().all() and lse[..., 30:].isfinite().all()
@@ -196,7 +130,7 @@ def test_views_of_a_fused_projection_are_read_and_written_in_place(isa: str, dty
     (dqkv,) = torch.autograd.grad(out, fused, grad)
     q, k, v = qkv.view(2, 37, -1, size).split([heads, kv_heads, kv_heads], 2)
     assert not q.is_contiguous()
-    split_out, split = _gradients(attention, (q, k, v), grad.view(2, 37, heads, size), causal=True)
+    split_out, split = gradients_of(attention, (q, k, v), grad.view(2, 37, heads, size), causal=True)
     assert same_bits(out.detach(), split_out.flatten(2))
     assert same_bits(dqkv, torch.cat([g.flatten(2) for g in split], -1))
     contiguous = attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True)
@@ -209,7 +143,7 @@ def test_views_of_a_fused_projection_are_read_and_written_in_place(isa: str, dty
 
 def test_strides_of_heads_tokens_and_outputs_are_free() -> None:
     q, k, v = (
-        x.transpose(1, 2) for x in _inputs(2, 4, 4, 30, 30, 33, torch.float32)
+        x.transpose(1, 2) for x in inputs(2, 4, 4, 30, 30, 33, torch.float32)
     )  # (B, T, H, D) from heads first
     expected = attention(q.contiguous(), k.contiguous(), v.contiguous())
     assert same_bits(attention(q, k, v), expected)
@@ -217,7 +151,7 @@ def test_strides_of_heads_tokens_and_outputs_are_free() -> None:
     out = room[..., 1:34]
     assert attention(q, k, v, out=out) is out
     assert same_bits(out, expected) and (room[..., 0] == 7).all() and (room[..., 34:] == 7).all()
-    last = _inputs(1, 6, 6, 2, 2, 8, torch.float32)[0].transpose(-1, -2).contiguous().transpose(-1, -2)
+    last = inputs(1, 6, 6, 2, 2, 8, torch.float32)[0].transpose(-1, -2).contiguous().transpose(-1, -2)
     assert last.stride(-1) != 1  # copied first
     assert same_bits(attention(last, last, last), attention(*[last.contiguous()] * 3))
 
@@ -226,11 +160,11 @@ def test_strides_of_heads_tokens_and_outputs_are_free() -> None:
 @pytest.mark.parametrize("shape", [(3, 200, 260, 6, 2, 64), (1, 300, 700, 2, 1, 32)])
 def test_same_bits_for_every_thread_count_and_run(threads: None, isa: str, dtype, shape) -> None:
     # The second shape has few heads: backward splits its keys and adds partial dq.
-    tensors = _inputs(*shape, dtype)
+    tensors = inputs(*shape, dtype)
     grad = torch.randn(tensors[0].shape).to(dtype)
 
     def step() -> list[torch.Tensor]:
-        out, gradients = _gradients(attention, tensors, grad, causal=True)
+        out, gradients = gradients_of(attention, tensors, grad, causal=True)
         return [out, *gradients]
 
     assert_same_for_threads(step)
@@ -238,7 +172,7 @@ def test_same_bits_for_every_thread_count_and_run(threads: None, isa: str, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
-    tensors = _inputs(9, 150, 150, 4, 2, 64, dtype)
+    tensors = inputs(9, 150, 150, 4, 2, 64, dtype)
     whole = attention(*tensors, causal=True)
     for i in (0, 4, 8):
         assert same_bits(whole[i : i + 1], attention(*[x[i : i + 1] for x in tensors], causal=True))
@@ -246,7 +180,7 @@ def test_a_sequence_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
 
 def test_not_a_number_stays_in_the_rows_that_see_it() -> None:
     for dtype in DTYPES:
-        q, k, v = _inputs(1, 40, 40, 1, 1, 16, dtype)
+        q, k, v = inputs(1, 40, 40, 1, 1, 16, dtype)
         clean = attention(q, k, v, causal=True)
         k[0, 20, 0, 3] = float("nan")
         got = attention(q, k, v, causal=True)
@@ -255,12 +189,12 @@ def test_not_a_number_stays_in_the_rows_that_see_it() -> None:
 
 def test_numpy_arrays_and_explicit_backward() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    tensors = _inputs(2, 20, 30, 4, 2, 24, torch.float32)
+    tensors = inputs(2, 20, 30, 4, 2, 24, torch.float32)
     grad = torch.randn(tensors[0].shape)
     arrays = [x.numpy() for x in tensors]
     out, lse = attention(*arrays, causal=True, return_lse=True)
     assert isinstance(out, np.ndarray) and isinstance(lse, np.ndarray)
-    expected, gradients = _gradients(attention, tensors, grad, causal=True)
+    expected, gradients = gradients_of(attention, tensors, grad, causal=True)
     assert same_bits(torch.from_numpy(out), expected)
     for a, b in zip(attention_backward(grad.numpy(), *arrays, out, lse, causal=True), gradients, strict=True):
         assert same_bits(torch.from_numpy(a), b)
@@ -275,8 +209,8 @@ def test_numpy_arrays_and_explicit_backward() -> None:
 
 def test_opcheck_and_gradcheck() -> None:
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
-    q, k, v = (x.requires_grad_() for x in _inputs(1, 5, 5, 2, 1, 4, torch.float32))
-    options = (0.5, True, -1, -1, False)
+    q, k, v = (x.requires_grad_() for x in inputs(1, 5, 5, 2, 1, 4, torch.float32))
+    options = (*_options(4, 0.5, True, (-1, -1)), False)
     torch.library.opcheck(torch.ops.gptcore.attention.default, (q, k, v, None, None, *options))
     packed = [x.detach()[0].requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.gptcore.attention.default, (*packed, cu, cu, *options))
@@ -290,7 +224,7 @@ def test_opcheck_and_gradcheck() -> None:
 
 
 def test_compiles_into_one_graph() -> None:
-    tensors = _inputs(2, 12, 12, 2, 1, 16, torch.float32)
+    tensors = inputs(2, 12, 12, 2, 1, 16, torch.float32)
 
     def block(q, k, v):
         out = ops.attention(q, k, v, causal=True)
@@ -306,7 +240,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_lse_carries_no_gradient_and_second_derivatives_are_refused() -> None:
-    q, k, v = (x.requires_grad_() for x in _inputs(1, 5, 5, 1, 1, 8, torch.float32))
+    q, k, v = (x.requires_grad_() for x in inputs(1, 5, 5, 1, 1, 8, torch.float32))
     out, lse = attention(q, k, v, return_lse=True)
     assert out.requires_grad and not lse.requires_grad
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -393,14 +327,14 @@ def test_read_only_output_is_refused_and_untouched() -> None:
     assert (out == 7).all()
 
 
-def test_out_form_refuses_gradients() -> None:
-    q, k, v = _inputs(1, 3, 3, 1, 1, 8, torch.float32)
+def test_out_form_refusesgradients_of() -> None:
+    q, k, v = inputs(1, 3, 3, 1, 1, 8, torch.float32)
     with pytest.raises(RuntimeError, match="out="):
         attention(q.requires_grad_(), k, v, out=torch.empty(1, 3, 1, 8))
 
 
 def test_autocast_takes_bf16_as_torch_does() -> None:
-    tensors = _inputs(1, 9, 9, 2, 2, 16, torch.float32)
+    tensors = inputs(1, 9, 9, 2, 2, 16, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = attention(*tensors)
     assert same_bits(got, attention(*[x.bfloat16() for x in tensors]))

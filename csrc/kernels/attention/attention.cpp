@@ -82,6 +82,18 @@ void check_heads(const Checker& check, const TensorView& q, const TensorView& k)
   }
 }
 
+void check_options(const Checker& check, const AttentionOptions& options, AttentionProblem* p) {
+  if (!std::isfinite(options.softmax_scale)) {
+    check.fail("softmax_scale", std::to_string(options.softmax_scale), "a finite number");
+  }
+  if (options.left < -1 || options.right < -1) {
+    check.fail("window_size", "(" + std::to_string(options.left) + ", " + std::to_string(options.right) + ")",
+               "numbers of keys to the left and right, or -1 for all");
+  }
+  p->scale = options.softmax_scale;
+  p->left = options.left, p->right = options.causal ? 0 : options.right;
+}
+
 // What both passes take; fills everything but outputs and gradients.
 AttentionProblem check_inputs(const Checker& check, const TensorView& q, const TensorView& k,
                               const TensorView& v, const TensorView& cu_q, const TensorView& cu_k,
@@ -97,13 +109,6 @@ AttentionProblem check_inputs(const Checker& check, const TensorView& q, const T
   check_tensor(check, v, "v", q);
   check.same_shape(v, "v", k, "k");
   check_heads(check, q, k);
-  if (!std::isfinite(options.softmax_scale)) {
-    check.fail("softmax_scale", std::to_string(options.softmax_scale), "a finite number");
-  }
-  if (options.left < -1 || options.right < -1) {
-    check.fail("window_size", "(" + std::to_string(options.left) + ", " + std::to_string(options.right) + ")",
-               "numbers of keys to the left and right, or -1 for all");
-  }
   AttentionProblem p{};
   if (packed) {
     check_documents(check, cu_q, cu_k, q.size(0), k.size(0), &p);
@@ -115,8 +120,7 @@ AttentionProblem check_inputs(const Checker& check, const TensorView& q, const T
   }
   p.q = tensor_of(q), p.k = tensor_of(k), p.v = tensor_of(v);
   p.heads = q.size(-2), p.kv_heads = k.size(-2), p.head_dim = q.size(-1);
-  p.scale = options.softmax_scale;
-  p.left = options.left, p.right = options.causal ? 0 : options.right;
+  check_options(check, options, &p);
   return p;
 }
 

@@ -31,6 +31,8 @@
 
 namespace gptcore {
 
+// What both passes are told beside their tensors. A new option is a line here, in the tuple of
+// bindings/attention.cpp, in AttentionProblem, and in `_OPTIONS` of ops/attention.py.
 struct AttentionOptions {
   float softmax_scale;
   bool causal;

@@ -1,0 +1,78 @@
+"""What attention's tests hold the kernel against: the float64 reference, and torch's own attention as the yardstick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gptcore.ops.attention import attention, attention_reference
+from tests.tolerance import assert_close_to_exact
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(batch: int, queries: int, keys: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+    q = torch.randn(batch, queries, heads, size).to(dtype)
+    k, v = (torch.randn(batch, keys, kv_heads, size).to(dtype) for _ in range(2))
+    return q, k, v
+
+
+def torch_attention(
+    q: Any, k: Any, v: Any, *, causal: bool = False, window_size=(-1, -1), softmax_scale=None
+):
+    """torch's own attention under the same mask: the yardstick for errors."""
+    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    place = torch.arange(queries)[:, None] + keys - queries
+    key = torch.arange(keys)[None]
+    left, right = window_size[0], 0 if causal else window_size[1]
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    if left >= 0:
+        seen &= key >= place - left
+    if right >= 0:
+        seen &= key <= place + right
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale)
+    return out.transpose(1, 2).nan_to_num(0.0)
+
+
+def gradients_of(function: Any, tensors: Any, grad: torch.Tensor, **options: Any):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*leaves, **options)
+    return out.detach(), torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
+def check(tensors: Any, twin: Any = torch_attention, **options: Any) -> None:
+    """Output, lse and gradients against the float64 reference."""
+    q, k, _ = tensors
+    # The gradient as the kernel sees it: rounding it to bf16 is no error of the kernel's.
+    grad = torch.randn(q.shape).to(q.dtype)
+    got, got_gradients = gradients_of(attention, tensors, grad, **options)
+    doubles = [x.double() for x in tensors]
+    exact, exact_gradients = gradients_of(attention_reference, doubles, grad, **options)
+    mine, mine_gradients = gradients_of(twin, tensors, grad, **options) if twin else (None, [None] * 3)
+    length = k.shape[-3] * q.shape[-1]
+    assert_close_to_exact(got, exact, mine, terms=length, what="out")
+    # dS = P (dP - delta) cancels: with few keys the gradients of q and k are differences of numbers of the size of
+    # dout * v, and a lone key's are exactly zero in float64.
+    summand = (grad.double().norm(dim=-1).max() * doubles[2].norm(dim=-1).max()).item() if k.numel() else 0.0
+    scale = options.get("softmax_scale") or q.shape[-1] ** -0.5
+    other = (
+        max(doubles[0].abs().max().item(), doubles[1].abs().max().item()) if k.numel() and q.numel() else 0.0
+    )
+    terms = max(q.shape[-3], length)
+    # bf16 kernels round P and dS before their products, as torch's does: every summand is off by up to 2^-9 of itself,
+    # where the floor counts f32's 2^-24. P adds up to one, so the sum is off by that share of the largest summand.
+    rounding = 2.0**15 / terms**0.5 if q.dtype == torch.bfloat16 else 1.0
+    for name, a, b, c in zip("qkv", got_gradients, exact_gradients, mine_gradients, strict=True):
+        size = 0.0 if name == "v" else summand * abs(scale) * other * rounding
+        assert_close_to_exact(a, b, c, terms=terms, summand=size, what=f"gradient of {name}")
+    with torch.no_grad():
+        lse = attention(*tensors, return_lse=True, **options)[1]
+    exact_lse = attention_reference(*doubles, return_lse=True, **options)[1]
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse.isneginf(), ~seen)
+    # f32 roundings of the score sums and of the sum of exponentials; bf16 tensors take the short polynomial (1.0e-4).
+    bound = 2.0**-23 * length**0.5 * max(1.0, exact_lse[seen].abs().max().item() if seen.any() else 0.0)
+    bound += 1.1e-4 if q.dtype == torch.bfloat16 else 2.0**-22
+    assert (lse[seen].double() - exact_lse[seen]).abs().max().item() <= bound if seen.any() else True
