@@ -22,6 +22,8 @@ class Shape:
     causal: bool = True
     window: int | None = None
     documents: int = 1
+    soft_cap: float | None = None
+    alibi: bool = False
 
     @property
     def keys(self) -> int:
@@ -37,6 +39,8 @@ class Shape:
         parts += [f"Hkv{self.Hkv}"] * bool(self.Hkv) + [f"S{self.S}"] * bool(self.S)
         parts += [f"window{self.window}"] * bool(self.window)
         parts += [f"packed{self.documents}"] if self.documents > 1 else []
+        parts += [f"softcap{self.soft_cap:g}"] if self.soft_cap else []
+        parts += ["alibi"] * self.alibi
         return "_".join([*parts, "causal" if self.causal else "full"])
 
     def scores(self) -> float:
@@ -60,14 +64,24 @@ def _inputs(shape: Shape, target: Target, *, grad: bool) -> list[Any]:
     return [q] + [target.randn(shape.B, shape.keys, shape.kv_heads, shape.D, grad=grad) for _ in range(2)]
 
 
-def _mask(shape: Shape, device: str) -> Any:
-    """True where attended, for the shapes that torch's is_causal cannot express; None for the others."""
+def _slopes(shape: Shape, device: str) -> Any:
     import torch
 
-    if shape.window is None and shape.documents == 1:
+    return 2.0 ** (-8.0 * torch.arange(1, shape.H + 1, device=device) / shape.H) if shape.alibi else None
+
+
+def _mask(shape: Shape, device: str) -> Any:
+    """True where attended, or ALiBi's bias, for the shapes that torch's is_causal cannot express; else None."""
+    import torch
+
+    if shape.window is None and shape.documents == 1 and not shape.alibi:
         return None
     position = torch.arange(shape.T, device=device)
     allowed = position[:, None] >= position[None, :]
+    if shape.alibi:
+        distance = (position[:, None] - position[None, :]).abs()
+        bias = -_slopes(shape, device)[:, None, None] * distance
+        return bias.masked_fill(~allowed, float("-inf"))
     if shape.window is not None:
         allowed &= position[:, None] - position[None, :] <= shape.window
     if shape.documents > 1:
@@ -93,6 +107,21 @@ def _sdpa(shape: Shape, device: str) -> Callable[..., Any]:
     return call
 
 
+def _composed(shape: Shape, device: str) -> Callable[..., Any]:
+    """A soft cap by hand, since torch's attention has none."""
+    import torch
+
+    hidden = torch.ones(shape.T, shape.keys, dtype=torch.bool, device=device).triu(1)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = shape.soft_cap * torch.tanh(q @ k.mT * (shape.D**-0.5 / shape.soft_cap))
+        p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return (p @ v).transpose(1, 2)
+
+    return call
+
+
 def _per_document(shape: Shape) -> Callable[..., Any]:
     """torch's attention once for each packed document: skips the pairs that a mask would compute."""
     import torch
@@ -112,9 +141,16 @@ def _per_document(shape: Shape) -> Callable[..., Any]:
 
 def _flex(shape: Shape, device: str) -> Callable[..., Any]:
     """FlexAttention with a block mask; on the CPU it needs torch.compile and has no backward."""
+    import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     length = shape.T // shape.documents
+    slopes = _slopes(shape, device)
+
+    def score(x: Any, _b: Any, head: Any, query: Any, key: Any) -> Any:
+        if shape.soft_cap is not None:
+            x = shape.soft_cap * torch.tanh(x / shape.soft_cap)
+        return x if slopes is None else x - slopes[head] * (query - key)
 
     def allowed(_b: Any, _h: Any, query: Any, key: Any) -> Any:
         keep = query >= key
@@ -131,9 +167,9 @@ def _flex(shape: Shape, device: str) -> Callable[..., Any]:
 
     def call(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled_flex(q, k, v, block_mask=block_mask, enable_gqa=shape.kv_heads != shape.H).transpose(
-            1, 2
-        )
+        gqa, modify = shape.kv_heads != shape.H, score if shape.alibi or shape.soft_cap else None
+        out = compiled_flex(q, k, v, score_mod=modify, block_mask=block_mask, enable_gqa=gqa)
+        return out.transpose(1, 2)
 
     return call
 
@@ -145,7 +181,10 @@ def _ours(shape: Shape, device: str) -> Callable[..., Any]:
 
     window = (-1, -1) if shape.window is None else (shape.window, 0)
     if shape.documents == 1:
-        return lambda q, k, v: attention(q, k, v, causal=shape.causal, window_size=window)
+        slopes = _slopes(shape, device)
+        return lambda q, k, v: attention(
+            q, k, v, causal=shape.causal, window_size=window, soft_cap=shape.soft_cap, alibi_slopes=slopes
+        )
     length = shape.T // shape.documents
     count = shape.B * shape.documents
     bounds = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
@@ -160,7 +199,7 @@ def _ours(shape: Shape, device: str) -> Callable[..., Any]:
 def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         inputs = _inputs(shape, target, grad=backward)
-        sdpa = _sdpa(shape, target.device)
+        sdpa = (_composed if shape.soft_cap else _sdpa)(shape, target.device)
         functions = {
             "gptcore": _ours(shape, target.device),
             "torch_eager": sdpa,
@@ -228,6 +267,9 @@ SHAPES = (
     Shape(1, 4096, 12, 64),
     Shape(1, 4096, 12, 64, window=256),
     Shape(2, 1024, 12, 64, documents=4),
+    Shape(4, 1024, 12, 64, soft_cap=50.0),
+    Shape(4, 1024, 12, 64, soft_cap=1.0),
+    Shape(4, 1024, 12, 64, alibi=True),
 )
 # Labels and directions that --quick measures.
 QUICK = {

@@ -35,6 +35,9 @@ def attention_backward(
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
+    dlse: Tensor | None,
+    dbias: Tensor | None,
+    dsinks: Tensor | None,
 ) -> None: ...
 def attention_forward(
     q: Tensor | None,

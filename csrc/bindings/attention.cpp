@@ -10,10 +10,15 @@ using gptcore::TensorView;
 namespace {
 
 // AttentionOptions from a tuple of its fields, in their order: one type for each.
-using AttentionFields = std::tuple<float,    // softmax_scale
-                                   bool,     // causal
-                                   int64_t,  // left
-                                   int64_t   // right
+using AttentionFields = std::tuple<float,       // softmax_scale
+                                   bool,        // causal
+                                   int64_t,     // left
+                                   int64_t,     // right
+                                   float,       // soft_cap
+                                   TensorView,  // alibi_slopes
+                                   TensorView,  // attn_mask
+                                   TensorView,  // attn_bias
+                                   TensorView   // sinks
                                    >;
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cu_q,
@@ -26,9 +31,11 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
 void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
                         const TensorView& out, const TensorView& lse, const TensorView& cu_q,
                         const TensorView& cu_k, const AttentionFields& options, const TensorView& dq,
-                        const TensorView& dk, const TensorView& dv) {
+                        const TensorView& dk, const TensorView& dv, const TensorView& dlse,
+                        const TensorView& dbias, const TensorView& dsinks) {
   gptcore::attention_backward(dout, q, k, v, out, lse, cu_q, cu_k,
-                              std::make_from_tuple<gptcore::AttentionOptions>(options), dq, dk, dv);
+                              std::make_from_tuple<gptcore::AttentionOptions>(options), dq, dk, dv, dlse,
+                              dbias, dsinks);
 }
 
 }  // namespace
@@ -41,6 +48,6 @@ void register_attention(py::module_& m) {
         "AttentionOptions, field by field.");
   m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("lse"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("options"),
-        py::arg("dq"), py::arg("dk"), py::arg("dv"), py::call_guard<py::gil_scoped_release_simple>(),
-        "Gradients of attention_forward, overwritten.");
+        py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dlse"), py::arg("dbias"), py::arg("dsinks"),
+        py::call_guard<py::gil_scoped_release_simple>(), "Gradients of attention_forward, overwritten.");
 }

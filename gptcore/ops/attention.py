@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,11 @@ def attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    sinks: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     return_lse: bool = False,
@@ -32,6 +38,15 @@ def attention(
         causal: the last query sees the last key, the one before it all but that, and so on (bottom-right).
         window_size: keys seen to the left and right of a query's own place, inclusive; -1 means all.
         softmax_scale: default D ** -0.5.
+        soft_cap: scaled scores s become soft_cap * tanh(s / soft_cap), above 0; default none (Gemma 2: 50).
+        alibi_slopes: (H,) or (B, H) f32, B counting documents when packed: slope * |distance| is subtracted from a
+            score, the distance being that to the query's own place. Constants: they get no gradient.
+        attn_mask: bool, broadcasts to (B, H, T, S) with S its own: True where a query may see a key, besides
+            ``causal`` and ``window_size``. Not with cu_seqlens.
+        attn_bias: the same shapes, f32 or q's dtype: added to the scores after soft cap and ALiBi. Differentiable
+            where T is its own; the gradient is summed over what was broadcast, in order. Not with cu_seqlens.
+        sinks: (H,) f32, a score per head that joins each row's softmax but leads to no value (Xiao et al. 2023);
+            differentiable. lse counts it.
         cu_seqlens_q: (documents + 1,) int32, from 0 to total: packed documents that do not see each other. Then
             q is (total, H, D), k and v (total_k, Hkv, D).
         cu_seqlens_k: the same for keys; default ``cu_seqlens_q``.
@@ -40,7 +55,7 @@ def attention(
 
     Returns:
         ``out`` like ``q``; with ``return_lse`` the pair ``(out, lse)``, lse (B, H, T) or (H, total) f32. A query
-        that sees no key has out 0 and lse -inf. lse carries no gradient: it is marked not differentiable.
+        that sees no key has out 0 and lse -inf, or its sink. lse is differentiable.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, lengths that do not fit; nothing is written then.
@@ -51,7 +66,9 @@ def attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    options = _options(q.shape[-1], softmax_scale, causal, window_size)
+    options = _options(
+        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
+    )
     if out is None and is_torch(q):
         result = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, return_lse)
         return result if return_lse else result[0]
@@ -71,6 +88,11 @@ def attention_qkv(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    sinks: Array | None = None,
     cu_seqlens_q: Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
@@ -86,7 +108,9 @@ def attention_qkv(
         (B, T, H D) or (total, H D); with ``return_lse`` the pair with lse.
     """
     _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
-    options = _options(size, softmax_scale, causal, window_size)
+    options = _options(
+        size, softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
+    )
     if out is None and is_torch(qkv):
         result = _attention_qkv(qkv, cu_seqlens_q, num_heads, num_kv_heads, *options, return_lse)
         return result if return_lse else result[0]
@@ -110,14 +134,26 @@ def attention_backward(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    sinks: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
-) -> tuple[Array, Array, Array]:
-    """Gradients ``(dq, dk, dv)`` of :func:`attention` from ``dout`` (like ``out``) and what forward returned."""
+    dlse: Array | None = None,
+) -> tuple[Array, ...]:
+    """Gradients ``(dq, dk, dv)`` of :func:`attention` from ``dout`` (like ``out``), ``dlse`` (like ``lse``; default:
+    zeros) and what forward returned; then those of ``attn_bias`` and ``sinks``, f32, as far as they are given."""
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    options = _options(q.shape[-1], softmax_scale, causal, window_size)
-    return _run_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options)
+    options = _options(
+        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
+    )
+    gradients = _run_backward(
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, dlse, attn_bias is not None
+    )
+    return tuple(x for x in gradients if x is not None)
 
 
 def attention_reference(
@@ -128,12 +164,19 @@ def attention_reference(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softmax_scale: float | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    sinks: Array | None = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     return_lse: bool = False,
 ) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times, lse included."""
-    options = _options(q.shape[-1], softmax_scale, causal, window_size)
+    options = _options(
+        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
+    )
     if cu_seqlens_q is None:
         out, lse = _dense_reference(q, k, v, *options)
     else:
@@ -143,22 +186,35 @@ def attention_reference(
     return (out, lse) if return_lse else out
 
 
-def _dense_reference(q: Any, k: Any, v: Any, scale: float, causal: bool, left: int, right: int) -> Any:
+def _dense_reference(
+    q: Any, k: Any, v: Any, scale: float, causal: bool, left: int, right: int, soft_cap: float, slopes: Any,
+    mask: Any, bias: Any, sinks: Any,
+) -> Any:  # fmt: skip
     import torch
 
     queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     place = torch.arange(queries, device=q.device)[:, None] + keys - queries
     key = torch.arange(keys, device=q.device)[None, :]
+    if slopes is not None:
+        scores = scores - slopes.to(scores.dtype)[..., None, None] * (place - key).abs()
+    if bias is not None:
+        scores = scores + bias
     right = 0 if causal else right
     hidden = torch.zeros(queries, keys, dtype=torch.bool, device=q.device)
     if left >= 0:
         hidden = hidden | (key < place - left)
     if right >= 0:
         hidden = hidden | (key > place + right)
+    if mask is not None:
+        hidden = hidden | ~mask
     scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1) if keys else scores.new_full(scores.shape[:3], float("-inf"))
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     # Rows that see nothing: any finite number in place of -inf keeps values and gradients at exactly 0.
     p = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
     return torch.einsum("bhts,bshd->bthd", p, v), lse
@@ -168,11 +224,21 @@ def _packed_reference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, options: tup
     import torch
 
     outs, lses = [q[:0]], [q.new_zeros((q.shape[1], 0))]
-    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        out, lse = _dense_reference(q[None, a:b], k[None, c:d], v[None, c:d], *options)
+    documents = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
+    for i, ((a, b), (c, d)) in enumerate(documents):
+        out, lse = _dense_reference(q[None, a:b], k[None, c:d], v[None, c:d], *_of_document(options, i))
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, 1)
+
+
+def _of_document(options: tuple[Any, ...], i: int) -> list[Any]:
+    """The options with the ``i``-th row of those that are given per sequence."""
+    names = list(_OPTIONS)
+    return [
+        x[i : i + 1] if names[j] == "alibi_slopes" and x is not None and x.ndim == 2 else x
+        for j, x in enumerate(options)
+    ]
 
 
 # AttentionOptions of attention.h, name and type in torch's schema language, in its order. A new option is a line
@@ -182,18 +248,33 @@ _OPTIONS = {
     "causal": "bool",
     "left": "int",
     "right": "int",
+    "soft_cap": "float",
+    "alibi_slopes": "Tensor?",
+    "attn_mask": "Tensor?",
+    "attn_bias": "Tensor?",
+    "sinks": "Tensor?",
 }
+_MASK, _BIAS, _SINKS = (list(_OPTIONS).index(name) for name in ("attn_mask", "attn_bias", "sinks"))
 _TENSOR_OPTIONS = [i for i, kind in enumerate(_OPTIONS.values()) if kind == "Tensor?"]
 
 
 def _options(
-    head_dim: int, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]
+    head_dim: int,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    soft_cap: float | None = None,
+    alibi_slopes: Array | None = None,
+    attn_mask: Array | None = None,
+    attn_bias: Array | None = None,
+    sinks: Array | None = None,
 ) -> tuple[Any, ...]:
     """Values for ``_OPTIONS``, defaults filled in."""
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5 if head_dim else 1.0
     left, right = window_size
-    return softmax_scale, causal, left, right
+    cap = 0.0 if soft_cap is None else soft_cap
+    return softmax_scale, causal, left, right, cap, alibi_slopes, attn_mask, attn_bias, sinks
 
 
 def _new_lse(q: Array) -> Array:
@@ -229,23 +310,42 @@ def _split(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
     return x[..., :heads, :], x[..., heads : heads + kv_heads, :], x[..., heads + kv_heads :, :]
 
 
+def _readable(options: Sequence[Any]) -> Sequence[Any]:
+    """The options, tensors with a contiguous last dimension."""
+    if options[_BIAS] is None and options[_MASK] is None:
+        return options
+    return [last_contiguous(x) if i in (_BIAS, _MASK) else x for i, x in enumerate(options)]
+
+
 def _run(
-    q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, options: tuple[Any, ...], out: Array, lse: Any
+    q: Array, k: Array, v: Array, cu_q: Any, cu_k: Any, options: Sequence[Any], out: Array, lse: Any
 ) -> None:
     backend.extension().attention_forward(
-        last_contiguous(q), last_contiguous(k), last_contiguous(v), cu_q, cu_k, options, out, lse
+        last_contiguous(q), last_contiguous(k), last_contiguous(v), cu_q, cu_k, _readable(options), out, lse
+    )
+
+
+def _option_outputs(x: Array, options: Sequence[Any], bias_grad: bool) -> tuple[Any, Any]:
+    """Room for dbias and dsinks; None for what is not wanted."""
+    bias, sinks = options[_BIAS], options[_SINKS]
+    return (
+        empty(x, bias.shape, "float32") if bias_grad else None,
+        None if sinks is None else empty(x, sinks.shape, "float32"),
     )
 
 
 def _run_backward(
     dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, cu_q: Any, cu_k: Any, *options: Any
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
+    """(dq, dk, dv, dbias, dsinks); after the options dlse or None, and whether dbias is wanted."""
+    *given, dlse, bias_grad = options
     dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    more = _option_outputs(q, given, bias_grad)
     backend.extension().attention_backward(
         last_contiguous(dout), last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(out), lse,
-        cu_q, cu_k, options, dq, dk, dv,
+        cu_q, cu_k, _readable(given), dq, dk, dv, dlse, *more,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq, dk, dv, *more
 
 
 # --- torch ------------------------------------------------------------------------------------------------------
@@ -291,20 +391,60 @@ def _fake(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, cu_q, cu_k, *options, _ = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
     _save(ctx, options, q, k, v, out, lse, cu_q, cu_k)
 
 
-def _backward(ctx: Any, grad_out: Any, _: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (len(_OPTIONS) + 3)
-    if grad_out is None:
-        return None, None, None, *nothing
+def _or_empty(x: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An op's outputs are tensors: what is not wanted is empty."""
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _option_gradients(ctx: Any, before: int, options: Sequence[Any], dbias: Any, dsinks: Any) -> list[Any]:
+    """One for each option, of which the first is input ``before``."""
+    gradients: list[Any] = [None] * len(_OPTIONS)
+    if ctx.needs_input_grad[before + _BIAS]:
+        gradients[_BIAS] = dbias.to(options[_BIAS].dtype)
+    if ctx.needs_input_grad[before + _SINKS]:
+        gradients[_SINKS] = dsinks
+    return gradients
+
+
+def _given(grad_out: Any, out: Any, grad_lse: Any) -> tuple[Any, Any]:
+    """The gradients of both outputs as kernels take them."""
+    return (
+        out.new_zeros(out.shape) if grad_out is None else grad_out,
+        None if grad_lse is None else grad_lse.contiguous(),
+    )
+
+
+def _differentiate(kernel: Any, ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
+    if grad_out is None and grad_lse is None:
+        return (None,) * (len(_OPTIONS) + 6)
     tensors, options = _saved(ctx, 7)
-    return *_attention_backward(grad_out, *tensors, *options), *nothing
+    dout, dlse = _given(grad_out, tensors[3], grad_lse)
+    dq, dk, dv, *more = kernel(dout, *tensors, *options, dlse, ctx.needs_input_grad[5 + _BIAS])
+    return dq, dk, dv, None, None, *_option_gradients(ctx, 5, options, *more), None
 
 
-def _backward_fake(dout: Any, q: Any, k: Any, v: Any, *_: Any) -> tuple[Any, Any, Any]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
+    return _differentiate(_attention_backward, ctx, grad_out, grad_lse)
+
+
+def _eager_backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
+    return _differentiate(_run_backward, ctx, grad_out, grad_lse)
+
+
+def _backward_forward(dout: Any, *inputs: Any) -> tuple[Any, ...]:
+    return _or_empty(dout, _run_backward(dout, *inputs))
+
+
+def _backward_fake(dout: Any, q: Any, k: Any, v: Any, *options: Any) -> tuple[Any, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *_fake_outputs(dout, options)
+
+
+def _fake_outputs(dout: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """From a backward op's arguments, of which the options, dlse and whether dbias is wanted are last."""
+    return _or_empty(dout, _option_outputs(dout, options[-len(_OPTIONS) - 2 :], options[-1]))
 
 
 def _qkv_run(qkv: Any, cu: Any, heads: int, kv_heads: int, options: tuple[Any, ...], lse: Any) -> Any:
@@ -332,41 +472,54 @@ def _qkv_fake(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tu
 def _qkv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     qkv, cu, heads, kv_heads, *options, _ = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
     _save(ctx, options, qkv, out, lse, cu)
     ctx.heads = heads, kv_heads
 
 
-def _qkv_backward(ctx: Any, grad_out: Any, _: Any) -> tuple[Any, ...]:
-    nothing = (None,) * (len(_OPTIONS) + 4)
-    if grad_out is None:
-        return None, *nothing
+def _qkv_differentiate(kernel: Any, ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
+    if grad_out is None and grad_lse is None:
+        return (None,) * (len(_OPTIONS) + 5)
     tensors, options = _saved(ctx, 4)
-    return _attention_qkv_backward(grad_out, *tensors, *ctx.heads, *options), *nothing
+    dout, dlse = _given(grad_out, tensors[1], grad_lse)
+    dqkv, *more = kernel(dout, *tensors, *ctx.heads, *options, dlse, ctx.needs_input_grad[4 + _BIAS])
+    return dqkv, None, None, None, *_option_gradients(ctx, 4, options, *more), None
 
 
-def _qkv_backward_forward(
+def _qkv_backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
+    return _qkv_differentiate(_attention_qkv_backward, ctx, grad_out, grad_lse)
+
+
+def _qkv_eager_backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
+    return _qkv_differentiate(_qkv_run_backward, ctx, grad_out, grad_lse)
+
+
+def _qkv_run_backward(
     dout: Any, qkv: Any, out: Any, lse: Any, cu: Any, heads: int, kv_heads: int, *options: Any
-) -> Any:
-    dqkv = qkv.new_empty(qkv.shape)
+) -> tuple[Any, ...]:
+    *given, dlse, bias_grad = options
+    dqkv, more = qkv.new_empty(qkv.shape), _option_outputs(qkv, given, bias_grad)
     q, k, v = _split(last_contiguous(qkv), heads, kv_heads)
     size = q.shape[-1]
     backend.extension().attention_backward(
-        _as_heads(last_contiguous(dout), heads, size), q, k, v, _as_heads(out, heads, size), lse, cu, cu, options,
-        *_split(dqkv, heads, kv_heads),
+        _as_heads(last_contiguous(dout), heads, size), q, k, v, _as_heads(out, heads, size), lse, cu, cu,
+        _readable(given), *_split(dqkv, heads, kv_heads), dlse, *more,
     )  # fmt: skip
-    return dqkv
+    return dqkv, *more
 
 
-def _qkv_backward_fake(dout: Any, qkv: Any, *_: Any) -> Any:
-    return qkv.new_empty(qkv.shape)
+def _qkv_backward_forward(dout: Any, *inputs: Any) -> tuple[Any, ...]:
+    return _or_empty(dout, _qkv_run_backward(dout, *inputs))
+
+
+def _qkv_backward_fake(dout: Any, qkv: Any, *options: Any) -> tuple[Any, ...]:
+    return qkv.new_empty(qkv.shape), *_fake_outputs(dout, options)
 
 
 _attention_backward = TorchOp(
     "attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
-    f"Tensor? cu_seqlens_k, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    forward=_run_backward,
+    f"Tensor? cu_seqlens_k, {_SCHEMA}, Tensor? dlse, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward=_backward_forward,
     fake=_backward_fake,
 )
 _attention = TorchOp(
@@ -377,13 +530,15 @@ _attention = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    eager_backward=_eager_backward,
     inference=_inference,
     lower_precision=True,
+    full_precision=tuple(5 + i for i in _TENSOR_OPTIONS),
 )
 _attention_qkv_backward = TorchOp(
     "attention_qkv_backward",
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, int heads, int kv_heads, "
-    f"{_SCHEMA}) -> Tensor",
+    f"{_SCHEMA}, Tensor? dlse, bool bias_grad) -> (Tensor, Tensor, Tensor)",
     forward=_qkv_backward_forward,
     fake=_qkv_backward_fake,
 )
@@ -394,6 +549,8 @@ _attention_qkv = TorchOp(
     fake=_qkv_fake,
     setup_context=_qkv_setup,
     backward=_qkv_backward,
+    eager_backward=_qkv_eager_backward,
     inference=_qkv_inference,
     lower_precision=True,
+    full_precision=tuple(4 + i for i in _TENSOR_OPTIONS),
 )

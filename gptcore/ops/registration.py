@@ -69,6 +69,7 @@ class TorchOp:
             ``<name>_eager_backward``, for ops so small that a Python frame counts.
         lower_precision: under autocast, floating tensors are cast to its dtype first, as torch does for
             products.
+        full_precision: places of inputs which autocast leaves as they are.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class TorchOp:
         eager_backward: Callable[..., Any] | None = None,
         native_hooks: bool = False,
         lower_precision: bool = False,
+        full_precision: tuple[int, ...] = (),
     ) -> None:
         self.name = name
         self.schema = schema
@@ -97,6 +99,7 @@ class TorchOp:
         self.eager_backward = eager_backward or self.backward
         self.native_hooks = native_hooks
         self.lower_precision = lower_precision
+        self.full_precision = full_precision
         self.overload: Any = None
         self.route: Any = self._register_and_call
         if "torch" in sys.modules:  # else with the first call; importing gptcore.ops must not import torch
@@ -173,21 +176,24 @@ class TorchOp:
             inputs: all that the schema names, in order.
         """
         if self.lower_precision:
-            inputs = _autocast(inputs)
+            inputs = _autocast(inputs, self.full_precision)
         if _is_compiling() and any(map(is_torch, inputs)):
             return self.overload(*inputs)
         return self.route(*inputs)
 
 
-def _autocast(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _autocast(inputs: tuple[Any, ...], kept: tuple[int, ...]) -> tuple[Any, ...]:
     if _torch is None or not _torch.is_autocast_enabled("cpu"):
         return inputs
     dtype = _torch.get_autocast_dtype("cpu")
     return tuple(
         x.to(dtype)
-        if isinstance(x, _torch.Tensor) and x.is_floating_point() and x.dtype != _torch.float64
+        if isinstance(x, _torch.Tensor)
+        and x.is_floating_point()
+        and x.dtype != _torch.float64
+        and i not in kept
         else x
-        for x in inputs
+        for i, x in enumerate(inputs)
     )
 
 

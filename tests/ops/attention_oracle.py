@@ -19,9 +19,18 @@ def inputs(batch: int, queries: int, keys: int, heads: int, kv_heads: int, size:
 
 
 def torch_attention(
-    q: Any, k: Any, v: Any, *, causal: bool = False, window_size=(-1, -1), softmax_scale=None
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal=False,
+    window_size=(-1, -1),
+    softmax_scale=None,
+    sinks=None,
+    **modifiers: Any,
 ):
-    """torch's own attention under the same mask: the yardstick for errors."""
+    """torch's own attention under the same mask: the yardstick for errors. With modifiers, put together from torch's
+    functions as its attention does it: scores and softmax in f32, the products in q's dtype."""
     queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     place = torch.arange(queries)[:, None] + keys - queries
     key = torch.arange(keys)[None]
@@ -32,8 +41,31 @@ def torch_attention(
     if right >= 0:
         seen &= key <= place + right
     q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    if modifiers or sinks is not None:
+        scores = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+        scores = modified(scores, (place - key).abs(), **modifiers).masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+        p = (scores - scores.amax(-1, True).clamp_min(-1e30)).exp()
+        p = (p / p.sum(-1, True).clamp_min(1e-30))[..., :keys]
+        return (p.to(v.dtype) @ v).transpose(1, 2)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale)
     return out.transpose(1, 2).nan_to_num(0.0)
+
+
+def modified(
+    scores: Any, distance: Any, *, soft_cap=None, alibi_slopes=None, attn_mask=None, attn_bias=None
+) -> Any:
+    """Scores (B, H, T, S) as the options change them."""
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[..., None, None] * distance
+    if attn_bias is not None:
+        scores = scores + attn_bias.float()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    return scores
 
 
 def gradients_of(function: Any, tensors: Any, grad: torch.Tensor, **options: Any):

@@ -82,7 +82,48 @@ void check_heads(const Checker& check, const TensorView& q, const TensorView& k)
   }
 }
 
-void check_options(const Checker& check, const AttentionOptions& options, AttentionProblem* p) {
+void check_per_head(const Checker& check, const TensorView& x, const char* name, const AttentionProblem& p) {
+  check.input(x, name, {DType::f32});
+  check.shape(x, name, {p.heads});
+  check.contiguous(x, name);
+}
+
+// (H) or (B, H).
+void check_slopes(const Checker& check, const TensorView& slopes, AttentionProblem* p) {
+  check.input(slopes, "alibi_slopes", {DType::f32});
+  if (slopes.ndim == 2) {
+    check.shape(slopes, "alibi_slopes", {p->batch, p->heads});
+  } else {
+    check.shape(slopes, "alibi_slopes", {p->heads});
+  }
+  p->slopes = slopes.as<float>();
+  p->slopes_batch = slopes.ndim == 2 ? slopes.stride(0) : 0;
+  p->slopes_head = slopes.stride(-1);
+}
+
+// (..., T, S), each leading dimension that of the problem, 1 or missing; so may T be. Refused for documents.
+AttentionTensor check_scores(const Checker& check, const TensorView& x, const char* name,
+                             std::initializer_list<DType> dtypes, const AttentionProblem& p) {
+  check.input(x, name, dtypes);
+  if (p.cu_q) check.fail(name, "a tensor with cu_seqlens", "none");
+  const int64_t sizes[] = {p.batch, p.heads, p.queries, p.keys};
+  bool fits = x.ndim >= 2 && x.ndim <= 4 && x.size(-1) == p.keys;
+  int64_t strides[4] = {};
+  for (int d = 4 - x.ndim; fits && d < 3; ++d) {
+    const int64_t size = x.size(d - 4);
+    fits = size == sizes[d] || size == 1;
+    strides[d] = size == 1 ? 0 : x.stride(d - 4);
+  }
+  if (!fits) {
+    check.fail(name, describe(x),
+               "a shape that broadcasts to (" + std::to_string(p.batch) + ", " + std::to_string(p.heads) +
+                   ", " + std::to_string(p.queries) + ", " + std::to_string(p.keys) + ")");
+  }
+  check.last_contiguous(x, name);
+  return {x.data, strides[0], strides[2], strides[1]};
+}
+
+void check_options(const Checker& check, const AttentionOptions& options, DType dtype, AttentionProblem* p) {
   if (!std::isfinite(options.softmax_scale)) {
     check.fail("softmax_scale", std::to_string(options.softmax_scale), "a finite number");
   }
@@ -92,6 +133,21 @@ void check_options(const Checker& check, const AttentionOptions& options, Attent
   }
   p->scale = options.softmax_scale;
   p->left = options.left, p->right = options.causal ? 0 : options.right;
+  if (!std::isfinite(options.soft_cap) || options.soft_cap < 0) {
+    check.fail("soft_cap", std::to_string(options.soft_cap), "a finite number above 0, or none");
+  }
+  p->soft_cap = options.soft_cap;
+  if (options.alibi_slopes) check_slopes(check, options.alibi_slopes, p);
+  if (options.attn_mask) p->mask = check_scores(check, options.attn_mask, "attn_mask", {DType::boolean}, *p);
+  if (options.attn_bias) {
+    p->bias = check_scores(check, options.attn_bias, "attn_bias", {DType::f32, dtype}, *p);
+    p->bias_bf16 = options.attn_bias.dtype == DType::bf16;
+  }
+  if (options.sinks) {
+    check_per_head(check, options.sinks, "sinks", *p);
+    p->sinks = options.sinks.as<float>();
+  }
+  p->modified = p->soft_cap != 0 || p->slopes || p->mask.data || p->bias.data || p->sinks;
 }
 
 // What both passes take; fills everything but outputs and gradients.
@@ -120,7 +176,7 @@ AttentionProblem check_inputs(const Checker& check, const TensorView& q, const T
   }
   p.q = tensor_of(q), p.k = tensor_of(k), p.v = tensor_of(v);
   p.heads = q.size(-2), p.kv_heads = k.size(-2), p.head_dim = q.size(-1);
-  check_options(check, options, &p);
+  check_options(check, options, q.dtype, &p);
   return p;
 }
 
@@ -146,6 +202,22 @@ AttentionTensor check_like(const Checker& check, const TensorView& tensor, const
   return tensor_of(tensor);
 }
 
+void check_dbias(const Checker& check, const TensorView& dbias, const TensorView& bias, AttentionProblem* p) {
+  check.output(dbias, "dbias", {DType::f32});
+  check.same_shape(dbias, "dbias", bias, "attn_bias");
+  check.contiguous(dbias, "dbias");
+  if (dbias.size(-2) != p->queries) {
+    check.fail("dbias", describe(dbias), std::to_string(p->queries) + " queries: no broadcasting over them");
+  }
+  p->dbias = p->bias;
+  p->dbias.data = dbias.data;
+  p->dbias.token = p->keys;
+  p->dbias_batches = dbias.ndim == 4 && dbias.size(0) > 1;
+  p->dbias_heads = dbias.ndim >= 3 && dbias.size(-3) > 1;
+  p->dbias.head = p->dbias_heads ? p->queries * p->keys : 0;
+  p->dbias.batch = p->dbias_batches ? dbias.size(1) * p->queries * p->keys : 0;
+}
+
 const AttentionBodies& bodies(DType dtype) {
   return dtype == DType::bf16 ? attention_bf16_bodies_table.pick() : attention_f32_bodies_table.pick();
 }
@@ -169,7 +241,8 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
 void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
                         const TensorView& out, const TensorView& lse, const TensorView& cu_seqlens_q,
                         const TensorView& cu_seqlens_k, const AttentionOptions& options, const TensorView& dq,
-                        const TensorView& dk, const TensorView& dv) {
+                        const TensorView& dk, const TensorView& dv, const TensorView& dlse,
+                        const TensorView& dbias, const TensorView& dsinks) {
   const Checker check("attention_backward");
   AttentionProblem p = check_inputs(check, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
   p.dout = check_like(check, dout, "dout", q, "q", false);
@@ -178,6 +251,19 @@ void attention_backward(const TensorView& dout, const TensorView& q, const Tenso
   p.dq = check_like(check, dq, "dq", q, "q", true);
   p.dk = check_like(check, dk, "dk", k, "k", true);
   p.dv = check_like(check, dv, "dv", v, "v", true);
+  if (dlse) {
+    check.input(dlse, "dlse", {DType::f32});
+    check.same_shape(dlse, "dlse", lse, "lse");
+    check.contiguous(dlse, "dlse");
+    p.dlse = dlse.as<float>();
+  }
+  if (dbias) check_dbias(check, dbias, options.attn_bias, &p);
+  if (dsinks) {
+    check_per_head(check, dsinks, "dsinks", p);
+    check.writable(dsinks, "dsinks");
+    check.defined(options.sinks, "sinks");
+    p.dsinks = dsinks.as<float>();
+  }
   if (p.kv_heads == 0) return;
   bodies(q.dtype).backward(p);
 }

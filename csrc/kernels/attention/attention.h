@@ -5,21 +5,32 @@
 //   delta[t] = dout[t] . out[t] dS[t,s] = P[t,s] (dout[t] . v[s] - delta[t]) dq[t] = softmax_scale sum_s
 //   dS[t,s] k[s]   dk[s] = softmax_scale sum_t dS[t,s] q[t]
 //
+// What may be done to the scores, in this order, each as far as it is given:
+//   soft_cap      S = soft_cap tanh(S / soft_cap); the dS of dq and dk then counts 1 - (S / soft_cap)^2 times
+//   alibi_slopes  S -= slope |t + S - T - s|, per head or per sequence and head
+//   attn_bias     S += bias[t,s]; dbias = dS, summed over the sequences and heads that share it
+//   attn_mask     t does not see s where it is false
+//   sinks         per head: exp(sink) joins the sum of lse; dsinks = - sum_t exp(sink - lse[t]) delta[t]
+// Where lse has a gradient dlse, delta[t] = dout[t] . out[t] - dlse[t].
+//
 // Query t sees key s where  t + S - T - left <= s <= t + S - T + right  (a negative bound: none); causal is
-// right = 0, so the last query sees the last key. A query that sees nothing has out 0, lse -inf and gradient
-// 0.
+// right = 0, so the last query sees the last key. A query that sees nothing has out 0, lse -inf (its sink) and
+// gradient 0.
 //
 // Shapes   q, out, dout, dq (B, T, H, D); k, v, dk, dv (B, S, Hkv, D); Hkv divides H, query head h reads key
 //          head h / (H / Hkv); 1 <= D <= 256; lse (B, H, T). Packed: (total, H, D), (total, Hkv, D), lse (H,
 //          total), with cu_seqlens_q and cu_seqlens_k (documents + 1), int32, from 0 to the totals, not
-//          decreasing.
-// Types    q, k, v and their like of one type, f32 or bf16; lse f32.
+//          decreasing. alibi_slopes (H) or (B, H); sinks (H); attn_mask and attn_bias broadcast to (B, H, T,
+//          S), S their own, T too where dbias is wanted, and not packed.
+// Types    q, k, v and their like of one type, f32 or bf16; attn_mask bool; attn_bias of that type or f32; the
+//          rest f32, dbias included.
 // Strides  any, but the last dimension contiguous: views into a fused projection work, gradients included.
-//          lse contiguous.
+//          lse, dlse, dbias, sinks and dsinks contiguous.
 // Aliasing outputs overlap neither each other nor inputs; they may interleave within one buffer.
 // Sums     f32. bf16: P and dS are rounded to bf16 before their products where the processor multiplies bf16.
 // Bits     Equal for every thread count; each sequence depends on itself only. Forward: every row depends on
-//          its own keys. dk and dv sum over query blocks in order, dq over key blocks in order.
+//          its own keys. dk and dv sum over query blocks in order, dq over key blocks in order, dbias over
+//          sequences and heads in order.
 // Memory   scratch per thread: packed K and V of a sequence and head forward, Q, dout and dq backward: O((T +
 //          S) D).
 // Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one. Blocks outside
@@ -37,6 +48,11 @@ struct AttentionOptions {
   float softmax_scale;
   bool causal;
   int64_t left, right;  // window; -1: unbounded
+  float soft_cap;       // 0: none
+  TensorView alibi_slopes;
+  TensorView attn_mask;  // true where a query may see a key
+  TensorView attn_bias;
+  TensorView sinks;
 };
 
 // lse may be None. cu_seqlens_q and cu_seqlens_k are both given (packed) or both None.
@@ -44,10 +60,11 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                        const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k,
                        const AttentionOptions& options, const TensorView& out, const TensorView& lse);
 
-// Gradients, overwritten.
+// Gradients, overwritten. dlse: that of lse. dbias and dsinks: those of attn_bias and sinks. Each may be None.
 void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
                         const TensorView& out, const TensorView& lse, const TensorView& cu_seqlens_q,
                         const TensorView& cu_seqlens_k, const AttentionOptions& options, const TensorView& dq,
-                        const TensorView& dk, const TensorView& dv);
+                        const TensorView& dk, const TensorView& dv, const TensorView& dlse,
+                        const TensorView& dbias, const TensorView& dsinks);
 
 }  // namespace gptcore

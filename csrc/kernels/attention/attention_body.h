@@ -21,6 +21,17 @@ struct AttentionProblem {
   int64_t heads, kv_heads, head_dim;
   float scale;
   int64_t left, right;  // window in keys; negative means unbounded. Causal is right = 0.
+  bool modified;        // whether anything of what follows acts on the scores: see scores.h
+  float soft_cap;       // 0: none
+  const float* slopes;  // ALiBi, or null
+  int64_t slopes_batch, slopes_head;
+  AttentionTensor mask, bias;  // bytes; f32 or bf16. Strides are 0 where they serve all; data may be null.
+  bool bias_bf16;
+  AttentionTensor dbias;  // backward only: f32
+  const float* sinks;     // one a head, or null
+  const float* dlse;      // backward only: like lse, or null
+  float* dsinks;
+  bool dbias_batches, dbias_heads;  // whether sequences and heads have a dbias of their own
 };
 
 struct AttentionBodies {

@@ -12,6 +12,7 @@
 #include "core/arena.h"
 #include "core/parallel.h"
 #include "kernels/attention/pack.h"
+#include "kernels/attention/scores.h"
 #include "kernels/attention/softmax.h"
 
 namespace gptcore {
@@ -67,21 +68,26 @@ class BackwardTask {
   static constexpr bool kPaired = kPer == 2;
   static_assert(kRows % kStrip == 0 && kKeys % kStrip == 0);
 
-  // dq: sums of this task, (row blocks, width, kRows).
-  BackwardTask(const AttentionProblem& p, const Sequence& s, float* dq)
+  // dq: sums of this task, (row blocks, width, kRows). sinks: the gradients of this sequence's and heads' sinks,
+  // or null.
+  BackwardTask(const AttentionProblem& p, const Sequence& s, float* dq, double* sinks)
       : p_(p),
         s_(s),
         row_blocks_((s.rows() + kRows - 1) / kRows),
         depth_(round_up(p.head_dim, kPer * kLanes) / kPer),
         width_(round_up(p.head_dim, kLanes)),
+        terms_(p, s),
+        dbias_(p.dbias, s),
         scratch_(carve(Carver(nullptr)).used()),
-        dq_(dq) {
+        dq_(dq),
+        sinks_(sinks) {
     carve(Carver(scratch_.template as<char>()));
   }
 
   // Key blocks [blocks.begin, blocks.end).
   void run(Range blocks) {
     prepare_rows();
+    if (sinks_) sum_sinks();
     __builtin_memset(dq_, 0, static_cast<size_t>(row_blocks_ * width_ * kRows) * sizeof(float));
     for (int64_t block = blocks.begin; block < blocks.end; ++block) key_block(block * kKeys);
   }
@@ -95,6 +101,9 @@ class BackwardTask {
     dout_pairs_ = memory.take<Unit>(rows / kPer * width_);
     lse_ = memory.take<float>(rows);
     delta_ = memory.take<float>(rows);
+    places_ = memory.take<float>(p_.slopes ? rows : 0);
+    slopes_ = memory.take<float>(p_.slopes ? rows : 0);
+    bias_gradients_ = memory.take<float>(p_.dbias.data ? kStrip * kScoreRow : 0);
     visible_begin_ = memory.take<int32_t>(rows);
     visible_end_ = memory.take<int32_t>(rows);
     k_rows_ = memory.take<Unit>(kKeys * depth_);
@@ -104,13 +113,14 @@ class BackwardTask {
     dv_ = memory.take<float>(kKeys * width_);
     scores_ = memory.take<float>(kStrip * kScoreRow);
     gradients_ = memory.take<float>(kStrip * kScoreRow);
+    cap_slopes_ = memory.take<float>(p_.soft_cap > 0 ? kStrip * kScoreRow : 0);
     gradient_units_ = memory.take<Unit>(kKeys / kPer * kScoreRow);
     return memory;
   }
 
   void prepare_rows() {
     const QueryRows<const T> q(p_.q, s_), dout(p_.dout, s_), out(p_.out, s_);
-    const LseRows lse(p_, s_);
+    const LseRows<const float> lse(p_.lse, p_, s_), dlse(p_.dlse, p_, s_);
     const int64_t size = p_.head_dim;
     for (int64_t block = 0; block < row_blocks_; ++block) {
       const int64_t first = block * kRows, count = at_most(s_.rows() - first, kRows);
@@ -125,10 +135,29 @@ class BackwardTask {
         const float value = real ? lse(row) : -kInfinity;
         lse_[row] = value == -kInfinity ? kInfinity : value * kLog2e;
         delta_[row] = real ? dot(dout(row), out(row), size) : 0;
+        if (p_.dlse && value != -kInfinity) delta_[row] -= dlse(row);
         const Range keys = real ? s_.keys_of(row) : Range{0, 0};
+        if (p_.slopes) {
+          places_[row] = static_cast<float>(real ? s_.place_of(row) : 0);
+          slopes_[row] = real ? slope_of(p_, s_, row) : 0;
+        }
         visible_begin_[row] = static_cast<int32_t>(keys.begin),
         visible_end_[row] = static_cast<int32_t>(keys.end);
       }
+    }
+  }
+
+  // A sink has probability exp(sink - lse) in each row and no value: its dS is -delta times that.
+  void sum_sinks() {
+    for (int64_t head = 0; head < s_.group; ++head) {
+      const Vec sink = splat(p_.sinks[s_.kv_head * s_.group + head] * kLog2e);
+      double sum = 0;
+      for (int64_t r = 0; r < row_blocks_ * kRows; r += kLanes) {
+        alignas(64) float terms[kLanes];
+        store(terms, exp2_of<true>(sink - load(lse_ + r)) * load(delta_ + r));
+        for (int i = 0; i < kLanes; ++i) sum -= (r + i) % s_.group == head ? double{terms[i]} : 0;
+      }
+      sinks_[head] = sum;
     }
   }
 
@@ -210,10 +239,13 @@ class BackwardTask {
     const int64_t last = at_most(first + rows.end, s_.rows()) - 1;
     const bool whole =
         s_.keys_of(last).begin <= base + key && s_.keys_of(first + rows.begin).end >= base + key + kStrip;
-    if (whole) {
-      score_gradients<true>(base, key, first, rows);
+    if (p_.modified) {
+      score_gradients<false, true>(base, key, first, rows, modify(base + key, first, rows));
+      if (p_.dbias.data) add_bias_gradients(base + key, first, rows);
+    } else if (whole) {
+      score_gradients<true, false>(base, key, first, rows, p_.scale * kLog2e);
     } else {
-      score_gradients<false>(base, key, first, rows);
+      score_gradients<false, false>(base, key, first, rows, p_.scale * kLog2e);
     }
     const int64_t pair_offset = first / kPer * width_ + rows.begin / kPer * kLanes,
                   panel = kRows / kPer * kLanes;
@@ -226,10 +258,58 @@ class BackwardTask {
                     dk_ + key * width_, width_, kStrip, width_, columns / kPer, true);
   }
 
+  // A strip of products to scores in powers of two, in place, but for the factor that is returned.
+  float modify(int64_t key, int64_t first, Range rows) {
+    const RowTerms constants{places_ + first + rows.begin, slopes_ + first + rows.begin};
+    float factor = 1;
+    for (int64_t j = 0; j < kStrip; ++j) {
+      const int64_t at = j * kScoreRow + rows.begin;
+      factor = modify_key<Engine::kFine>(p_, constants, key + j, scores_ + at, cap_slopes_ + at,
+                                         rows.end - rows.begin);
+    }
+    if (!terms_.given()) return factor;
+    add_terms(key, first, rows, factor);
+    return 1;
+  }
+
+  // Bias and mask lie along keys: a block of them is transposed.
+  void add_terms(int64_t key, int64_t first, Range rows, float factor) {
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+      const int64_t real = at_most(s_.rows() - first - r, kLanes);
+      ScoreTerms::Row row[kLanes];
+      for (int64_t i = 0; i < real; ++i) row[i] = terms_.row(first + r + i);
+      for (int64_t j = 0; j < kStrip; j += kLanes) {
+        const int64_t n = lanes_left(s_.keys, key + j);
+        Vec block[kLanes] = {};
+        for (int64_t i = 0; i < real; ++i) block[i] = row[i].at(key + j, n);
+        transpose(block);
+        float* x = scores_ + j * kScoreRow + r;
+        for (int i = 0; i < kLanes; ++i, x += kScoreRow) store(x, add_term(load(x), factor, block[i]));
+      }
+    }
+  }
+
+  // The gradients of a strip's scores into those of the bias, row by row: heads of a token may share one.
+  void add_bias_gradients(int64_t key, int64_t first, Range rows) {
+    for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+      const int64_t real = at_most(s_.rows() - first - r, kLanes);
+      for (int64_t j = 0; j < kStrip; j += kLanes) {
+        const int64_t n = lanes_left(s_.keys, key + j);
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = load(bias_gradients_ + (j + i) * kScoreRow + r);
+        transpose(block);
+        for (int64_t i = 0; i < real && n > 0; ++i) {
+          float* sum = dbias_(first + r + i) + key + j;
+          store_some(sum, load_some(sum, n) + block[i], n);
+        }
+      }
+    }
+  }
+
   // Scores to probabilities, in place; their gradients to gradient_units_ and, paired, in place as rows too.
-  template <bool kWhole>
-  void score_gradients(int64_t base, int64_t key, int64_t first, Range rows) {
-    const Vec scale = splat(p_.scale * kLog2e);
+  template <bool kWhole, bool kModified>
+  void score_gradients(int64_t base, int64_t key, int64_t first, Range rows, float factor) {
+    const Vec scale = splat(factor);
     for (int64_t j = 0; j < kStrip; j += 2) {
       float *s0 = scores_ + j * kScoreRow, *s1 = s0 + kScoreRow;
       float *g0 = gradients_ + j * kScoreRow, *g1 = g0 + kScoreRow;
@@ -243,7 +323,15 @@ class BackwardTask {
           x = visible(at, first + r) ? x : Vec{};
           y = visible(at + 1, first + r) ? y : Vec{};
         }
-        const Vec dx = x * (load(g0 + r) - delta), dy = y * (load(g1 + r) - delta);
+        Vec dx = x * (load(g0 + r) - delta), dy = y * (load(g1 + r) - delta);
+        if (kModified && p_.dbias.data) {
+          store(bias_gradients_ + j * kScoreRow + r, dx);
+          store(bias_gradients_ + (j + 1) * kScoreRow + r, dy);
+        }
+        if (kModified && p_.soft_cap > 0) {
+          dx *= load(cap_slopes_ + j * kScoreRow + r);
+          dy *= load(cap_slopes_ + (j + 1) * kScoreRow + r);
+        }
         Engine::store_rows(reinterpret_cast<Score*>(s0), reinterpret_cast<Score*>(s1), r, x, y);
         if constexpr (kPaired) {
           Engine::store_both(reinterpret_cast<Score*>(g0), reinterpret_cast<Score*>(g1), units, r, dx, dy);
@@ -263,22 +351,57 @@ class BackwardTask {
   const AttentionProblem& p_;
   const Sequence& s_;
   const int64_t row_blocks_, depth_, width_;
+  const ScoreTerms terms_;
+  const QueryRows<float> dbias_;
   Unit *q_columns_, *dout_columns_, *q_pairs_, *dout_pairs_, *k_rows_, *v_rows_, *k_transposed_,
       *gradient_units_;
-  float *lse_, *delta_, *dk_, *dv_, *scores_, *gradients_;
+  float *lse_, *delta_, *dk_, *dv_, *scores_, *gradients_, *cap_slopes_, *places_, *slopes_, *bias_gradients_;
   int32_t *visible_begin_, *visible_end_;
   Scratch scratch_;
   float* dq_;
+  double* sinks_;
 };
+
+// Pairs of sequence and key head, told apart by whether they add to the same dbias: those of a group are one
+// task's work, in order, so that its sums need neither copies nor locks.
+struct BiasGroups {
+  int64_t batch, kv_heads, count, members;
+
+  explicit BiasGroups(const AttentionProblem& p)
+      : batch(p.batch), kv_heads(p.kv_heads), count(1), members(1) {
+    (shared_batches(p) ? members : count) *= batch;
+    (shared_heads(p) ? members : count) *= kv_heads;
+    strided_ = shared_batches(p) && !shared_heads(p);
+  }
+
+  // Units number sequences, then key heads.
+  int64_t unit(int64_t group, int64_t member) const {
+    return strided_ ? member * kv_heads + group : group * members + member;
+  }
+
+ private:
+  static bool shared_batches(const AttentionProblem& p) { return p.dbias.data && !p.dbias_batches; }
+  static bool shared_heads(const AttentionProblem& p) { return p.dbias.data && !p.dbias_heads; }
+  bool strided_;
+};
+
+void zero_dbias(const AttentionProblem& p) {
+  const int64_t rows = (p.dbias_batches ? p.batch : 1) * (p.dbias_heads ? p.heads : 1) * p.queries;
+  const size_t bytes = static_cast<size_t>(p.keys) * sizeof(float);
+  parallel_ranges(rows, 64, [&](int64_t begin, int64_t end) {
+    __builtin_memset(static_cast<float*>(p.dbias.data) + begin * p.keys, 0,
+                     static_cast<size_t>(end - begin) * bytes);
+  });
+}
 
 // Parts that each sequence's keys are split into: enough tasks for 16 threads, by the shape alone so that the
 // bits do not know the thread count, within 128 MiB of partial dQ.
 template <class Engine>
-int64_t backward_parts(const AttentionProblem& p, int64_t dq_size) {
+int64_t backward_parts(const AttentionProblem& p, int64_t groups, int64_t dq_size) {
   const int64_t units = p.batch * p.kv_heads;
   const int64_t by_memory = (int64_t{128} << 20) / static_cast<int64_t>(sizeof(float)) / (units * dq_size);
   const int64_t key_blocks = (p.keys + Engine::kBackwardKeys - 1) / Engine::kBackwardKeys;
-  return at_least(at_most(at_most((16 + units - 1) / units, key_blocks), by_memory), 1);
+  return at_least(at_most(at_most((16 + groups - 1) / groups, key_blocks), by_memory), 1);
 }
 
 template <class Engine, class T>
@@ -289,29 +412,51 @@ void write_dq(const AttentionProblem& p, const Sequence& s, const float* dq, int
                       QueryRows<T>(p.dq, s), first);
 }
 
+// Over the sequences, in order.
+void add_sink_sums(const AttentionProblem& p, const double* sums) {
+  for (int64_t head = 0; head < p.heads; ++head) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.batch; ++i) sum += sums[i * p.heads + head];
+    p.dsinks[head] = static_cast<float>(sum);
+  }
+}
+
 template <class Engine, class T>
 void backward(const AttentionProblem& p) {
   constexpr int kRows = Engine::kBackwardRows, kKeys = Engine::kBackwardKeys;
   const int64_t units = p.batch * p.kv_heads;
   const int64_t row_blocks = (p.queries * (p.heads / p.kv_heads) + kRows - 1) / kRows;
   const int64_t dq_size = at_least(row_blocks * kRows * round_up(p.head_dim, kLanes), 1);
-  if (units == 0) return;
-  const int64_t parts = backward_parts<Engine>(p, dq_size);
+  const Scratch sums(p.dsinks ? static_cast<size_t>(p.batch * p.heads) * sizeof(double) : 0);
+  double* sink_sums = sums.template as<double>();
+  if (units == 0) {
+    if (p.dsinks) add_sink_sums(p, sink_sums);
+    return;
+  }
+  const BiasGroups groups(p);
+  if (p.dbias.data) zero_dbias(p);
+  const int64_t parts = backward_parts<Engine>(p, groups.count, dq_size);
   const Scratch shared(parts > 1 ? static_cast<size_t>(units * parts * dq_size) * sizeof(float) : 0);
   float* partial = shared.template as<float>();
-  parallel_for(units * parts, [&](int64_t task, int) {
-    const int64_t unit = task / parts, part = task % parts;
+  const auto part_of_unit = [&](int64_t unit, int64_t part) {
     const Sequence s = sequence_of(p, unit / p.kv_heads, unit % p.kv_heads);
     const int64_t blocks = (s.keys + kKeys - 1) / kKeys;
     const Scratch own(parts > 1 ? 0 : static_cast<size_t>(dq_size) * sizeof(float));
-    float* dq = parts > 1 ? partial + task * dq_size : own.template as<float>();
+    float* dq = parts > 1 ? partial + (unit * parts + part) * dq_size : own.template as<float>();
     {
       [[maybe_unused]] const typename Engine::Scope scope;
-      BackwardTask<Engine, T>(p, s, dq).run({blocks * part / parts, blocks * (part + 1) / parts});
+      const FlushDenormals flush(p.modified);
+      double* sinks = p.dsinks && part == 0 ? sink_sums + s.index * p.heads + s.kv_head * s.group : nullptr;
+      BackwardTask<Engine, T>(p, s, dq, sinks).run({blocks * part / parts, blocks * (part + 1) / parts});
     }
     if (parts > 1) return;
     for (int64_t block = 0; block * kRows < s.rows(); ++block) write_dq<Engine, T>(p, s, dq, block);
+  };
+  parallel_for(groups.count * parts, [&](int64_t task, int) {
+    for (int64_t member = 0; member < groups.members; ++member)
+      part_of_unit(groups.unit(task / parts, member), task % parts);
   });
+  if (p.dsinks) add_sink_sums(p, sink_sums);
   if (parts == 1) return;
   parallel_for(units * row_blocks, [&](int64_t task, int) {
     const int64_t unit = task / row_blocks, block = task % row_blocks;

@@ -8,6 +8,7 @@
 
 #include "core/arena.h"
 #include "core/parallel.h"
+#include "kernels/attention/scores.h"
 #include "kernels/attention/softmax.h"
 
 namespace gptcore {
@@ -45,6 +46,7 @@ class DecodeTask {
       });
     }
     state_.reset(rows);
+    if (p_.sinks) add_sinks(p_, s_, 0, rows, &state_);
   }
 
   void keys(int64_t base, int64_t count) {
@@ -54,7 +56,7 @@ class DecodeTask {
   void write() {
     const int64_t rows = s_.rows();
     const QueryRows<T> out(p_.out, s_);
-    const LseRows lse(p_, s_);
+    const LseRows<float> lse(p_.lse, p_, s_);
     state_.finish(rows);
     for (int64_t r = 0; r < rows; ++r) {
       T* row = out(r);
@@ -74,7 +76,8 @@ class DecodeTask {
     for (int64_t key = 0; key < count; key += kLanes)
       scores(r, base + key, at_most(count - key, kLanes), key, cold);
     const Range width{0, round_up(count, kLanes)};
-    const float scale = (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
+    const float scale = p_.modified ? 1 : (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
+    if (p_.modified) modify_row<DecodeEngine::kFine>(p_, s_, r, base, scores_, visible);
     softmax_row<DecodeEngine>(state_, r, scores_, visible, width, scale, sum_[r],
                               round_up(p_.head_dim, kLanes));
     for (int64_t d = 0; d < p_.head_dim; d += 4 * kLanes) values(r, base, visible, d, cold && d == 0);
@@ -142,6 +145,7 @@ void decode(const AttentionProblem& p) {
   parallel_for(p.batch * parts, [&](int64_t task, int) {
     const int64_t index = task / parts, part = task % parts;
     const int64_t first = p.kv_heads * part / parts, heads = p.kv_heads * (part + 1) / parts - first;
+    const FlushDenormals flush(p.modified);
     const Scratch scratch(static_cast<size_t>(heads) * sizeof(DecodeTask<T>));
     DecodeTask<T>* tasks = scratch.as<DecodeTask<T>>();
     for (int64_t h = 0; h < heads; ++h) tasks[h].begin(p, sequence_of(p, index, first + h));

@@ -8,6 +8,7 @@
 #include "core/parallel.h"
 #include "kernels/attention/decode.h"
 #include "kernels/attention/pack.h"
+#include "kernels/attention/scores.h"
 #include "kernels/attention/softmax.h"
 
 namespace gptcore {
@@ -81,6 +82,7 @@ class ForwardTask {
     const int64_t count = at_most(s_.rows() - first, kRows), padded = round_up(count, Engine::kRowStep);
     prefetch(first, count);
     state_.reset(count);
+    if (p_.sinks) add_sinks(p_, s_, first, count, &state_);
     for (int64_t r = 0; r < count; ++r) seen_[r] = s_.keys_of(first + r);
     bool any = false;
     const Range keys = s_.keys_of_rows(first, first + count);
@@ -88,13 +90,13 @@ class ForwardTask {
       // With a negative scale the largest product is the smallest score: the sign goes into the queries.
       pack_rows<Units, T>(QueryRows<const T>(p_.q, s_), first, count, padded, p_.head_dim, depth_,
                           p_.scale < 0, queries_);
-      const float scale = (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
+      const float scale = p_.modified ? 1 : (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
       for (int64_t block = keys.begin / kKeys; block * kKeys < keys.end; ++block) {
         if (!resident_) pack_keys(block);
         const int64_t base = block * kKeys;
         const Range width{round_down(at_least(keys.begin - base, 0), Engine::kKeyStep),
                           round_up(at_most(keys.end - base, kKeys), Engine::kKeyStep)};
-        key_block(count, padded, base, width, scale, any);
+        key_block(first, count, padded, base, width, scale, any);
         any = true;
       }
     }
@@ -112,13 +114,15 @@ class ForwardTask {
     }
   }
 
-  void key_block(int64_t count, int64_t padded, int64_t base, Range width, float scale, bool any) {
+  void key_block(int64_t first, int64_t count, int64_t padded, int64_t base, Range width, float scale,
+                 bool any) {
     const Unit* keys = packed_keys(base / kKeys);
     Engine::product(queries_, depth_, {keys + width.begin * depth_, kLanes, kLanes * depth_},
                     scores_ + width.begin, kScoreRow, padded, width.end - width.begin, depth_, false);
     for (int64_t r = 0; r < count; ++r) {
       const Range visible{at_least(seen_[r].begin - base, width.begin),
                           at_most(seen_[r].end - base, width.end)};
+      if (p_.modified) modify_row<Engine::kFine>(p_, s_, first + r, base, scores_ + r * kScoreRow, visible);
       softmax_row<Engine>(state_, r, scores_ + r * kScoreRow, visible, width, scale, sums_ + r * width_,
                           any ? width_ : 0);
     }
@@ -130,13 +134,13 @@ class ForwardTask {
 
   void write(int64_t first, int64_t count) {
     const QueryRows<T> out(p_.out, s_);
-    const LseRows lse(p_, s_);
+    const LseRows<float> lse(p_.lse, p_, s_);
     state_.finish(count);
     for (int64_t r = 0; r < count; ++r) {
       const float factor = state_.raw_max[r];
       T* row = out(first + r);
       const float* o = sums_ + r * width_;
-      if (factor == 0) {  // nothing seen; what lies in `o` may come from nowhere
+      if (factor == 0 || seen_[r].empty()) {  // what lies in `o` may come from nowhere
         for_lanes(p_.head_dim, [&](int64_t d, int64_t n) { store_some(row + d, Vec{}, n); });
       } else {
         for_lanes(p_.head_dim, [&](int64_t d, int64_t n) { store_some(row + d, load(o + d) * factor, n); });
@@ -180,6 +184,7 @@ void forward(const AttentionProblem& p) {
     const Range mine{blocks * part / parts, blocks * (part + 1) / parts};
     if (mine.empty()) return;
     [[maybe_unused]] const typename Engine::Scope scope;
+    const FlushDenormals flush(p.modified);
     ForwardTask<Engine, T>(p, s, mine).run();
   });
 }

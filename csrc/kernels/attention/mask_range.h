@@ -35,10 +35,15 @@ struct Sequence {
 
   int64_t rows() const { return queries * group; }
 
+  // A division costs as much as a vector of scores.
+  int64_t token_of(int64_t row) const { return group == 1 ? row : row / group; }
+  int64_t head_of(int64_t row) const { return kv_head * group + (group == 1 ? 0 : row % group); }
+  // The key at a row's own place: causal is aligned at the bottom right.
+  int64_t place_of(int64_t row) const { return token_of(row) + keys - queries; }
+
   // Keys that row r sees; empty ranges may lie anywhere in [0, keys].
   Range keys_of(int64_t row) const {
-    const int64_t token = group == 1 ? row : row / group;  // a division costs as much as a vector of scores
-    const int64_t last = token + keys - queries;           // causal is aligned at the bottom right
+    const int64_t last = place_of(row);
     const int64_t begin = left < 0 ? 0 : at_most(at_least(last - left, 0), keys);
     const int64_t end = right < 0 ? keys : at_most(at_least(last + right + 1, 0), keys);
     return {begin, end};
@@ -77,8 +82,9 @@ struct QueryRows {
   int64_t token, head, group;
 
   QueryRows(const AttentionTensor& t, const Sequence& s)
-      : base(static_cast<T*>(t.data) + s.index * t.batch + s.q_begin * t.token +
-             s.kv_head * s.group * t.head),
+      : base(t.data ? static_cast<T*>(t.data) + s.index * t.batch + s.q_begin * t.token +
+                          s.kv_head * s.group * t.head
+                    : nullptr),
         token(t.token),
         head(t.head),
         group(s.group) {}
@@ -101,19 +107,18 @@ struct KeyRows {
   T* operator()(int64_t row) const { return base + row * token; }
 };
 
-// Where row r's lse stands.
+// Where row r's lse stands, or what has its shape.
+template <class T>
 struct LseRows {
-  float* base;
+  T* base;
   int64_t head, group;
 
-  LseRows(const AttentionProblem& p, const Sequence& s)
-      : base(p.lse + s.index * p.lse_batch + s.q_begin + s.kv_head * s.group * p.lse_head),
+  LseRows(T* data, const AttentionProblem& p, const Sequence& s)
+      : base(data + s.index * p.lse_batch + s.q_begin + s.kv_head * s.group * p.lse_head),
         head(p.lse_head),
         group(s.group) {}
 
-  float& operator()(int64_t row) const {
-    return group == 1 ? base[row] : base[row / group + row % group * head];
-  }
+  T& operator()(int64_t row) const { return group == 1 ? base[row] : base[row / group + row % group * head]; }
 };
 
 }  // namespace

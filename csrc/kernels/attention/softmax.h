@@ -18,14 +18,14 @@ constexpr float kInfinity = __builtin_inff();
 
 // 2^x = 2^n * 2^f with n the nearest integer and a minimax polynomial (relative error, Remez) in f. Degree 5
 // is good to 9.1e-8 for f32; degree 3 to 1.0e-4, a twentieth of what rounding to bf16 costs afterwards. The
-// constant term is 1, so that 2^0 = 1. NaN stays NaN, -inf gives 0 (without AVX-512: 2^-126).
+// constant term is 1, so that 2^0 = 1. NaN stays NaN, -inf gives 0; so does -127, whose exponent field is that.
 template <bool kFine>
 GPTCORE_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512F__)
   x = (Vec)_mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x);  // the second operand wins where x is NaN
   const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = max(splat(-126.0f), min(splat(127.0f), x));
+  x = max(splat(-127.0f), min(splat(127.0f), x));
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Vec shifted = x + magic;
   const Vec n = shifted - magic;

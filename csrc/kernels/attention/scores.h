@@ -1,0 +1,273 @@
+// What may lie between the products q . k and their softmax. Runs over scores in cache, a pass for each of what
+// is asked for, and leaves them in powers of two: scaled and times log2(e), so that the softmax behind it is
+// the plain one with scale 1. Plain attention pays one branch per row and block.
+#pragma once
+
+#include <cstdint>
+
+#include "core/simd.h"
+#include "kernels/attention/mask_range.h"
+#include "kernels/attention/softmax.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+// While one lives on a thread, numbers below f32's normal range count as zeros. Biases spread scores so far that many
+// probabilities lie there, and each would take the processor over a hundred cycles.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  explicit FlushDenormals(bool flush) : before_(_mm_getcsr()) {
+    if (flush) _mm_setcsr(before_ | 0x8040u);  // FTZ and DAZ
+  }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  explicit FlushDenormals(bool) {}
+#endif
+};
+
+// Up to here tanh is an odd polynomial, at half the cost of the quotient that serves everywhere. Scores are
+// usually far below their cap.
+constexpr float kSmallTanh = 0.5f;
+
+// tanh y for |y| <= kSmallTanh: y times a minimax polynomial in y^2 (relative error 1.4e-8, or 5.5e-7 where bf16
+// follows, as in exp2_of).
+template <bool kFine>
+GPTCORE_INLINE Vec small_tanh(Vec y) {
+  const Vec z = y * y;
+  if constexpr (kFine) {
+    Vec p = z * 0.01713529f - 0.05298623f;
+    p = p * z + 0.13324782f;
+    p = p * z - 0.3333307f;
+    return y + y * (p * z);
+  } else {
+    Vec p = z * -0.04440312f + 0.13190336f;
+    p = p * z - 0.33326323f;
+    return y + y * (p * z);
+  }
+}
+
+// tanh y for any y: y P(y^2) / Q(y^2), minimax (relative error 1.5e-8, or 1.3e-6), constant from where tanh is 1
+// to that precision.
+template <bool kFine>
+GPTCORE_INLINE Vec tanh(Vec y) {
+  y = clamp(y, kFine ? 8.7f : 7.2f);
+  const Vec z = y * y;
+  Vec p, q;
+  if constexpr (kFine) {
+    p = z * 1.3897400e-8f + 2.0993662e-5f;
+    p = p * z + 0.0035187335f;
+    p = p * z + 0.13400458f;
+    q = z * 7.9964320e-7f + 0.00033236309f;
+    q = q * z + 0.025964854f;
+    q = q * z + 0.46733778f;
+  } else {
+    p = z * 3.8877696e-6f + 0.0022704759f;
+    p = p * z + 0.12297025f;
+    q = z * 0.00014151132f + 0.021046877f;
+    q = q * z + 0.45629422f;
+  }
+  p = p * z + (kFine ? 1.0f : 0.99999873f);
+  q = q * z + 1.0f;
+  return y * p * reciprocal(q);
+}
+
+// Whether any lane exceeds the limit; NaN does not.
+GPTCORE_INLINE bool any_above(Vec x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(x > splat(limit))) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)(x > splat(limit))) != 0;
+#else
+  return reduce_max(x) > limit;
+#endif
+}
+
+// put(i, n, tanh(inner * x[i...])) for the first n lanes, over [0, count) by vectors.
+template <bool kFine, class Put>
+GPTCORE_INLINE void tanh_each(const float* x, int64_t count, float inner, const Put& put) {
+  constexpr int kVectors = 4;  // looked at together, so that the branch costs little
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
+    Vec y[kVectors], top = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      y[j] = load(x + i + j * kLanes) * inner;
+      top = larger(abs(y[j]), top);
+    }
+    if (any_above(top, kSmallTanh)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) put(i + j * kLanes, int64_t{kLanes}, tanh<kFine>(y[j]));
+    } else {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) put(i + j * kLanes, int64_t{kLanes}, small_tanh<kFine>(y[j]));
+    }
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t n = at_most(count - i, kLanes);
+    put(i, n, tanh<kFine>(load_some(x + i, n) * inner));
+  }
+}
+
+// x[i] = factor * x[i] - slope * |distance + i|
+GPTCORE_INLINE void subtract_distance(float* x, int64_t count, float factor, float slope, float distance) {
+  constexpr int kVectors = 4;  // a chain of additions for each vector would be what limits this
+  Vec from = __builtin_convertvector(lane_index(), Vec) + distance;
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* at = x + i + j * kLanes;
+      store(at, load(at) * factor - slope * abs(from + static_cast<float>(j * kLanes)));
+    }
+    from += static_cast<float>(kVectors * kLanes);
+  }
+  for (; i < count; i += kLanes, from += static_cast<float>(kLanes)) {
+    const int64_t n = at_most(count - i, kLanes);
+    store_some(x + i, load_some(x + i, n) * factor - slope * abs(from), n);
+  }
+}
+
+GPTCORE_INLINE float slope_of(const AttentionProblem& p, const Sequence& s, int64_t row) {
+  return p.slopes[s.index * p.slopes_batch + s.head_of(row) * p.slopes_head] * kLog2e;
+}
+
+// Starts the softmax of `count` rows with their heads' sinks: scores that are counted but lead to no value.
+template <int kRows>
+void add_sinks(const AttentionProblem& p, const Sequence& s, int64_t first, int64_t count,
+               RowStates<kRows>* state) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float sink = p.sinks[s.head_of(first + r)] * kLog2e;
+    if (sink == -kInfinity) continue;
+    state->raw_max[r] = state->shift[r] = sink;
+    state->sum[r][0] = 1;
+  }
+}
+
+// Bytes as integers, those beyond n as zeros.
+GPTCORE_INLINE VecI load_bytes(const uint8_t* p, int64_t n) {
+  uint8_t bytes[16] = {};
+  if (n == kLanes) {
+    __builtin_memcpy(bytes, p, kLanes);
+  } else {
+    __builtin_memcpy(bytes, p, static_cast<size_t>(n));
+  }
+#if defined(__AVX512F__)
+  return (VecI)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+#elif defined(__AVX2__)
+  return (VecI)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+#else
+  VecI x = {};
+  for (int i = 0; i < kLanes; ++i) x[i] = bytes[i];
+  return x;
+#endif
+}
+
+// What bias and mask of a problem add to scores, in powers of two; -inf where a key is hidden.
+class ScoreTerms {
+ public:
+  ScoreTerms(const AttentionProblem& p, const Sequence& s)
+      : bf16_(p.bias_bf16), wide_(p.bias, s), narrow_(p.bias, s), mask_(p.mask, s) {}
+
+  bool given() const { return wide_.base || mask_.base; }
+
+  struct Row {
+    const float* wide;
+    const bf16* narrow;
+    const uint8_t* mask;
+
+    // For keys [key, key + n).
+    Vec at(int64_t key, int64_t n) const {
+      Vec x = {};
+      if (wide) x = load_some(wide + key, n) * kLog2e;
+      if (narrow) x = load_some(narrow + key, n) * kLog2e;
+      if (mask) x = load_bytes(mask + key, n) != VecI{} ? x : splat(-kInfinity);
+      return x;
+    }
+  };
+  Row row(int64_t r) const {
+    return {wide_.base && !bf16_ ? wide_(r) : nullptr, narrow_.base && bf16_ ? narrow_(r) : nullptr,
+            mask_.base ? mask_(r) : nullptr};
+  }
+
+ private:
+  bool bf16_;
+  QueryRows<const float> wide_;
+  QueryRows<const bf16> narrow_;
+  QueryRows<const uint8_t> mask_;
+};
+
+// Hidden is hidden, whatever the score, which may be NaN.
+GPTCORE_INLINE Vec add_term(Vec x, float factor, Vec term) {
+  return term == splat(-kInfinity) ? term : x * factor + term;
+}
+
+// The products of a row with the keys of a block, which begins at `base`; in place. Their scale lacks its sign:
+// that is in the queries.
+template <bool kFine>
+__attribute__((noinline)) void modify_row(const AttentionProblem& p, const Sequence& s, int64_t row,
+                                          int64_t base, float* scores, Range visible) {
+  if (visible.empty()) return;
+  const int64_t count = visible.end - visible.begin;
+  float* x = scores + visible.begin;
+  const float scale = p.scale < 0 ? -p.scale : p.scale;
+  float factor = scale * kLog2e;
+  if (p.soft_cap > 0) {
+    const float cap = p.soft_cap * kLog2e;
+    tanh_each<kFine>(x, count, scale / p.soft_cap,
+                     [&](int64_t i, int64_t n, Vec t) { store_some(x + i, t * cap, n); });
+    factor = 1;
+  }
+  if (p.slopes) {
+    const int64_t distance = base + visible.begin - s.place_of(row);
+    subtract_distance(x, count, factor, slope_of(p, s, row), static_cast<float>(distance));
+    factor = 1;
+  }
+  if (p.bias.data || p.mask.data || factor != 1) {
+    const ScoreTerms::Row terms = ScoreTerms(p, s).row(row);
+    const int64_t key = base + visible.begin;
+    for_lanes(count, [&](int64_t i, int64_t n) {
+      store_some(x + i, add_term(load_some(x + i, n), factor, terms.at(key + i, n)), n);
+    });
+  }
+}
+
+// What backward, where rows are columns, knows of them; null where it is not asked for.
+struct RowTerms {
+  const float *place, *slope;
+};
+
+// The products of one key with `count` rows, in place; cap_slopes[i] becomes the soft cap's derivative. Returns
+// the factor that they still lack.
+template <bool kFine>
+__attribute__((noinline)) float modify_key(const AttentionProblem& p, const RowTerms& rows, int64_t key,
+                                           float* x, float* cap_slopes, int64_t count) {
+  float factor = p.scale * kLog2e;
+  if (p.soft_cap > 0) {
+    const float cap = p.soft_cap * kLog2e;
+    tanh_each<kFine>(x, count, p.scale / p.soft_cap, [&](int64_t i, int64_t n, Vec t) {
+      store_some(x + i, t * cap, n);
+      store_some(cap_slopes + i, 1.0f - t * t, n);
+    });
+    factor = 1;
+  }
+  if (p.slopes) {
+    const float place = static_cast<float>(key);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec distance = abs(load(rows.place + i) - place);
+      store(x + i, load(x + i) * factor - load(rows.slope + i) * distance);
+    }
+    factor = 1;
+  }
+  return factor;
+}
+
+}  // namespace
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore
