@@ -254,7 +254,7 @@ def scaled_dot_product_attention(
     """As ``torch.nn.functional.scaled_dot_product_attention``: layout (B, H, T, D), is_causal aligned top-left."""
     reason = _uncovered_attention(query, key, value, enable_gqa)
     if not reason and attn_mask is not None:
-        reason = "attn_mask"
+        reason = "attn_mask and is_causal" if is_causal else _uncovered_mask(query, key, attn_mask)
     if not reason and dropout_p != 0.0:
         reason = "dropout"
     if reason:
@@ -279,12 +279,40 @@ def scaled_dot_product_attention(
         # The kernel aligns bottom-right; a window that reaches back by the difference is top-left again.
         window, is_causal = (-1, length - key.shape[-2]), False
     heads_second = [_four_dims(x).transpose(1, 2) for x in (query, key, value)]
-    out = ops.attention(*heads_second, causal=is_causal, window_size=window, softmax_scale=scale)
+    out = ops.attention(
+        *heads_second, causal=is_causal, window_size=window, softmax_scale=scale,
+        **_mask_options(query, key, attn_mask),
+    )  # fmt: skip
     return out.transpose(1, 2).view(query.shape) if query.ndim != 4 else out.transpose(1, 2)
 
 
 def _four_dims(x: Tensor) -> Tensor:
     return x if x.ndim == 4 else x.unsqueeze(1)
+
+
+def _uncovered_mask(query: Tensor, key: Tensor, mask: Any) -> str | None:
+    if not isinstance(mask, Tensor) or mask.device.type != "cpu" or mask.layout is not torch.strided:
+        return "kind of attn_mask"
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return "dtype of attn_mask"
+    full = (*query.shape[:-1], key.shape[-2])
+    shape = (1,) * (len(full) - mask.ndim) + tuple(mask.shape)
+    if not 2 <= mask.ndim <= len(full) or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        return "shape of attn_mask"
+    if mask.requires_grad and shape[-2:] != full[-2:]:
+        return "gradient of an attn_mask that is broadcast over queries or keys"
+    return None
+
+
+def _mask_options(query: Tensor, key: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    """The mask as ``ops.attention`` takes it: heads, then (T, S), with keys of its own."""
+    if mask is None:
+        return {}
+    if query.ndim == 3 and mask.ndim == 3:
+        mask = mask.unsqueeze(1)
+    if mask.shape[-1] != key.shape[-2]:
+        mask = mask.expand(*mask.shape[:-1], key.shape[-2]).contiguous()
+    return {"attn_mask" if mask.dtype == torch.bool else "attn_bias": mask}
 
 
 def _uncovered_attention(query: Any, key: Any, value: Any, enable_gqa: bool) -> str | None:

@@ -32,7 +32,11 @@ def _like_torch(
 
     def run(function: Callable[..., Any], dtype: torch.dtype | None) -> list[torch.Tensor]:
         leaves = [t.to(dtype or t.dtype).requires_grad_() if t.is_floating_point() else t for t in tensors]
-        out = function(*leaves, *args, **keywords)
+        exact = {
+            key: x.to(dtype or x.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for key, x in keywords.items()
+        }
+        out = function(*leaves, *args, **exact)
         torch.manual_seed(1)
         grad = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
         wanted = [t for t in leaves if t.is_floating_point()]
@@ -170,16 +174,50 @@ def test_attention(dtype: torch.dtype, sizes: tuple[int, ...], is_causal: bool, 
 
 def test_attention_forms_that_go_to_torch() -> None:
     q, k, v = (torch.randn(2, 3, 6, 8) for _ in range(3))
-    mask = torch.rand(6, 6) > 0.3
-    mask[:, 0] = True
-    for keywords in ({"attn_mask": mask}, {"attn_mask": torch.randn(6, 6)}):
-        _like_torch("scaled_dot_product_attention", [q, k, v], **keywords)
+    _like_torch("scaled_dot_product_attention", [q, k, v], attn_mask=torch.randn(6, 1, requires_grad=True))
     _like_torch("scaled_dot_product_attention", [q, k, torch.randn(2, 3, 6, 5)])
     three = [torch.randn(4, 6, 8) for _ in range(3)]
     _like_torch("scaled_dot_product_attention", three, is_causal=True)
     F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
     reasons = backend.report()["scaled_dot_product_attention"]
-    assert {"attn_mask", "dropout", "shapes of query, key and value"} == set(reasons)
+    broadcast = "gradient of an attn_mask that is broadcast over queries or keys"
+    assert {broadcast, "dropout", "shapes of query, key and value"} == set(reasons)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(6, 9), (1, 9), (6, 1), (1, 1, 6, 9), (2, 1, 1, 9), (4, 6, 9), (2, 4, 6, 9)]
+)
+def test_attention_masks(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    q = torch.randn(2, 4, 6, 16).to(dtype)
+    k, v = (torch.randn(2, 4, 9, 16).to(dtype) for _ in range(2))
+    mask = torch.rand(shape) > 0.3
+    mask[..., 0] = True
+    for attn_mask in (mask, torch.randn(shape), torch.randn(shape).to(dtype)):
+        _like_torch(
+            "scaled_dot_product_attention", [q, k, v], terms=16, summand=27 * 16**0.5, attn_mask=attn_mask
+        )
+    assert backend.report() == {}
+
+
+def test_attention_with_a_row_that_sees_nothing_is_torchs() -> None:
+    q, k, v = (torch.randn(2, 3, 6, 8) for _ in range(3))
+    mask = torch.rand(6, 6) > 0.3
+    mask[2] = False
+    for attn_mask in (mask, torch.zeros(6, 6).masked_fill(~mask, float("-inf"))):
+        _like_torch("scaled_dot_product_attention", [q, k, v], attn_mask=attn_mask)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (4, 6, 9), (2, 1, 6, 9), (2, 4, 6, 9)])
+def test_attention_mask_gets_torchs_gradient(shape: tuple[int, ...]) -> None:
+    q, k, v = (torch.randn(2, 4, n, 16) for n in (6, 9, 9))
+    mask = torch.randn(shape, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(f.scaled_dot_product_attention(q, k, v, mask).square().sum(), mask)[0]
+        for f in (F, T)
+    ]
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6)
+    assert backend.report() == {}
 
 
 def test_other_dtypes_and_functions_are_torchs() -> None:
