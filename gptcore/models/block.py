@@ -7,7 +7,7 @@ pass.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gptcore import ops
 from gptcore.models.config import GPTConfig
 from gptcore.models.norm import Norm
-from gptcore.models.positions import RotaryTables, alibi_attention, alibi_slopes
+from gptcore.models.positions import RotaryTables, alibi_slopes
 from gptcore.nn.linear import Linear, linear
 
 
@@ -56,6 +56,7 @@ class Attention(nn.Module):
         self.causal = spec.causal
         self.window_size = config.window_size(layer)
         self.softmax_scale = spec.softmax_scale or self.head_dim**-0.5
+        self.soft_cap = spec.soft_cap
         self.interleaved = config.position.interleaved
         self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, spec.qkv_bias)
         self.out = Linear(self.heads * self.head_dim, config.width, spec.out_bias)
@@ -66,12 +67,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x)
-        as_projected = self.q_norm is None and self.slopes is None
-        if as_projected and context.rotary is None and context.cache is None:
-            y = ops.attention_qkv(
-                qkv, self.heads, self.kv_heads, causal=self.causal, window_size=self.window_size,
-                softmax_scale=self.softmax_scale, cu_seqlens_q=context.cu_seqlens,
-            )  # fmt: skip
+        if self.q_norm is None and context.rotary is None and context.cache is None:
+            y = ops.attention_qkv(qkv, self.heads, self.kv_heads, **self._options(qkv, context))
         else:
             y = self._attend(*self._queries_keys_values(qkv, context), context).flatten(-2)
         return self.out(y)
@@ -92,15 +89,15 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        if self.slopes is not None:
-            return alibi_attention(
-                q, k, v, torch.tensor(self.slopes), causal=self.causal, window_size=self.window_size,
-                softmax_scale=self.softmax_scale, cu_seqlens=context.cu_seqlens,
-            )  # fmt: skip
-        return ops.attention(
-            q, k, v, causal=self.causal, window_size=self.window_size, softmax_scale=self.softmax_scale,
-            cu_seqlens_q=context.cu_seqlens,
-        )  # fmt: skip
+        return ops.attention(q, k, v, **self._options(q, context))
+
+    def _options(self, x: Tensor, context: Context) -> dict[str, Any]:
+        # Slopes stay f32 whatever the parameters are cast to, so they are no buffer.
+        slopes = None if self.slopes is None else torch.tensor(self.slopes, device=x.device)
+        return {
+            "causal": self.causal, "window_size": self.window_size, "softmax_scale": self.softmax_scale,
+            "soft_cap": self.soft_cap, "alibi_slopes": slopes, "cu_seqlens_q": context.cu_seqlens,
+        }  # fmt: skip
 
 
 class Mlp(nn.Module):

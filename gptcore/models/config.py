@@ -27,9 +27,9 @@ class AttentionSpec(Spec):
     """Attention of every layer.
 
     ``pattern`` is repeated over the layers; a ``banded`` layer sees ``window`` tokens, the query's own
-    included (and as many after it where ``causal`` is false). ``softmax_scale`` None is D**-0.5. ``dropout``,
-    ``soft_cap``, ``sinks``, ``relative_bias`` and ``cross_attention`` are part of the format, but ``GPT``
-    refuses them so far.
+    included (and as many after it where ``causal`` is false). ``softmax_scale`` None is D**-0.5. A scaled score s
+    becomes soft_cap * tanh(s / soft_cap). ``dropout``, ``sinks``, ``relative_bias`` and ``cross_attention``
+    are part of the format, but ``GPT`` refuses them so far.
     """
 
     section: ClassVar[str] = "model.attention"

@@ -292,7 +292,6 @@ def refuse_unimplemented(config: GPTConfig) -> None:
     spec = config.attention
     foreseen = {
         "model.attention.dropout": spec.dropout > 0.0,
-        "model.attention.soft_cap": spec.soft_cap is not None,
         "model.attention.sinks": spec.sinks,
         "model.attention.relative_bias": spec.relative_bias,
         "model.attention.cross_attention": spec.cross_attention,

@@ -1,4 +1,4 @@
-"""Where a token stands: places inside packed documents, rotary tables, ALiBi's slopes and attention."""
+"""Where a token stands: places inside packed documents, rotary tables, ALiBi's slopes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from gptcore import backend
 from gptcore.models.config import GPTConfig, ScalingSpec
 
 
@@ -90,45 +89,3 @@ def alibi_slopes(num_heads: int) -> list[float]:
     slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
     between = [2.0 ** (-4.0 * (h + 1) / power) for h in range(0, 2 * power, 2)]
     return slopes + between[: num_heads - power]
-
-
-def alibi_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    *,
-    causal: bool,
-    window_size: tuple[int, int],
-    softmax_scale: float,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """Attention with ALiBi's bias -slope * distance, through torch with a mask of H·T·S values.
-
-    q (B, T, H, D), k and v (B, S, Hkv, D), or packed (total, H, D) with int32 ``cu_seqlens``; causal and
-    windows aligned bottom-right. A fallback, reported as such, until the attention kernel adds the bias.
-    """
-    if not torch.compiler.is_compiling():
-        backend.note_fallback("attention", "ALiBi bias")
-    if cu_seqlens is not None:
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    t, s = q.shape[1], k.shape[1]
-    rows = torch.arange(s - t, s, device=q.device)[:, None]
-    columns = torch.arange(s, device=q.device)[None, :]
-    distance = rows - columns  # (T, S)
-    left, right = window_size[0], 0 if causal else window_size[1]
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if left >= 0:
-        hidden = hidden | (distance > left)
-    if right >= 0:
-        hidden = hidden | (distance < -right)
-    if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, columns[0].to(torch.int32), right=True)
-        hidden = hidden | (document[:, None] != document[None, :])
-    bias = -slopes.to(q.device)[:, None, None] * distance.abs()
-    bias = bias.masked_fill(hidden, -math.inf)  # f32: bf16 would round distances above 256
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias[None],
-        scale=softmax_scale, enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)  # fmt: skip
-    return out[0] if cu_seqlens is not None else out

@@ -71,6 +71,7 @@ CASES: dict[str, GPTConfig] = {
     "alibi-gqa-banded": _shrunk(
         "bloom-560m", {"attention": {"num_kv_heads": 2, "pattern": ["banded"], "window": 7}}
     ),
+    "soft-cap": _shrunk("gpt2", {"attention": {"soft_cap": 0.5}}),
 }  # fmt: skip
 
 

@@ -103,6 +103,8 @@ def attention(
     for i in range(h):
         j = i // (h // g)
         score = q[:, :, i] @ k[:, :, j].transpose(1, 2) * (spec.softmax_scale or d**-0.5)
+        if spec.soft_cap is not None:
+            score = spec.soft_cap * torch.tanh(score / spec.soft_cap)
         if config.position.kind == "alibi":
             score = score - slope(i, h) * distance.abs().to(x.dtype)
         heads.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ v[:, :, j])

@@ -260,7 +260,6 @@ def test_dropout_acts_in_training_only():
     ("changes", "key"),
     [
         ({"dropout": 0.1}, "dropout"),
-        ({"soft_cap": 50.0}, "soft_cap"),
         ({"sinks": True}, "sinks"),
         ({"relative_bias": True}, "relative_bias"),
         ({"cross_attention": True}, "cross_attention"),
@@ -307,7 +306,8 @@ def test_only_uncovered_features_fall_back():
     for name, call in (
         ("gpt2", None),
         ("llama3", None),
-        ("bloom", "attention"),
+        ("bloom", None),
+        ("soft-cap", None),
         ("gemma", "linear_cross_entropy"),
     ):
         model = model_of(CASES[name])
