@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from bench.case import Callables, Case, Cost, Target
@@ -9,15 +10,31 @@ from bench.case import Callables, Case, Cost, Target
 LR, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
-def gpt2_shapes() -> list[tuple[int, ...]]:
-    """The 148 parameter tensors of GPT-2 124M, head tied."""
-    c, layers = 768, 12
+def block_shapes(layers: int, c: int = 768) -> list[tuple[int, ...]]:
+    """The parameter tensors of GPT-2's blocks, without embeddings and the last norm."""
     block: list[tuple[int, ...]] = [(c,), (c,), (3 * c, c), (3 * c,), (c, c), (c,), (c,), (c,)]
     block += [(4 * c, c), (4 * c,), (c, 4 * c), (c,)]
-    return [(50257, c), (1024, c), *block * layers, (c,), (c,)]
+    return block * layers
 
 
-def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """The 148 parameter tensors of GPT-2 124M, head tied."""
+    c = 768
+    return [(50257, c), (1024, c), *block_shapes(12, c), (c,), (c,)]
+
+
+def parameters(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Elements of all tensors."""
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _setup(
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    amsgrad: bool = False,
+    decoupled: bool = True,
+    maximize: bool = False,
+) -> Callable[[Target], Callables]:
     """float32: gradients in f32. bfloat16: gradients in bf16, f32 masters, bf16 copies written back.
 
     Both participants own a full set of parameters and states; each call is one step of it and returns
@@ -36,27 +53,36 @@ def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
         mine = [p.clone() for p in start]
         copies = [p.bfloat16() for p in start] if low else None
         moments = [[torch.zeros_like(p) for p in start] for _ in range(2)]
+        largest = [torch.zeros_like(p) for p in start] if amsgrad else None
         steps = iter(range(1, 1 << 62))
+        options = {"amsgrad": amsgrad, "maximize": maximize}
 
         def ours() -> list[torch.Tensor]:
             adamw_(
                 mine, grads, *moments, step=next(steps), lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS,
-                weight_decay=WEIGHT_DECAY, copies=copies, max_norm=MAX_NORM,
+                weight_decay=WEIGHT_DECAY, copies=copies, max_norm=MAX_NORM, max_exp_avg_sqs=largest,
+                decoupled=decoupled, maximize=maximize,
             )  # fmt: skip
             return mine[:8]
 
-        return {"gptcore": ours, "torch_eager": _torch_step(start, grads, low)}
+        return {"gptcore": ours, "torch_eager": _torch_step(start, grads, low, decoupled, options)}
 
     return setup
 
 
-def _torch_step(start: list, grads: list, low: bool) -> Callable[[], list]:
-    """torch doing the same: clip by foreach, fused AdamW, and casts where the dtype asks for them."""
+def _torch_step(
+    start: list, grads: list, low: bool, decoupled: bool, options: dict[str, bool]
+) -> Callable[[], list]:
+    """torch doing the same: clip by foreach, fused AdamW or Adam, and casts where the dtype asks for them."""
     import torch
+
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
 
     params = [torch.nn.Parameter(p.clone()) for p in start]
     copies = [p.bfloat16() for p in start] if low else None
-    optimizer = torch.optim.AdamW(params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = kind(
+        params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True, **options
+    )  # fmt: skip
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad.to(torch.float32, copy=True)
     held = [p.grad for p in params]
@@ -75,18 +101,14 @@ def _torch_step(start: list, grads: list, low: bool) -> Callable[[], list]:
     return step
 
 
-def _cost(shapes: Sequence[tuple[int, ...]]) -> Callable[[int], Cost]:
-    """Two reads of the gradient (norm, update), p m v read and written, the bf16 copy written."""
-    count = 0
-    for shape in shapes:
-        size = 1
-        for extent in shape:
-            size *= extent
-        count += size
+def _cost(shapes: Sequence[tuple[int, ...]], amsgrad: bool = False) -> Callable[[int], Cost]:
+    """Two reads of the gradient (norm, update), p m v (w) read and written, the bf16 copy written."""
+    count = parameters(shapes)
+    state = 16 if amsgrad else 12
 
     def cost(element: int) -> Cost:
         copy = 2 if element == 2 else 0
-        return Cost(20.0 * count, (12 + 2 * element) * count, (12 + copy) * count, in_place=True)
+        return Cost(20.0 * count, (state + 2 * element) * count, (state + copy) * count, in_place=True)
 
     return cost
 
@@ -94,9 +116,14 @@ def _cost(shapes: Sequence[tuple[int, ...]]) -> Callable[[int], Cost]:
 _GPT2 = gpt2_shapes()
 _MANY = [(64, 64)] * 1000
 _ONE_SMALL = [(64, 64)] * 4
+_BLOCKS = block_shapes(4)  # 28M parameters: half a gigabyte with its state, far beyond any cache
 
 CASES = [
     Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2)),
     Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
     Case("adamw/4_tensors_64x64/step", _setup(_ONE_SMALL), _cost(_ONE_SMALL), small=True),
+    Case("adamw/blocks_28m_amsgrad/step", _setup(_BLOCKS, amsgrad=True), _cost(_BLOCKS, amsgrad=True)),
+    Case(
+        "adamw/blocks_28m_l2_maximize/step", _setup(_BLOCKS, decoupled=False, maximize=True), _cost(_BLOCKS)
+    ),
 ]

@@ -12,15 +12,20 @@ def adamw(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
     copies: list[Tensor],
+    steps: list[Tensor],
     weight_decay: Sequence[float],
     step: int,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
+    decoupled: bool,
+    maximize: bool,
     max_norm: float | None,
     grad_scale: float,
+    grad_norm: float | None,
 ) -> tuple[float, bool]: ...
 def attention_backward(
     dout: Tensor | None,
@@ -117,6 +122,7 @@ def gated_activation_forward(
     up_bias: Tensor | None,
     y: Tensor | None,
 ) -> None: ...
+def grad_norm(grads: list[Tensor], grad_scale: float) -> tuple[float, bool]: ...
 def isa() -> str: ...
 def layer_norm_backward(
     grad_y: Tensor | None,

@@ -14,6 +14,7 @@ void register_linear_cross_entropy(py::module_& m);
 void register_matmul(py::module_& m);
 void register_gated_activation(py::module_& m);
 void register_adamw(py::module_& m);
+void register_grad_norm(py::module_& m);
 void register_rotary(py::module_& m);
 void register_embedding(py::module_& m);
 void register_rms_norm(py::module_& m);
@@ -66,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
   register_matmul(m);
   register_gated_activation(m);
   register_adamw(m);
+  register_grad_norm(m);
   register_rotary(m);
   register_embedding(m);
   register_rms_norm(m);

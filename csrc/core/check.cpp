@@ -117,4 +117,29 @@ void Checker::writable(const TensorView& tensor, const char* argument) const {
   if (tensor.readonly) fail(argument, "a read-only array", "a writable one");
 }
 
+void Checker::item(const std::vector<TensorView>& list, const char* name, size_t i, const TensorView& like,
+                   std::initializer_list<DType> allowed, bool written) const {
+  const TensorView& tensor = list[i];
+  bool fine = tensor.defined && tensor.device == Device::cpu && tensor.ndim == like.ndim;
+  for (int d = 0; fine && d < like.ndim; ++d) fine = tensor.sizes[d] == like.sizes[d];
+  bool type = false;
+  for (DType candidate : allowed) type = type || tensor.dtype == candidate;
+  if (fine && type && tensor.is_contiguous() && !(written && tensor.readonly)) return;
+  const std::string full = std::string(name) + "[" + std::to_string(i) + "]";
+  input(tensor, full.c_str(), allowed);
+  same_shape(tensor, full.c_str(), like, "params");
+  contiguous(tensor, full.c_str());
+  writable(tensor, full.c_str());
+}
+
+void Checker::length(size_t length, const char* name, size_t expected) const {
+  if (length != expected) {
+    fail(name, std::to_string(length) + " entries", std::to_string(expected) + ", one per parameter");
+  }
+}
+
+void Checker::number(bool condition, const char* name, double value, const char* expected) const {
+  if (!condition) fail(name, std::to_string(value), expected);
+}
+
 }  // namespace gptcore

@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "core/tensor_view.h"
 
@@ -53,6 +54,14 @@ class Checker {
     input(tensor, argument, allowed);
     writable(tensor, argument);
   }
+
+  // For ops over lists of tensors. list[i]: on the CPU, of an allowed type, contiguous, shaped like its
+  // parameter. Thousands of tensors come by in a call, so names are built only for errors.
+  void item(const std::vector<TensorView>& list, const char* name, size_t i, const TensorView& like,
+            std::initializer_list<DType> allowed, bool written) const;
+  // A list's length: one entry for each parameter.
+  void length(size_t length, const char* name, size_t expected) const;
+  void number(bool condition, const char* name, double value, const char* expected) const;
 
   // ValueError, TypeError: "op: argument 'name': got <got>, expected <expected>". Called where a check has failed, so
   // that no sentence is made before: a handful of strings takes as long as a small kernel.

@@ -22,6 +22,7 @@ from gptcore.ops.gated_activation import (
     swiglu,
     swiglu_packed,
 )
+from gptcore.ops.grad_norm import grad_norm
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
 from gptcore.ops.linear_cross_entropy import (
     linear_cross_entropy,
@@ -45,6 +46,7 @@ __all__ = [
     "geglu",
     "geglu_packed",
     "gelu",
+    "grad_norm",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_stats",

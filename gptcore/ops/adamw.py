@@ -1,8 +1,7 @@
-"""AdamW over many tensors in one call: global norm and check, then clip, unscale, update and bf16 copy."""
+"""Adam over many tensors in one call: global norm and check, then clip, unscale, update and bf16 copy."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,11 +24,17 @@ def adamw_(
     copies: Sequence[Array] | None = None,
     max_norm: float | None = None,
     grad_scale: float = 1.0,
+    max_exp_avg_sqs: Sequence[Array] | None = None,
+    decoupled: bool = True,
+    maximize: bool = False,
+    grad_norm: float | None = None,
+    steps: Sequence[Array] | None = None,
 ) -> tuple[float, bool]:
     """One step in place: ``p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps)`` with the bias-corrected moments.
 
     Two passes: the first reads the gradients for their global norm and for infinities and NaN, the second
-    updates. Where a gradient is not finite, nothing is written.
+    updates. Where a gradient is not finite, nothing is written. ``decoupled=False`` is Adam: the decay is added
+    to the gradient, ``g + wd p``, after the clip.
 
     Args:
         params: f32, contiguous; torch tensors, NumPy or CuPy arrays. Not differentiable.
@@ -37,11 +42,19 @@ def adamw_(
         exp_avgs, exp_avg_sqs: f32 moments m and v, like the parameters.
         step: number of this update, from 1, for the bias correction.
         lr, beta1, beta2, eps: as in the paper.
-        weight_decay: decoupled, one number or one per parameter.
+        weight_decay: one number or one per parameter.
         copies: bf16, like the parameters: overwritten with their rounding, as the weights that a model
             computes with beside its f32 masters.
         max_norm: the norm of all gradients together, after unscaling, is clipped to this.
         grad_scale: gradients are divided by it first (a loss scale, or the number of micro-batches).
+        max_exp_avg_sqs: f32, like the parameters: AMSGrad's running maximum of v, which then takes v's place
+            in the denominator.
+        decoupled: False adds the decay to the gradient (L2) instead of taking it from the parameter.
+        maximize: ascend: the gradient's sign is turned before anything else.
+        grad_norm: the norm, where :func:`gptcore.ops.grad_norm` has told it of this and other calls'
+            gradients together and found them finite; the first pass is left out then.
+        steps: one f32 element per parameter, overwritten with ``step``: the count that torch's optimizers keep
+            in their state, for less than a call of torch would take.
 
     Returns:
         ``(grad_norm, found_inf)``: the norm after unscaling and before clipping; whether a gradient was inf
@@ -50,13 +63,15 @@ def adamw_(
     Raises:
         ValueError, TypeError: lists, shapes, dtypes or numbers that do not fit; nothing is written then.
 
-    Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; the clip is that of
-    torch.nn.utils.clip_grad_norm_.
+    Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Kingma, Ba 2015,
+    "Adam", algorithm 1; AMSGrad as torch has it: Reddi et al. 2018, "On the Convergence of Adam and Beyond",
+    algorithm 2, with bias correction. The clip is that of torch.nn.utils.clip_grad_norm_.
     """
     decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
     return backend.extension().adamw(
-        params, grads, exp_avgs, exp_avg_sqs, () if copies is None else copies, decays,
-        step, lr, beta1, beta2, eps, max_norm, grad_scale,
+        params, grads, exp_avgs, exp_avg_sqs, () if max_exp_avg_sqs is None else max_exp_avg_sqs,
+        () if copies is None else copies, () if steps is None else steps, decays, step, lr, beta1, beta2, eps,
+        decoupled, maximize, max_norm, grad_scale, grad_norm,
     )  # fmt: skip
 
 
@@ -75,19 +90,33 @@ def adamw_reference(
     copies: Sequence[Any] | None = None,
     max_norm: float | None = None,
     grad_scale: float = 1.0,
+    max_exp_avg_sqs: Sequence[Any] | None = None,
+    decoupled: bool = True,
+    maximize: bool = False,
+    grad_norm: float | None = None,
+    steps: Sequence[Any] | None = None,
 ) -> tuple[float, bool]:
     """The same in plain torch, in place, any floating dtype."""
+    from gptcore.ops.grad_norm import grad_norm_reference
+
     decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
-    norm = math.sqrt(math.fsum(g.double().square().sum().item() for g in grads)) / grad_scale
-    if not all(g.isfinite().all().item() for g in grads):
+    norm, found_inf = (grad_norm, False) if grad_norm is not None else grad_norm_reference(grads, grad_scale)
+    if found_inf:
         return norm, True
     factor = (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / grad_scale
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        g = g.to(p.dtype) * factor
+        g = g.to(p.dtype) * (-factor if maximize else factor)
+        if not decoupled:
+            g = g + p * decays[i]
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (v / (1 - beta2**step)).sqrt() + eps
-        p.mul_(1 - lr * decays[i]).addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+        w = v
+        if max_exp_avg_sqs is not None:
+            w = max_exp_avg_sqs[i].copy_(max_exp_avg_sqs[i].maximum(v))
+        denominator = (w / (1 - beta2**step)).sqrt() + eps
+        p.mul_(1 - lr * decays[i] if decoupled else 1).addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
         if copies is not None:
             copies[i].copy_(p)
+        if steps is not None:
+            steps[i].fill_(step)
     return norm, False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gptcore.optim import schedule
-from gptcore.optim.adamw import AdamW
+from gptcore.optim.adamw import Adam, AdamW
 from gptcore.optim.groups import decay_groups
 
-__all__ = ["AdamW", "decay_groups", "schedule"]
+__all__ = ["Adam", "AdamW", "decay_groups", "schedule"]

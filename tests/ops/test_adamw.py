@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptcore.ops.adamw import adamw_, adamw_reference
+from gptcore.ops.grad_norm import grad_norm
 from tests.tolerance import ROUNDOFF, assert_same_for_threads, same_bits
 
 SETTINGS = {"lr": 0.02, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6}
@@ -19,19 +20,23 @@ SIZES = [*range(0, 34), 63, 64, 65, 16383, 16384, 16385, 40000]
 class State:
     """Parameters, gradients and moments of the given sizes, after some imagined steps."""
 
-    def __init__(self, sizes, grad_dtype=torch.float32, *, copies: bool = False, scale: float = 1.0) -> None:
+    LISTS = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+
+    def __init__(
+        self, sizes, grad_dtype=torch.float32, *, copies: bool = False, amsgrad: bool = False, scale=1.0
+    ) -> None:
         self.params = [torch.randn(n) for n in sizes]
         self.grads = [(torch.randn(n) * scale).to(grad_dtype) for n in sizes]
         self.exp_avgs = [torch.randn(n) * 0.1 for n in sizes]
         self.exp_avg_sqs = [torch.rand(n) * 0.1 for n in sizes]
+        self.max_exp_avg_sqs = [torch.rand(n) * 0.1 for n in sizes] if amsgrad else None
         self.copies = [torch.zeros(n, dtype=torch.bfloat16) for n in sizes] if copies else None
 
     def clone(self, dtype: torch.dtype = torch.float32) -> State:
         other = State([])
-        other.params, other.exp_avgs, other.exp_avg_sqs = (
-            [t.to(dtype, copy=True) for t in list_]
-            for list_ in (self.params, self.exp_avgs, self.exp_avg_sqs)
-        )
+        for name in self.LISTS:
+            tensors = getattr(self, name)
+            setattr(other, name, tensors and [t.to(dtype, copy=True) for t in tensors])
         other.grads = [g.to(dtype) if dtype == torch.float64 else g for g in self.grads]
         other.copies = None if self.copies is None else [c.clone() for c in self.copies]
         return other
@@ -39,11 +44,11 @@ class State:
     def step(self, function=adamw_, **options):
         return function(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, copies=self.copies,
-            **{**SETTINGS, "step": 3, **options},
+            max_exp_avg_sqs=self.max_exp_avg_sqs, **{**SETTINGS, "step": 3, **options},
         )  # fmt: skip
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(self.copies or [])]
+        return [t for name in (*self.LISTS, "copies") for t in getattr(self, name) or []]
 
 
 def _check(state: State, **options) -> None:
@@ -55,8 +60,8 @@ def _check(state: State, **options) -> None:
     count = sum(g.numel() for g in state.grads)
     # f32 partial sums over chunks of 16384 in 64 lanes: 256 roundings of half a unit at worst, a walk of 16.
     assert abs(norm - exact_norm) <= 16 * ROUNDOFF[torch.float32] * exact_norm, count
-    for name in ("params", "exp_avgs", "exp_avg_sqs"):
-        for got, want, torchs in zip(*(getattr(s, name) for s in (state, exact, twin)), strict=True):
+    for name in State.LISTS:
+        for got, want, torchs in zip(*(getattr(s, name) or [] for s in (state, exact, twin)), strict=True):
             if not got.numel():
                 continue
             # A handful of roundings on operands no larger than the tensor's scale; torch makes as many.
@@ -73,20 +78,65 @@ def test_matches_float64_at_every_size_on_every_isa(isa: str, grad_dtype: torch.
     _check(State(SIZES, grad_dtype, copies=True), weight_decay=decays, max_norm=0.5, grad_scale=4.0)
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_options_match_float64_on_every_isa(isa: str, amsgrad: bool, decoupled: bool) -> None:
+    for grad_dtype, copies in ((torch.float32, False), (torch.bfloat16, True)):
+        state = State([0, 1, 33, 64, 16385], grad_dtype, copies=copies, amsgrad=amsgrad)
+        decays = [0.1 * (i % 3) for i in range(5)]
+        _check(state, weight_decay=decays, decoupled=decoupled, maximize=True, max_norm=0.5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 200), max_size=6),
     grad_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     copies=st.booleans(),
+    amsgrad=st.booleans(),
+    signs=st.fixed_dictionaries({"decoupled": st.booleans(), "maximize": st.booleans()}),
     max_norm=st.sampled_from([None, 1e-3, 1e6]),
     grad_scale=st.sampled_from([1.0, 1024.0]),
     step=st.sampled_from([1, 2, 10_000]),
     seed=st.integers(0, 2**16),
 )
-def test_any_lists_and_options(sizes, grad_dtype, copies, max_norm, grad_scale, step, seed) -> None:
+def test_any_lists_and_options(
+    sizes, grad_dtype, copies, amsgrad, signs, max_norm, grad_scale, step, seed
+) -> None:
     torch.manual_seed(seed)
-    state = State(sizes, grad_dtype, copies=copies, scale=grad_scale)
-    _check(state, step=step, weight_decay=0.1, max_norm=max_norm, grad_scale=grad_scale)
+    state = State(sizes, grad_dtype, copies=copies, amsgrad=amsgrad, scale=grad_scale)
+    _check(state, step=step, weight_decay=0.1, max_norm=max_norm, grad_scale=grad_scale, **signs)
+
+
+def test_steps_are_written_where_the_update_is() -> None:
+    state = State([4, 5])
+    steps = [torch.tensor(6.0), torch.zeros(1)]
+    state.step(step=7, steps=steps)
+    assert steps == [7, 7]
+    state.grads[0][0] = math.nan
+    state.step(step=8, steps=steps)
+    assert steps == [7, 7]
+
+
+def test_ascent_is_descent_on_the_other_sign() -> None:
+    state = State([1000])
+    other = state.clone()
+    other.grads = [-g for g in state.grads]
+    state.step(maximize=True, max_norm=0.5)
+    other.step(max_norm=0.5)
+    assert all(same_bits(a, b) for a, b in zip(state.tensors(), other.tensors(), strict=True))
+
+
+def test_a_known_norm_gives_the_same_bits_in_parts() -> None:
+    state = State([1000, 50_000, 7])
+    parts = state.clone()
+    norm, _ = state.step(max_norm=0.5)
+    assert grad_norm(parts.grads) == (norm, False)
+    for i in range(3):
+        part = State([])
+        for name in (*State.LISTS[:3], "grads"):
+            setattr(part, name, getattr(parts, name)[i : i + 1])
+        assert part.step(max_norm=0.5, grad_norm=norm) == (norm, False)
+    assert all(same_bits(a, b) for a, b in zip(state.tensors(), parts.tensors(), strict=True))
 
 
 def test_follows_torch_over_a_hundred_steps() -> None:
@@ -146,11 +196,11 @@ def test_gradients_stay_as_they_are_and_zero_gradients_only_decay() -> None:
 
 
 def test_same_bits_for_every_thread_count_and_run(threads: None) -> None:
-    start = State([100_000, 3, 17, 40_000], torch.bfloat16, copies=True)
+    start = State([100_000, 3, 17, 40_000], torch.bfloat16, copies=True, amsgrad=True)
 
     def step() -> list[torch.Tensor]:
         state = start.clone()
-        norm, _ = state.step(max_norm=0.1, weight_decay=0.1)
+        norm, _ = state.step(max_norm=0.1, weight_decay=0.1, decoupled=False)
         return [*state.tensors(), torch.tensor(norm, dtype=torch.float64)]
 
     assert_same_for_threads(step)
@@ -181,7 +231,7 @@ def test_parameters_that_require_grad_and_numpy_arrays() -> None:
 
 def _call(**changes):
     state = State([4, 5], copies=True)
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "copies"):
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "copies"):
         if name in changes:
             setattr(state, name, changes.pop(name))
     before = [t.clone() for t in state.tensors()]
@@ -209,6 +259,15 @@ BAD = [
     ({"weight_decay": [0.1]}, ValueError, "'weight_decay': got 1 entries"),
     ({"weight_decay": -0.1}, ValueError, "'weight_decay\\[0\\]'"),
     ({"step": 0}, ValueError, "'step': got 0, expected 1 or more"),
+    ({"max_exp_avg_sqs": [torch.zeros(4)]}, ValueError, "'max_exp_avg_sqs': got 1 entries, expected 2"),
+    ({"steps": [torch.zeros(())]}, ValueError, "'steps': got 1 entries, expected 2"),
+    (
+        {"steps": [torch.zeros(()), torch.zeros(2)]},
+        ValueError,
+        "'steps\\[1\\]': got float32 \\(2,\\), expected one",
+    ),
+    ({"steps": [torch.zeros(()), torch.tensor(1)]}, TypeError, "'steps\\[1\\]': got int64, expected float32"),
+    ({"grad_norm": math.nan}, ValueError, "'grad_norm': got nan, expected a finite number"),
     ({"lr": math.nan}, ValueError, "'lr'"),
     ({"beta1": 1.0}, ValueError, "'beta1'.*\\[0, 1\\)"),
     ({"max_norm": 0.0}, ValueError, "'max_norm'.*above 0"),

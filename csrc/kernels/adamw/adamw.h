@@ -1,44 +1,46 @@
-// Adam with decoupled weight decay (Loshchilov, Hutter 2019) over many tensors, clipped by their global norm.
+// Adam over many tensors (Kingma, Ba 2015) with decoupled weight decay (Loshchilov, Hutter 2019) or with L2 in
+// the gradient, clipped by the global norm of the gradients, which the caller has from grad_norm.
 //
-//   s = 1 / grad_scale        norm = sqrt(sum over all tensors of (s g)^2)
+//   s = 1 / grad_scale, negative with maximize
 //   k = s * min(1, max_norm / (norm + 1e-6))          (k = s without max_norm)
-//   m = m + (1 - beta1) (k g - m)                     v = beta2 v + (1 - beta2) (k g)^2
-//   p = p (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
-//   copy = bf16(p)
+//   g' = k g                                          (decoupled), else  g' = k g + weight_decay p
+//   m = m + (1 - beta1) (g' - m)                      v = beta2 v + (1 - beta2) g'^2
+//   w = max(w, v)                                     (w = v without max_exp_avg_sqs; Reddi et al. 2018)
+//   p = p (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(w) / sqrt(1 - beta2^step) + eps)
+//   copy = bf16(p)                                    (not decoupled: the factor of p is 1)
 //
-// Shapes   per tensor: params, grads, exp_avgs, exp_avg_sqs, copies of one shape, all contiguous.
+// Shapes   per tensor: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies of one shape, contiguous.
 // Types    params, moments f32; grads f32 or bf16, each its own; copies bf16.
-// None     copies (an empty list); max_norm.
+//          steps: one element each, f32, overwritten with the update's number, for a caller that counts there.
+// None     max_exp_avg_sqs, copies, steps (empty lists); max_norm.
 // Aliasing none between tensors.
-// Result   (norm, found_inf). Where a gradient is inf or NaN, found_inf is true and nothing is written.
-// Sums     squares in f32 over fixed chunks, chunks in f64 in order; a chunk whose squares leave the range of
-//          f32 is summed in f64.
 // Bits     equal for any thread count.
-// Cost     two reads of g, one read and write of p, m, v, one write of copy: 32 bytes a parameter in f32 (36
-//          if the caller needs the clipped gradient too, which torch writes and reads again); 20 flops.
+// Cost     one read of g, one read and write of p, m, v (and w), one write of copy: 28 bytes a parameter in
+//          f32, 36 with w; 20 flops.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "core/tensor_view.h"
 
 namespace gptcore {
 
+// weight_decay has one entry per tensor.
+struct AdamwLists {
+  const std::vector<TensorView>&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &copies, &steps;
+  const std::vector<double>& weight_decay;
+};
+
 struct AdamwOptions {
   int64_t step = 1;  // this update's number, from 1
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+  bool decoupled = true, maximize = false;
   std::optional<double> max_norm;
   double grad_scale = 1.0;
 };
 
-// weight_decay has one entry per tensor.
-std::pair<double, bool> adamw(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
-                              const std::vector<TensorView>& exp_avgs,
-                              const std::vector<TensorView>& exp_avg_sqs,
-                              const std::vector<TensorView>& copies, const std::vector<double>& weight_decay,
-                              const AdamwOptions& options);
+void adamw(const AdamwLists& lists, const AdamwOptions& options, double norm);
 
 }  // namespace gptcore

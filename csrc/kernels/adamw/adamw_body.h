@@ -1,23 +1,18 @@
 // What adamw.cpp hands to the per-ISA bodies: pointers and numbers, already checked.
 #pragma once
 
-#include <cstdint>
-
+#include "core/chunks.h"
 #include "core/dtype.h"
 
 namespace gptcore {
 
 struct AdamwTensor {
   float *param, *exp_avg, *exp_avg_sq;
+  float* max_exp_avg_sq;  // may be null
   const void* grad;
   bf16* copy;  // may be null
   bool bf16_grad;
-  float keep;  // 1 - lr * weight_decay
-};
-
-// A piece of one tensor, the unit of work and of the norm's sums.
-struct AdamwChunk {
-  int64_t tensor, begin, size;
+  float keep, l2;  // decoupled: 1 - lr * weight_decay and 0, else 1 and weight_decay
 };
 
 struct AdamwNumbers {
@@ -28,11 +23,7 @@ struct AdamwNumbers {
 };
 
 struct AdamwBodies {
-  // sums[i]: sum of squares of chunk i's gradient; finite[i]: whether all its elements are.
-  void (*square_sums)(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count, double* sums,
-                      bool* finite);
-  void (*update)(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
-                 const AdamwNumbers& numbers);
+  void (*update)(const AdamwTensor* tensors, const Chunk* chunks, int64_t count, const AdamwNumbers& numbers);
 };
 
 }  // namespace gptcore

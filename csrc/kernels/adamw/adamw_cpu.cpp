@@ -6,78 +6,29 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// --- norm --------------------------------------------------------------------------------------------------
+using Update = void (*)(const AdamwTensor& tensor, const Chunk& chunk, const AdamwNumbers& a);
 
-GPTCORE_INLINE double as_double(float x) { return x; }
-GPTCORE_INLINE double as_double(bf16 x) { return widen(x); }
-
-template <class T>
-double slow_square_sum(const T* grad, int64_t size) {
-  double sum = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const double g = as_double(grad[i]);
-    sum += g * g;
-  }
-  return sum;
-}
-
-// Sum of squares of one chunk, in four running f32 vectors (two adds start per cycle, each takes four), and
-// the largest magnitude as an integer, which tells infinities and NaN from finite numbers without a branch.
-template <class T>
-double square_sum(const T* grad, int64_t size, bool* finite) {
-  Vec sums[4] = {};
-  VecI largest[4] = {};
-  const auto take = [&](int64_t i, int64_t n, int s) {
-    const Vec g = load_some(grad + i, n);
-    const VecI magnitude = (VecI)abs(g);
-    sums[s] += g * g;
-    largest[s] = magnitude > largest[s] ? magnitude : largest[s];
-  };
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
-    for (int s = 0; s < 4; ++s) take(i + s * kLanes, kLanes, s);
-  }
-  for (; i + kLanes <= size; i += kLanes) take(i, kLanes, 0);
-  if (i < size) take(i, size - i, 1);
-  int32_t top = 0;
-  for (int s = 0; s < 4; ++s) {
-    for (int lane = 0; lane < kLanes; ++lane) top = largest[s][lane] > top ? largest[s][lane] : top;
-  }
-  const float sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  *finite = top < 0x7f800000;
-  // Below 1e-19 squares lose bits to the denormal range, above 1e19 they overflow. All-zero gradients are
-  // common.
-  const bool in_range = sum > 1e-30f && sum < 1e38f;
-  return in_range || !*finite || top == 0 ? sum : slow_square_sum(grad, size);
-}
-
-void square_sums(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count, double* sums,
-                 bool* finite) {
-  parallel_for(count, [&](int64_t i, int) {
-    const AdamwChunk& chunk = chunks[i];
-    const AdamwTensor& tensor = tensors[chunk.tensor];
-    sums[i] = tensor.bf16_grad
-                  ? square_sum(static_cast<const bf16*>(tensor.grad) + chunk.begin, chunk.size, finite + i)
-                  : square_sum(static_cast<const float*>(tensor.grad) + chunk.begin, chunk.size, finite + i);
-  });
-}
-
-// --- update ------------------------------------------------------------------------------------------------
-
-template <class T, bool with_copy>
-void update_chunk(const AdamwTensor& tensor, const AdamwChunk& chunk, const AdamwNumbers& a) {
+template <class T, bool with_copy, bool l2, bool amsgrad>
+void update_chunk(const AdamwTensor& tensor, const Chunk& chunk, const AdamwNumbers& a) {
   const T* grad = static_cast<const T*>(tensor.grad) + chunk.begin;
   float* param = tensor.param + chunk.begin;
   float* exp_avg = tensor.exp_avg + chunk.begin;
   float* exp_avg_sq = tensor.exp_avg_sq + chunk.begin;
+  float* max_exp_avg_sq = amsgrad ? tensor.max_exp_avg_sq + chunk.begin : nullptr;
   bf16* copy = with_copy ? tensor.copy + chunk.begin : nullptr;
   for_lanes(chunk.size, [&](int64_t i, int64_t n) {
-    const Vec g = load_some(grad + i, n) * a.grad_factor;
+    Vec g = load_some(grad + i, n) * a.grad_factor;
+    if constexpr (l2) g += load_some(param + i, n) * tensor.l2;
     Vec m = load_some(exp_avg + i, n);
     m += (g - m) * a.rest1;
     const Vec v = load_some(exp_avg_sq + i, n) * a.beta2 + g * g * a.rest2;
+    Vec w = v;
+    if constexpr (amsgrad) {
+      w = max(load_some(max_exp_avg_sq + i, n), v);
+      store_some(max_exp_avg_sq + i, w, n);
+    }
     const Vec p =
-        load_some(param + i, n) * tensor.keep - (m * a.step_size) / (sqrt(v) * a.root_factor + a.eps);
+        load_some(param + i, n) * tensor.keep - (m * a.step_size) / (sqrt(w) * a.root_factor + a.eps);
     store_some(exp_avg + i, m, n);
     store_some(exp_avg_sq + i, v, n);
     store_some(param + i, p, n);
@@ -85,25 +36,34 @@ void update_chunk(const AdamwTensor& tensor, const AdamwChunk& chunk, const Adam
   });
 }
 
-void update(const AdamwTensor* tensors, const AdamwChunk* chunks, int64_t count,
-            const AdamwNumbers& numbers) {
+// A body for each combination that moves other bytes, so that plain AdamW pays nothing for the rest.
+template <class T, bool with_copy>
+Update update_of(const AdamwTensor& tensor) {
+  const bool l2 = tensor.l2 != 0;
+  if (tensor.max_exp_avg_sq) {
+    return l2 ? update_chunk<T, with_copy, true, true> : update_chunk<T, with_copy, false, true>;
+  }
+  return l2 ? update_chunk<T, with_copy, true, false> : update_chunk<T, with_copy, false, false>;
+}
+
+template <class T>
+Update update_of(const AdamwTensor& tensor) {
+  return tensor.copy ? update_of<T, true>(tensor) : update_of<T, false>(tensor);
+}
+
+void update(const AdamwTensor* tensors, const Chunk* chunks, int64_t count, const AdamwNumbers& numbers) {
   parallel_for(count, [&](int64_t i, int) {
-    const AdamwChunk& chunk = chunks[i];
+    const Chunk& chunk = chunks[i];
     const AdamwTensor& tensor = tensors[chunk.tensor];
-    if (tensor.bf16_grad) {
-      tensor.copy ? update_chunk<bf16, true>(tensor, chunk, numbers)
-                  : update_chunk<bf16, false>(tensor, chunk, numbers);
-    } else {
-      tensor.copy ? update_chunk<float, true>(tensor, chunk, numbers)
-                  : update_chunk<float, false>(tensor, chunk, numbers);
-    }
+    const Update body = tensor.bf16_grad ? update_of<bf16>(tensor) : update_of<float>(tensor);
+    body(tensor, chunk, numbers);
   });
 }
 
 }  // namespace
 
 extern const AdamwBodies adamw_bodies;
-const AdamwBodies adamw_bodies = {square_sums, update};
+const AdamwBodies adamw_bodies = {update};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore

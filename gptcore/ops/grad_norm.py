@@ -1,0 +1,39 @@
+"""The global norm of a model's gradients, with the check for infinities and NaN, in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from gptcore import backend
+from gptcore.ops.arrays import Array
+
+
+def grad_norm(grads: Sequence[Array], grad_scale: float = 1.0) -> tuple[float, bool]:
+    """Euclidean norm of all tensors together, over ``grad_scale``, and whether an element is inf or NaN.
+
+    The same bits for every thread count, and in the optimizers' ops, which begin with it: a caller who
+    updates groups of parameters with different settings takes the norm of all of them first and hands it
+    to each call. Not differentiable.
+
+    Args:
+        grads: f32 or bf16, contiguous, any shapes; torch tensors, NumPy or CuPy arrays.
+        grad_scale: above 0; the norm is divided by it (a loss scale, or the number of micro-batches).
+
+    Returns:
+        ``(norm, found_inf)``; the norm is inf or NaN where an element is.
+
+    Raises:
+        ValueError, TypeError: tensors or a scale that do not fit.
+
+    Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural networks",
+    section 3.2.
+    """
+    return backend.extension().grad_norm(grads, grad_scale)
+
+
+def grad_norm_reference(grads: Sequence[Any], grad_scale: float = 1.0) -> tuple[float, bool]:
+    """The same in plain torch, squares in float64."""
+    norm = math.sqrt(math.fsum(g.double().square().sum().item() for g in grads)) / grad_scale
+    return norm, not all(g.isfinite().all().item() for g in grads)

@@ -1,0 +1,228 @@
+"""What the optimizers over fused kernels share: calls, the global norm, f32 sums and masters, saved state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+
+class Call:
+    """The tensors of one kernel call: their groups agree in ``settings``, they in dtype and ``number``."""
+
+    def __init__(self, settings: tuple[Any, ...], number: int, mastered: bool) -> None:
+        self.settings = settings
+        self.number = number
+        self.mastered = mastered
+        self.params: list[torch.Tensor] = []
+        self.grads: list[torch.Tensor] = []
+        self.states: list[dict[str, Any]] = []
+        self.weight_decay: list[float] = []
+
+    def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """The f32 tensors to update, and the bf16 ones that are written beside them."""
+        return ([s["master"] for s in self.states], self.params) if self.mastered else (self.params, None)
+
+    def list_of(self, name: str) -> list[torch.Tensor]:
+        """One tensor of each parameter's state."""
+        return [s[name] for s in self.states]
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of optimizers that update all parameters of equal settings in one kernel call.
+
+    State is f32 whatever the parameter is. A bf16 parameter has an f32 master in the state, which is what is
+    updated; the parameter is its rounding, written in the same pass.
+
+    A subclass says what makes a call (``_settings``, ``_begin``) and runs it (``_update``), and gives its
+    defaults under torch's names, so that saved state goes from one library to the other.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], max_norm: float | None) -> None:
+        if max_norm is not None and not max_norm > 0:
+            raise self._bad("max_norm", max_norm, "a number > 0 or None")
+        _refuse_unsupported(type(self).__name__, defaults)
+        self.max_norm = max_norm
+        self._reset()
+        super().__init__(params, defaults)
+
+    def _reset(self) -> None:
+        self.last_grad_norm = 0.0
+        self.found_inf = False
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._summed: set[torch.Tensor] = set()
+
+    # --- what subclasses define ----------------------------------------------------------------------------
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a group whose settings do not fit."""
+        raise NotImplementedError
+
+    def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What the kernel takes once per call, as plain numbers."""
+        raise NotImplementedError
+
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> int:
+        """Fill in what state lacks; a number that must be equal for all tensors of a call."""
+        raise NotImplementedError
+
+    def _update(
+        self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
+    ) -> tuple[float, bool]:
+        """Run the kernel: the norm before clipping, and whether a gradient was not finite."""
+        raise NotImplementedError
+
+    # --- steps ---------------------------------------------------------------------------------------------
+
+    def accumulate(self) -> None:
+        """Add the gradients of one micro-batch to f32 sums, which the next ``step`` uses.
+
+        Only bf16 parameters need it (their gradients are freed here): autograd itself adds up
+        f32 gradients, in the order of the calls, and those are left where they are.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None or p.dtype != torch.bfloat16:
+                    continue
+                if p not in self._sums:
+                    self._sums[p] = torch.empty_like(p, dtype=torch.float32)
+                # The buffers are kept over steps; the first micro-batch overwrites what is left in them.
+                if p in self._summed:
+                    self._sums[p].add_(p.grad)
+                else:
+                    self._sums[p].copy_(p.grad)
+                self._summed.add(p)
+                p.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients and f32 sums."""
+        super().zero_grad(set_to_none)
+        self._summed.clear()
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, grad_scale: float = 1.0
+    ) -> float | None:
+        """One update. Gradients are divided by ``grad_scale`` first (micro-batches, or a loss scale).
+
+        Args:
+            closure: computes the loss anew, with gradients; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = self._calls()
+        self.found_inf = False
+        self.last_grad_norm = 0.0
+        known: float | None = None
+        if len(calls) > 1:
+            # Groups that differ in their settings need one call each, but share one norm.
+            from gptcore.ops.grad_norm import grad_norm
+
+            known, self.found_inf = grad_norm([g for call in calls for g in call.grads], grad_scale)
+            self.last_grad_norm = known
+            if self.found_inf:
+                return loss
+        for call in calls:
+            self.last_grad_norm, self.found_inf = self._update(call, self.max_norm, grad_scale, known)
+        return loss
+
+    def _calls(self) -> list[Call]:
+        calls: dict[tuple[Any, ...], dict[tuple[Any, ...], Call]] = {}
+        for group in self.param_groups:
+            settings = self._settings(group)
+            own = calls.setdefault(settings, {})
+            decay = float(group["weight_decay"])
+            for p in group["params"]:
+                grad = self._sums[p] if self._summed and p in self._summed else p.grad
+                if grad is None:
+                    continue
+                state = self.state[p]
+                number = self._begin(p, state, group)
+                call = own.get((number, p.dtype))
+                if call is None:
+                    call = own[number, p.dtype] = Call(settings, number, p.dtype == torch.bfloat16)
+                call.params.append(p)
+                call.grads.append(grad.contiguous())  # as torch's own gradients of contiguous parameters are
+                call.states.append(state)
+                call.weight_decay.append(decay)
+        return [call for own in calls.values() for call in own.values()]
+
+    def _begin_master(self, p: torch.Tensor, state: dict[str, Any]) -> None:
+        if p.dtype == torch.bfloat16:
+            if "master" not in state:
+                state["master"] = p.detach().float().contiguous()
+        elif p.dtype != torch.float32:
+            name = type(self).__name__
+            raise TypeError(f"{name}: argument 'params': got {p.dtype}, expected float32 or bfloat16")
+
+    # --- settings and saved state --------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's: parameters from now on, with settings of their own where the group names them."""
+        if isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, bit for bit; also what torch's optimizer of this name returned.
+
+        torch's own version casts state to the parameter's dtype, which would round masters and moments
+        of bf16 parameters; it is undone here.
+        """
+        loaded: list[dict[str, Any]] = []
+        # Registered last, so it sees what the other hooks have made of the dict.
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved = [i for group in loaded[0]["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, params, strict=True):
+            for name, value in loaded[0]["state"].get(i, {}).items():
+                if isinstance(value, torch.Tensor):
+                    device = torch.device("cpu") if name == "step" else p.device
+                    kept = value.detach().to(device, copy=True)
+                    self.state[p][name] = kept.float() if kept.is_floating_point() else kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """torch's own leaves out what subclasses add."""
+        more = {"max_norm": self.max_norm, "_sums": self._sums, "_summed": self._summed}
+        return {**super().__getstate__(), **more}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by pickle for a new object, and by torch's load_state_dict for this one."""
+        if "_sums" not in self.__dict__:
+            self.max_norm = None
+            self._reset()
+        super().__setstate__(state)
+
+    def _bad(self, argument: str, got: Any, expected: str) -> ValueError:
+        return ValueError(f"{type(self).__name__}: argument '{argument}': got {got}, expected {expected}")
+
+    def _check_number(self, group: dict[str, Any], name: str) -> None:
+        value = group[name]
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise self._bad(name, f"a tensor of {value.numel()} elements", "one number")
+        if not 0.0 <= float(value) < math.inf:
+            raise self._bad(name, value, "a finite number >= 0")
+
+
+def _refuse_unsupported(name: str, defaults: dict[str, Any]) -> None:
+    """torch's switches between its implementations: ours is always fused, over all tensors at once."""
+    if defaults.get("differentiable"):
+        raise ValueError(
+            f"{name}: argument 'differentiable': got True, expected False; "
+            f"the fused kernel has no gradient, torch.optim.{name} has"
+        )
+    if defaults.get("capturable"):
+        raise ValueError(
+            f"{name}: argument 'capturable': got True, expected False; the kernel runs on the CPU, where "
+            "there is no graph to capture"
+        )
+    if defaults.get("fused") and defaults.get("foreach"):
+        raise ValueError(f"{name}: arguments 'fused' and 'foreach': got True for both, expected one of them")
