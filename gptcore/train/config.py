@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,12 @@ else:
     import tomli as tomllib
 
 
+@functools.lru_cache(maxsize=4)
+def _ramp(size: int, full: int, start: int, tokens: int) -> schedules.BatchRamp:
+    """Kept, since it remembers where each update of the ramp begins."""
+    return schedules.BatchRamp(size, full, start, tokens)
+
+
 def _at_least(section: str, low: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not low <= value < float("inf"):
@@ -36,7 +43,9 @@ class DataSpec(Spec):
 
     ``path``: text files, prepared shards, or ``builtin``. ``tokenizer``: as ``gptcore.data.tokenizer.load``
     takes it; None leaves it to what ``path`` was prepared with. One update sees ``accumulate`` micro-batches
-    of (``batch``, ``length``) tokens. ``mode`` is the loader's order: ``shuffled`` sees each window once per
+    of (``batch``, ``length``) tokens; with ``ramp_tokens`` > 0 the batch grows linearly from ``ramp_from`` tokens
+    to that as the first ``ramp_tokens`` tokens go by (GPT-3, appendix B), in whole micro-batches. ``mode`` is
+    the loader's order: ``shuffled`` sees each window once per
     epoch, ``random`` begins rows anywhere, with replacement. ``packed`` keeps attention inside documents.
     """
 
@@ -49,12 +58,15 @@ class DataSpec(Spec):
     batch: int = 8  # B
     length: int = 256  # T
     accumulate: int = 1
+    ramp_tokens: int = 0
+    ramp_from: int = 32_000
     mode: Literal["shuffled", "random", "ordered"] = "shuffled"
     packed: bool = False
 
     def validate(self) -> None:
         _at_least("data.", 1, batch=self.batch, length=self.length, accumulate=self.accumulate)
-        _at_least("data.", 1, vocab_size=self.vocab_size)
+        _at_least("data.", 1, vocab_size=self.vocab_size, ramp_from=self.ramp_from)
+        _at_least("data.", 0, ramp_tokens=self.ramp_tokens)
         if not 0.0 < self.held_out < 1.0:
             raise UserError(f"data.held_out: expected above 0 and below 1, got {self.held_out}")
 
@@ -83,15 +95,17 @@ class OptimizerSpec(Spec):
 class ScheduleSpec(Spec):
     """The learning rate over the steps; ``optimizer.lr`` is its peak.
 
-    ``floor``: the rate at the end (None: a tenth of the peak). ``decay``: updates of wsd's last phase.
+    ``floor``: the rate at the end (None: a tenth of the peak). ``decay``: updates of wsd's last phase, ``shape``
+    its form. ``palm`` has no warm-up: it keeps the peak for 10,000 updates.
     """
 
     section: ClassVar[str] = "schedule"
 
-    name: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    name: Literal["constant", "linear", "cosine", "inverse_sqrt", "palm", "wsd"] = "cosine"
     warmup: int = 100
     floor: float | None = None
     decay: int | None = None
+    shape: Literal["linear", "sqrt", "exponential"] = "linear"
 
     def validate(self) -> None:
         _at_least("schedule.", 0, warmup=self.warmup, floor=self.floor, decay=self.decay)
@@ -201,13 +215,23 @@ class TrainConfig(Spec):
     def learning_rate(self, step: int) -> float:
         """The rate of the update with zero-based index ``step``."""
         spec, peak = self.schedule, self.optimizer.lr
-        options: dict[str, Any] = {"warmup": spec.warmup}
+        options: dict[str, Any] = {} if spec.name == "palm" else {"warmup": spec.warmup}
         if spec.name in ("linear", "cosine", "wsd"):
             options["steps"] = self.steps
             options["floor"] = peak / 10 if spec.floor is None else spec.floor
         if spec.name == "wsd":
             options["decay"] = spec.decay
+            options["shape"] = spec.shape
         return schedules.get(spec.name)(step, peak=peak, **options)
+
+    def micro_batches(self, step: int) -> range:
+        """The numbers of the micro-batches of the update with zero-based index ``step``, counted from the start."""
+        data = self.data
+        if not data.ramp_tokens:
+            return range(step * data.accumulate, (step + 1) * data.accumulate)
+        return _ramp(
+            data.batch * data.length, data.accumulate, data.ramp_from, data.ramp_tokens
+        ).micro_batches(step)
 
     def with_overrides(self, overrides: Sequence[str]) -> Self:
         """A copy with ``key.sub=value`` settings laid over it; values are TOML, or else plain strings."""

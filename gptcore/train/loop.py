@@ -88,7 +88,7 @@ def run(
         config: the settings; ``config.data`` and ``config.model`` describe, they are not built here.
         model: ``model(tokens, targets, **options)`` gives ``.loss`` (mean nats per token) and ``.z_loss``.
             Cast and moved as the config says; trained in place.
-        loader: ``batch_at(i)`` for i = step * accumulate + micro-batch.
+        loader: ``batch_at(i)`` for micro-batch i, counted from the start: ``config.micro_batches(step)``.
         evaluate: model → named numbers, ``val_loss`` and ``val_bits_per_byte`` among them; see ``held_out``.
         sample: model → text.
         tokenizer: with ``fingerprint``, kept in checkpoints and compared when resuming; without one, the
@@ -148,8 +148,8 @@ def _train(now: _Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> 
         while now.step < config.steps:
             start = time.perf_counter()
             now.loss = update(config, now.model, now.optimizer, now.loader, now.step)
+            now.tokens += _tokens_per_update(config, now.step)
             now.step += 1
-            now.tokens += _tokens_per_update(config)
             now.train_seconds += time.perf_counter() - start
             if now.step == config.steps or _due(now.step, config.log_every):
                 _log(now, metrics, progress, flops, ceiling)
@@ -193,15 +193,16 @@ def update(
         NonFiniteError: before anything was written, whether the loss or only a gradient is not finite.
     """
     device = next(model.parameters()).device
-    count = config.data.accumulate
+    micro_batches = config.micro_batches(step)
+    count = len(micro_batches)
     lr = config.learning_rate(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
     optimizer.zero_grad()
     loss = 0.0
-    for micro in range(count):
-        tokens, targets, bounds = tensors_of(loader.batch_at(step * count + micro), device)
+    for micro in micro_batches:
+        tokens, targets, bounds = tensors_of(loader.batch_at(micro), device)
         options: dict[str, Any] = {} if bounds is None else {"cu_seqlens": bounds}
         if config.z_loss:
             options["z_loss"] = config.z_loss
@@ -281,8 +282,8 @@ def _save(now: _Run, metrics: MetricsFile) -> None:
     checkpoint.save(now.directory.checkpoints, now.step, tensors, {**now.identity, **values}, keep)
 
 
-def _tokens_per_update(config: TrainConfig) -> int:
-    return config.data.batch * config.data.length * config.data.accumulate
+def _tokens_per_update(config: TrainConfig, step: int) -> int:
+    return config.data.batch * config.data.length * len(config.micro_batches(step))
 
 
 def _flops(now: _Run) -> ModelFlops | None:
@@ -319,7 +320,10 @@ def _measure(now: _Run, metrics: MetricsFile, progress: Progress) -> None:
 
 def _headline(now: _Run, flops: ModelFlops | None, ceiling: peak.Peak) -> str:
     count = sum(p.numel() for p in now.model.parameters())
-    batch = _tokens_per_update(now.config)
+    data = now.config.data
+    batch = f"{data.batch * data.length * data.accumulate}"
+    if data.ramp_tokens:
+        batch = f"{_tokens_per_update(now.config, 0)} to {batch}"
     cost = f"{flops.per_token / 1e6:.3g} MFLOP/token ({FORMULA})" if flops else "FLOPs per token unknown"
     return f"{format_count(count)} parameters, {now.config.dtype}, {batch} tokens/update, {cost}, {ceiling}"
 

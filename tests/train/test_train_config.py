@@ -116,6 +116,23 @@ def test_learning_rate_is_the_schedule() -> None:
     for name in ("constant", "linear"):
         assert config.with_overrides([f"schedule.name={name}"]).learning_rate(9) == 1.0
     assert config.with_overrides(["schedule.name=inverse_sqrt"]).learning_rate(35) == 0.5
+    palm = config.with_overrides(["schedule.name=palm", "schedule.warmup=100"])
+    assert palm.learning_rate(0) == 1.0 and palm.learning_rate(39_999) == 0.5
+    sqrt = wsd.with_overrides(["schedule.shape=sqrt"])
+    assert sqrt.learning_rate(75) == pytest.approx(1 - 0.5**0.5)
+
+
+def test_micro_batches_of_a_growing_batch() -> None:
+    data = {"batch": 2, "length": 8, "accumulate": 4, "ramp_tokens": 160, "ramp_from": 16}
+    config = from_table({"data": data})
+    ranges = [config.micro_batches(step) for step in range(8)]
+    # 16 tokens and 48 / 160 of a token more for each that went by: 16, 20.8, 25.6, 35.2, 44.8, 59.2 up to 64.
+    assert [len(r) for r in ranges] == [1, 1, 2, 2, 3, 4, 4, 4]
+    assert [r.start for r in ranges] == [0, 1, 2, 4, 6, 9, 13, 17]
+    plain = config.with_overrides(["data.ramp_tokens=0"])
+    assert plain.micro_batches(3) == range(12, 16)
+    with pytest.raises(UserError, match="data.ramp_from: expected 1 or more"):
+        from_table({"data": {"ramp_from": 0}})
 
 
 def test_shipped_configs_load() -> None:

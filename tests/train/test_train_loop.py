@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -320,3 +321,23 @@ def test_an_unusable_run_directory_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot use run directory"):
         train(settings(tmp_path / "file" / "run"))
+
+
+def test_a_growing_batch_resumes_in_the_middle(tmp_path: Path) -> None:
+    """From one micro-batch of 32 tokens to four over 512 tokens; a stop after 7 updates changes nothing."""
+    table = {
+        "steps": 20,
+        "data": {"accumulate": 4, "ramp_tokens": 512, "ramp_from": 32},
+        "schedule": {"name": "constant"},
+    }
+    train(settings(tmp_path / "straight", **table))
+    train(settings(tmp_path / "parts", **{**table, "steps": 7}))
+    train(settings(tmp_path / "parts", **table))
+    straight, parts = (
+        [(m["step"], m["tokens"], m["loss"], m["grad_norm"]) for m in read(path) if m["kind"] == "train"]
+        for path in (tmp_path / name / "metrics.jsonl" for name in ("straight", "parts"))
+    )
+    assert straight == parts
+    sizes = [b[1] - a[1] for a, b in itertools.pairwise([(0, 0), *straight])]
+    assert sizes[0] == 32 and sizes[-1] == 128 and sizes == sorted(sizes)
+    assert sum(sizes[: sizes.index(128)]) < 512 + 128
