@@ -17,6 +17,7 @@ void register_adamw(py::module_& m);
 void register_grad_norm(py::module_& m);
 void register_rotary(py::module_& m);
 void register_embedding(py::module_& m);
+void register_philox(py::module_& m);
 void register_rms_norm(py::module_& m);
 void register_routing(py::module_& m);
 
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   register_grad_norm(m);
   register_rotary(m);
   register_embedding(m);
+  register_philox(m);
   register_rms_norm(m);
   register_routing(m);
 }

@@ -30,6 +30,7 @@ from gptcore.ops.linear_cross_entropy import (
     token_logprobs,
 )
 from gptcore.ops.matmul import matmul
+from gptcore.ops.philox import philox
 from gptcore.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_stats
 from gptcore.ops.rotary import rotary, rotary_tables
 
@@ -53,6 +54,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "matmul",
+    "philox",
     "relu",
     "rms_norm",
     "rms_norm_backward",
