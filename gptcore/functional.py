@@ -251,12 +251,15 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """As ``torch.nn.functional.scaled_dot_product_attention``: layout (B, H, T, D), is_causal aligned top-left."""
+    """As ``torch.nn.functional.scaled_dot_product_attention``: layout (B, H, T, D), is_causal aligned top-left.
+
+    Dropout takes one number from torch's default generator, which fixes all that is dropped; not the same as torch's.
+    """
     reason = _uncovered_attention(query, key, value, enable_gqa)
     if not reason and attn_mask is not None:
         reason = "attn_mask and is_causal" if is_causal else _uncovered_mask(query, key, attn_mask)
-    if not reason and dropout_p != 0.0:
-        reason = "dropout"
+    if not reason and not 0.0 <= dropout_p <= 1.0:
+        reason = "dropout_p"
     if reason:
         return _to_torch(
             "scaled_dot_product_attention",
@@ -279,8 +282,9 @@ def scaled_dot_product_attention(
         # The kernel aligns bottom-right; a window that reaches back by the difference is top-left again.
         window, is_causal = (-1, length - key.shape[-2]), False
     heads_second = [_four_dims(x).transpose(1, 2) for x in (query, key, value)]
+    seed = torch.randint(2**63 - 1, (1,)) if dropout_p else None
     out = ops.attention(
-        *heads_second, causal=is_causal, window_size=window, softmax_scale=scale,
+        *heads_second, causal=is_causal, window_size=window, softmax_scale=scale, dropout_p=dropout_p, seed=seed,
         **_mask_options(query, key, attn_mask),
     )  # fmt: skip
     return out.transpose(1, 2).view(query.shape) if query.ndim != 4 else out.transpose(1, 2)

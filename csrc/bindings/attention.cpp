@@ -18,7 +18,11 @@ using AttentionFields = std::tuple<float,       // softmax_scale
                                    TensorView,  // alibi_slopes
                                    TensorView,  // attn_mask
                                    TensorView,  // attn_bias
-                                   TensorView   // sinks
+                                   TensorView,  // sinks
+                                   double,      // dropout_p
+                                   TensorView,  // seed
+                                   int64_t,     // offset
+                                   TensorView   // prefix_lengths
                                    >;
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cu_q,

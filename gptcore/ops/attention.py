@@ -8,6 +8,7 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.attention_dropout import dropout_factors, seed_array
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
 
 
@@ -24,6 +25,10 @@ def attention(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Array | None = None,
+    offset: int = 0,
+    prefix_lengths: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     return_lse: bool = False,
@@ -47,6 +52,13 @@ def attention(
             where T is its own; the gradient is summed over what was broadcast, in order. Not with cu_seqlens.
         sinks: (H,) f32, a score per head that joins each row's softmax but leads to no value (Xiao et al. 2023);
             differentiable. lse counts it.
+        dropout_p: probability with which each weight of the softmax is dropped, to the nearest 1/65536; the others
+            count 1 / (1 - dropout_p) times. Default 0.
+        seed: for ``dropout_p`` above 0: what is dropped is a function of seed, offset and place (sequence or
+            document, head, query and key within it). An int of 64 bits, or an array of one int64.
+        offset: 0 to 2**32 - 1: tells layers or steps that share a seed apart.
+        prefix_lengths: (B,) int32, or one for each packed document: all queries of sequence b also see its first
+            prefix_lengths[b] keys (prefix language models); with ``causal`` and no left bound. Default none.
         cu_seqlens_q: (documents + 1,) int32, from 0 to total: packed documents that do not see each other. Then
             q is (total, H, D), k and v (total_k, Hkv, D).
         cu_seqlens_k: the same for keys; default ``cu_seqlens_q``.
@@ -55,20 +67,24 @@ def attention(
 
     Returns:
         ``out`` like ``q``; with ``return_lse`` the pair ``(out, lse)``, lse (B, H, T) or (H, total) f32. A query
-        that sees no key has out 0 and lse -inf, or its sink. lse is differentiable.
+        that sees no key has out 0 and lse -inf, or its sink. lse is differentiable, and that of the softmax before
+        dropout.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, lengths that do not fit; nothing is written then.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; tiling and recomputation after Dao et
-    al. 2022, "FlashAttention". Scores, softmax and sums are f32; with bf16 tensors the probabilities are rounded
+    al. 2022, "FlashAttention"; prefixes after Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a
+    Unified Text-to-Text Transformer", section 3.2.1; dropout by Philox4x32-10 (Salmon et al. 2011, "Parallel random
+    numbers: as easy as 1, 2, 3"). Scores, softmax and sums are f32; with bf16 tensors the probabilities are rounded
     to bf16 before they meet v where the processor multiplies bf16.
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     options = _options(
-        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
-    )
+        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
+        dropout_p, seed_array(q, seed), offset, prefix_lengths,
+    )  # fmt: skip
     if out is None and is_torch(q):
         result = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, return_lse)
         return result if return_lse else result[0]
@@ -93,6 +109,10 @@ def attention_qkv(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Array | None = None,
+    offset: int = 0,
+    prefix_lengths: Array | None = None,
     cu_seqlens_q: Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
@@ -109,8 +129,9 @@ def attention_qkv(
     """
     _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
     options = _options(
-        size, softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
-    )
+        size, softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
+        dropout_p, seed_array(qkv, seed), offset, prefix_lengths,
+    )  # fmt: skip
     if out is None and is_torch(qkv):
         result = _attention_qkv(qkv, cu_seqlens_q, num_heads, num_kv_heads, *options, return_lse)
         return result if return_lse else result[0]
@@ -139,6 +160,10 @@ def attention_backward(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Array | None = None,
+    offset: int = 0,
+    prefix_lengths: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     dlse: Array | None = None,
@@ -148,8 +173,9 @@ def attention_backward(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     options = _options(
-        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
-    )
+        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
+        dropout_p, seed_array(q, seed), offset, prefix_lengths,
+    )  # fmt: skip
     gradients = _run_backward(
         dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, dlse, attn_bias is not None
     )
@@ -169,14 +195,19 @@ def attention_reference(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
+    offset: int = 0,
+    prefix_lengths: Array | None = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     return_lse: bool = False,
 ) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times, lse included."""
     options = _options(
-        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks
-    )
+        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
+        dropout_p, seed_array(q, seed), offset, prefix_lengths,
+    )  # fmt: skip
     if cu_seqlens_q is None:
         out, lse = _dense_reference(q, k, v, *options)
     else:
@@ -188,7 +219,7 @@ def attention_reference(
 
 def _dense_reference(
     q: Any, k: Any, v: Any, scale: float, causal: bool, left: int, right: int, soft_cap: float, slopes: Any,
-    mask: Any, bias: Any, sinks: Any,
+    mask: Any, bias: Any, sinks: Any, dropout_p: float, seed: Any, offset: int, prefix_lengths: Any, first: int = 0,
 ) -> Any:  # fmt: skip
     import torch
 
@@ -209,6 +240,8 @@ def _dense_reference(
         hidden = hidden | (key < place - left)
     if right >= 0:
         hidden = hidden | (key > place + right)
+    if prefix_lengths is not None:
+        hidden = hidden & (key >= prefix_lengths[first : first + len(q), None, None, None])
     if mask is not None:
         hidden = hidden | ~mask
     scores = scores.masked_fill(hidden, float("-inf"))
@@ -217,6 +250,8 @@ def _dense_reference(
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
     # Rows that see nothing: any finite number in place of -inf keeps values and gradients at exactly 0.
     p = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
+    if dropout_p:
+        p = p * dropout_factors(tuple(p.shape), dropout_p, seed, offset, first=first).to(p)
     return torch.einsum("bhts,bshd->bthd", p, v), lse
 
 
@@ -226,7 +261,8 @@ def _packed_reference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, options: tup
     outs, lses = [q[:0]], [q.new_zeros((q.shape[1], 0))]
     documents = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
     for i, ((a, b), (c, d)) in enumerate(documents):
-        out, lse = _dense_reference(q[None, a:b], k[None, c:d], v[None, c:d], *_of_document(options, i))
+        one = _of_document(options, i)
+        out, lse = _dense_reference(q[None, a:b], k[None, c:d], v[None, c:d], *one, first=i)
         outs.append(out[0])
         lses.append(lse[0])
     return torch.cat(outs), torch.cat(lses, 1)
@@ -253,6 +289,10 @@ _OPTIONS = {
     "attn_mask": "Tensor?",
     "attn_bias": "Tensor?",
     "sinks": "Tensor?",
+    "dropout_p": "float",
+    "seed": "Tensor?",
+    "offset": "int",
+    "prefix_lengths": "Tensor?",
 }
 _MASK, _BIAS, _SINKS = (list(_OPTIONS).index(name) for name in ("attn_mask", "attn_bias", "sinks"))
 _TENSOR_OPTIONS = [i for i, kind in enumerate(_OPTIONS.values()) if kind == "Tensor?"]
@@ -268,13 +308,19 @@ def _options(
     attn_mask: Array | None = None,
     attn_bias: Array | None = None,
     sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: Array | None = None,
+    offset: int = 0,
+    prefix_lengths: Array | None = None,
 ) -> tuple[Any, ...]:
     """Values for ``_OPTIONS``, defaults filled in."""
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5 if head_dim else 1.0
     left, right = window_size
     cap = 0.0 if soft_cap is None else soft_cap
-    return softmax_scale, causal, left, right, cap, alibi_slopes, attn_mask, attn_bias, sinks
+    scores = cap, alibi_slopes, attn_mask, attn_bias, sinks
+    dropout = dropout_p, seed if dropout_p else None, offset
+    return softmax_scale, causal, left, right, *scores, *dropout, prefix_lengths
 
 
 def _new_lse(q: Array) -> Array:

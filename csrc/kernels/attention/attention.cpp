@@ -123,6 +123,47 @@ AttentionTensor check_scores(const Checker& check, const TensorView& x, const ch
   return {x.data, strides[0], strides[2], strides[1]};
 }
 
+// Keeps what 16 random bits below `keep` stand for; none are left to drop where p rounds to 0.
+void check_dropout(const Checker& check, const AttentionOptions& options, AttentionProblem* p) {
+  if (!(options.dropout_p >= 0 && options.dropout_p <= 1)) {
+    check.fail("dropout_p", std::to_string(options.dropout_p), "0 to 1");
+  }
+  p->keep = static_cast<int32_t>(std::floor((1 - options.dropout_p) * kKeepAll + 0.5));
+  p->keep_scale = p->keep ? static_cast<float>(kKeepAll) / static_cast<float>(p->keep) : 0.0f;
+  if (options.dropout_p == 0) return;
+  check.input(options.seed, "seed", {DType::i64});
+  if (options.seed.numel() != 1) {
+    check.fail("seed", std::to_string(options.seed.numel()) + " elements", "one");
+  }
+  if (options.offset < 0 || options.offset > int64_t{0xffffffff}) {
+    check.fail("offset", std::to_string(options.offset), "0 to 2**32 - 1");
+  }
+  p->seed = static_cast<uint64_t>(*options.seed.as<int64_t>());
+  p->offset = static_cast<uint32_t>(options.offset);
+}
+
+// Every row must keep one interval of keys, hence no left bound.
+void check_prefixes(const Checker& check, const AttentionOptions& options, AttentionProblem* p) {
+  const TensorView& prefixes = options.prefix_lengths;
+  if (!prefixes) return;
+  check.input(prefixes, "prefix_lengths", {DType::i32});
+  check.shape(prefixes, "prefix_lengths", {p->batch});
+  check.contiguous(prefixes, "prefix_lengths");
+  if (!options.causal || options.left != -1) {
+    check.fail("prefix_lengths",
+               options.causal ? "a window bounded to the left" : "attention that is not causal",
+               "causal attention without a left bound");
+  }
+  p->prefix = prefixes.as<int32_t>();
+  for (int64_t i = 0; i < p->batch; ++i) {
+    const int64_t keys = p->cu_k ? p->cu_k[i + 1] - p->cu_k[i] : p->keys;
+    if (p->prefix[i] < 0 || p->prefix[i] > keys) {
+      check.fail("prefix_lengths", std::to_string(p->prefix[i]) + " at position " + std::to_string(i),
+                 "0 to the number of keys, " + std::to_string(keys));
+    }
+  }
+}
+
 void check_options(const Checker& check, const AttentionOptions& options, DType dtype, AttentionProblem* p) {
   if (!std::isfinite(options.softmax_scale)) {
     check.fail("softmax_scale", std::to_string(options.softmax_scale), "a finite number");
@@ -148,6 +189,8 @@ void check_options(const Checker& check, const AttentionOptions& options, DType 
     p->sinks = options.sinks.as<float>();
   }
   p->modified = p->soft_cap != 0 || p->slopes || p->mask.data || p->bias.data || p->sinks;
+  check_dropout(check, options, p);
+  check_prefixes(check, options, p);
 }
 
 // What both passes take; fills everything but outputs and gradients.

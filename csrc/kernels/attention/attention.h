@@ -14,15 +14,22 @@
 // Where lse has a gradient dlse, delta[t] = dout[t] . out[t] - dlse[t].
 //
 // Query t sees key s where  t + S - T - left <= s <= t + S - T + right  (a negative bound: none); causal is
-// right = 0, so the last query sees the last key. A query that sees nothing has out 0, lse -inf (its sink) and
-// gradient 0.
+// right = 0, so the last query sees the last key. With prefix_lengths, which want causal and no left bound, every
+// query of sequence b also sees the keys s < prefix_lengths[b]. A query that sees nothing has out 0, lse -inf (its sink)
+// and gradient 0.
+//
+// Dropout: out and dv take M P for P, dS takes M (dout . v); lse is that of P. M[t,s] = 65536 / keep where kept, else 0,
+// keep = floor((1 - dropout_p) 65536 + 1/2). Kept where b < keep, b the 16 bits from 16 (s mod 8) on of the words
+// that Philox4x32-10 (core/philox.h) with key `seed` makes of the counter (s div 8, t, batch H + head, offset). For
+// packed tokens `batch` is the document's number, and t and s count from its first query and key.
 //
 // Shapes   q, out, dout, dq (B, T, H, D); k, v, dk, dv (B, S, Hkv, D); Hkv divides H, query head h reads key
 //          head h / (H / Hkv); 1 <= D <= 256; lse (B, H, T). Packed: (total, H, D), (total, Hkv, D), lse (H,
 //          total), with cu_seqlens_q and cu_seqlens_k (documents + 1), int32, from 0 to the totals, not
 //          decreasing. alibi_slopes (H) or (B, H); sinks (H); attn_mask and attn_bias broadcast to (B, H, T,
-//          S), S their own, T too where dbias is wanted, and not packed.
-// Types    q, k, v and their like of one type, f32 or bf16; attn_mask bool; attn_bias of that type or f32; the
+//          S), S their own, T too where dbias is wanted, and not packed. seed one element; prefix_lengths (B), or one
+//          for each document, each 0 to its S.
+// Types    q, k, v and their like of one type, f32 or bf16; attn_mask bool; seed int64; prefix_lengths int32; attn_bias of that type or f32; the
 //          rest f32, dbias included.
 // Strides  any, but the last dimension contiguous: views into a fused projection work, gradients included.
 //          lse, dlse, dbias, sinks and dsinks contiguous.
@@ -31,9 +38,11 @@
 // Bits     Equal for every thread count; each sequence depends on itself only. Forward: every row depends on
 //          its own keys. dk and dv sum over query blocks in order, dq over key blocks in order, dbias over
 //          sequences and heads in order.
+//          What is dropped is a function of seed, offset and place alone.
 // Memory   scratch per thread: packed K and V of a sequence and head forward, Q, dout and dq backward: O((T +
 //          S) D).
-// Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one. Blocks outside
+// Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one; with dropout 1/8
+//          Philox call each way. Blocks outside
 //          the mask are skipped.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
@@ -53,6 +62,10 @@ struct AttentionOptions {
   TensorView attn_mask;  // true where a query may see a key
   TensorView attn_bias;
   TensorView sinks;
+  double dropout_p;           // 0 to 1; rounded to a multiple of 1/65536
+  TensorView seed;            // None without dropout
+  int64_t offset;             // 0 to 2^32 - 1
+  TensorView prefix_lengths;  // None: no prefixes
 };
 
 // lse may be None. cu_seqlens_q and cu_seqlens_k are both given (packed) or both None.

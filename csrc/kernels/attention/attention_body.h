@@ -5,6 +5,8 @@
 
 namespace gptcore {
 
+constexpr int32_t kKeepAll = 65536;
+
 // (B, T, H, D), or (total, H, D) with batch stride 0; strides in elements, the last dimension contiguous.
 struct AttentionTensor {
   void* data;
@@ -32,6 +34,12 @@ struct AttentionProblem {
   const float* dlse;      // backward only: like lse, or null
   float* dsinks;
   bool dbias_batches, dbias_heads;  // whether sequences and heads have a dbias of their own
+  const int32_t* prefix;            // null, or how many first keys each sequence's queries all see
+  // Dropout: of kKeepAll probabilities `keep` stay and count keep_scale times; all with kKeepAll, once.
+  int32_t keep;
+  float keep_scale;
+  uint64_t seed;
+  uint32_t offset;
 };
 
 struct AttentionBodies {

@@ -11,6 +11,7 @@
 
 #include "core/arena.h"
 #include "core/parallel.h"
+#include "kernels/attention/dropout.h"
 #include "kernels/attention/pack.h"
 #include "kernels/attention/scores.h"
 #include "kernels/attention/softmax.h"
@@ -73,6 +74,7 @@ class BackwardTask {
   BackwardTask(const AttentionProblem& p, const Sequence& s, float* dq, double* sinks)
       : p_(p),
         s_(s),
+        dropout_(p, s),
         row_blocks_((s.rows() + kRows - 1) / kRows),
         depth_(round_up(p.head_dim, kPer * kLanes) / kPer),
         width_(round_up(p.head_dim, kLanes)),
@@ -106,6 +108,9 @@ class BackwardTask {
     bias_gradients_ = memory.take<float>(p_.dbias.data ? kStrip * kScoreRow : 0);
     visible_begin_ = memory.take<int32_t>(rows);
     visible_end_ = memory.take<int32_t>(rows);
+    tokens_ = memory.take<int32_t>(dropout_.active() ? rows : 0);
+    heads_ = memory.take<int32_t>(dropout_.active() ? rows : 0);
+    dropout_bits_ = memory.take<uint32_t>(dropout_.active() ? kStrip / 2 * kScoreRow : 0);
     k_rows_ = memory.take<Unit>(kKeys * depth_);
     v_rows_ = memory.take<Unit>(kKeys * depth_);
     k_transposed_ = memory.take<Unit>(width_ * kKeyRow);
@@ -143,6 +148,7 @@ class BackwardTask {
         }
         visible_begin_[row] = static_cast<int32_t>(keys.begin),
         visible_end_[row] = static_cast<int32_t>(keys.end);
+        if (dropout_.active()) tokens_[row] = dropout_.token_of(row), heads_[row] = dropout_.head_of(row);
       }
     }
   }
@@ -187,7 +193,7 @@ class BackwardTask {
       const float *dk_sum = dk_ + key * width_, *dv_sum = dv_ + key * width_;
       for_lanes(size, [&](int64_t d, int64_t n) {
         store_some(dk_row + d, load(dk_sum + d) * p_.scale, n);
-        store_some(dv_row + d, load(dv_sum + d), n);
+        store_some(dv_row + d, load(dv_sum + d) * p_.keep_scale, n);
       });
     }
   }
@@ -236,6 +242,10 @@ class BackwardTask {
                     scores_ + rows.begin, kScoreRow, kStrip, columns, depth_, false);
     Engine::product(v_rows_ + key * depth_, depth_, {dout_columns_ + column_offset, kLanes, kLanes * depth_},
                     gradients_ + rows.begin, kScoreRow, kStrip, columns, depth_, false);
+    if (dropout_.active()) {
+      dropout_.drop_gradients<kStrip>(base + key, rows, tokens_ + first, heads_ + first, p_.keep_scale,
+                                      gradients_, dropout_bits_, kScoreRow);
+    }
     const int64_t last = at_most(first + rows.end, s_.rows()) - 1;
     const bool whole =
         s_.keys_of(last).begin <= base + key && s_.keys_of(first + rows.begin).end >= base + key + kStrip;
@@ -246,6 +256,10 @@ class BackwardTask {
       score_gradients<true, false>(base, key, first, rows, p_.scale * kLog2e);
     } else {
       score_gradients<false, false>(base, key, first, rows, p_.scale * kLog2e);
+    }
+    if (dropout_.active()) {
+      dropout_.drop_transposed<kStrip>(rows, dropout_bits_, kScoreRow, reinterpret_cast<Score*>(scores_),
+                                       kScoreRow * static_cast<int64_t>(sizeof(float) / sizeof(Score)));
     }
     const int64_t pair_offset = first / kPer * width_ + rows.begin / kPer * kLanes,
                   panel = kRows / kPer * kLanes;
@@ -350,13 +364,15 @@ class BackwardTask {
 
   const AttentionProblem& p_;
   const Sequence& s_;
+  const Dropout dropout_;
   const int64_t row_blocks_, depth_, width_;
   const ScoreTerms terms_;
   const QueryRows<float> dbias_;
   Unit *q_columns_, *dout_columns_, *q_pairs_, *dout_pairs_, *k_rows_, *v_rows_, *k_transposed_,
       *gradient_units_;
   float *lse_, *delta_, *dk_, *dv_, *scores_, *gradients_, *cap_slopes_, *places_, *slopes_, *bias_gradients_;
-  int32_t *visible_begin_, *visible_end_;
+  int32_t *visible_begin_, *visible_end_, *tokens_, *heads_;
+  uint32_t* dropout_bits_;
   Scratch scratch_;
   float* dq_;
   double* sinks_;

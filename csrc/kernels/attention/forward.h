@@ -7,6 +7,7 @@
 #include "core/arena.h"
 #include "core/parallel.h"
 #include "kernels/attention/decode.h"
+#include "kernels/attention/dropout.h"
 #include "kernels/attention/pack.h"
 #include "kernels/attention/scores.h"
 #include "kernels/attention/softmax.h"
@@ -20,6 +21,7 @@ class ForwardTask {
  public:
   using Units = typename Engine::Units;
   using Unit = typename Units::Unit;
+  using Score = typename Engine::Score;
   static constexpr int kRows = Engine::kForwardRows;
   static constexpr int kKeys = Engine::kForwardKeys;
   static constexpr int kScoreRow =
@@ -29,6 +31,7 @@ class ForwardTask {
   ForwardTask(const AttentionProblem& p, const Sequence& s, Range blocks)
       : p_(p),
         s_(s),
+        dropout_(p, s),
         blocks_(blocks),
         depth_(round_up(p.head_dim, kPer * kLanes) / kPer),
         width_(round_up(p.head_dim, kLanes)),
@@ -96,7 +99,7 @@ class ForwardTask {
         const int64_t base = block * kKeys;
         const Range width{round_down(at_least(keys.begin - base, 0), Engine::kKeyStep),
                           round_up(at_most(keys.end - base, kKeys), Engine::kKeyStep)};
-        key_block(first, count, padded, base, width, scale, any);
+        key_block(first, count, base, width, scale, any);
         any = true;
       }
     }
@@ -114,8 +117,8 @@ class ForwardTask {
     }
   }
 
-  void key_block(int64_t first, int64_t count, int64_t padded, int64_t base, Range width, float scale,
-                 bool any) {
+  void key_block(int64_t first, int64_t count, int64_t base, Range width, float scale, bool any) {
+    const int64_t padded = round_up(count, Engine::kRowStep);
     const Unit* keys = packed_keys(base / kKeys);
     Engine::product(queries_, depth_, {keys + width.begin * depth_, kLanes, kLanes * depth_},
                     scores_ + width.begin, kScoreRow, padded, width.end - width.begin, depth_, false);
@@ -125,6 +128,11 @@ class ForwardTask {
       if (p_.modified) modify_row<Engine::kFine>(p_, s_, first + r, base, scores_ + r * kScoreRow, visible);
       softmax_row<Engine>(state_, r, scores_ + r * kScoreRow, visible, width, scale, sums_ + r * width_,
                           any ? width_ : 0);
+      if (dropout_.active() && !visible.empty()) {
+        const Range touched{round_down(visible.begin, Engine::kKeyStep),
+                            round_up(visible.end, Engine::kKeyStep)};
+        dropout_.drop(first + r, base, touched, reinterpret_cast<Score*>(scores_ + r * kScoreRow));
+      }
     }
     const Unit* values = keys + key_units_ + width.begin / kPer * kLanes;
     Engine::product(reinterpret_cast<const Unit*>(scores_) + width.begin / kPer, kScoreRow,
@@ -137,7 +145,7 @@ class ForwardTask {
     const LseRows<float> lse(p_.lse, p_, s_);
     state_.finish(count);
     for (int64_t r = 0; r < count; ++r) {
-      const float factor = state_.raw_max[r];
+      const float factor = state_.raw_max[r] * p_.keep_scale;
       T* row = out(first + r);
       const float* o = sums_ + r * width_;
       if (factor == 0 || seen_[r].empty()) {  // what lies in `o` may come from nowhere
@@ -151,6 +159,7 @@ class ForwardTask {
 
   const AttentionProblem& p_;
   const Sequence& s_;
+  const Dropout dropout_;
   const Range blocks_;
   const int64_t depth_, width_;  // head size in units, and in values, padded
   const Range keys_;
@@ -167,7 +176,7 @@ class ForwardTask {
 template <class Engine, class T>
 void forward(const AttentionProblem& p) {
   const int64_t units = p.batch * p.kv_heads;
-  if (p.queries * (p.heads / p.kv_heads) <= DecodeTask<T>::kMaxRows) {
+  if (p.queries * (p.heads / p.kv_heads) <= DecodeTask<T>::kMaxRows && p.keep == kKeepAll) {
     decode<T>(p);
     return;
   }

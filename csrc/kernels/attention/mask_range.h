@@ -1,6 +1,6 @@
-// Which keys a query row sees. Every mask offered here (causal, window, both) gives each row one interval of
-// keys, and both ends move forward with the row; so blocks are skipped by interval arithmetic and no mask is
-// ever stored.
+// Which keys a query row sees. Every mask offered here (causal, window, both, causal with a prefix) gives each
+// row one interval of keys, and neither end moves back with the row; so blocks are skipped by interval arithmetic
+// and no mask is ever stored.
 //
 // Rows number the queries of all heads that share a key head: row r is token r / group of head r % group.
 // Blocks of rows then load their keys once for the whole group, and stay narrow in tokens.
@@ -32,6 +32,7 @@ struct Sequence {
   int64_t queries, keys;
   int64_t kv_head, group;
   int64_t left, right;
+  int64_t prefix;  // keys that all queries see; above 0 only without a left bound
 
   int64_t rows() const { return queries * group; }
 
@@ -46,7 +47,7 @@ struct Sequence {
     const int64_t last = place_of(row);
     const int64_t begin = left < 0 ? 0 : at_most(at_least(last - left, 0), keys);
     const int64_t end = right < 0 ? keys : at_most(at_least(last + right + 1, 0), keys);
-    return {begin, end};
+    return {begin, at_least(end, prefix)};
   }
 
   // Keys that any row of [begin, end) sees.
@@ -57,7 +58,7 @@ struct Sequence {
   // Rows that see any key of [begin, end).
   Range rows_of_keys(int64_t begin, int64_t end) const {
     const int64_t shift = keys - queries;
-    const int64_t first = right < 0 ? 0 : at_least(begin - shift - right, 0);
+    const int64_t first = right < 0 || begin < prefix ? 0 : at_least(begin - shift - right, 0);
     const int64_t last = left < 0 ? queries : at_most(end - shift + left, queries);
     return {first * group, last * group};
   }
@@ -71,7 +72,7 @@ GPTCORE_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t index, in
     s.q_begin = p.cu_q[index], s.queries = p.cu_q[index + 1] - p.cu_q[index];
     s.k_begin = p.cu_k[index], s.keys = p.cu_k[index + 1] - p.cu_k[index];
   }
-  s.left = p.left, s.right = p.right;
+  s.left = p.left, s.right = p.right, s.prefix = p.prefix ? p.prefix[index] : 0;
   return s;
 }
 
