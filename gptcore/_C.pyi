@@ -231,3 +231,20 @@ def router(
 def scratch_bytes() -> int: ...
 def set_isa(name: str) -> None: ...
 def set_num_threads(count: int) -> None: ...
+def sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    copies: list[Tensor],
+    weight_decay: Sequence[float],
+    first: Sequence[bool],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    maximize: bool,
+    max_norm: float | None,
+    grad_scale: float,
+    grad_norm: float | None,
+    check_finite: bool,
+) -> tuple[float | None, bool]: ...

@@ -33,6 +33,7 @@ from gptcore.ops.matmul import matmul
 from gptcore.ops.philox import philox
 from gptcore.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_stats
 from gptcore.ops.rotary import rotary, rotary_tables
+from gptcore.ops.sgd import sgd_
 
 __all__ = [
     "adamw_",
@@ -61,6 +62,7 @@ __all__ = [
     "rms_norm_stats",
     "rotary",
     "rotary_tables",
+    "sgd_",
     "silu",
     "swiglu",
     "swiglu_packed",

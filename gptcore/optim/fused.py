@@ -40,16 +40,24 @@ class FusedOptimizer(torch.optim.Optimizer):
     defaults under torch's names, so that saved state goes from one library to the other.
     """
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], max_norm: float | None) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        max_norm: float | None,
+        *,
+        check_finite: bool = True,
+    ) -> None:
         if max_norm is not None and not max_norm > 0:
             raise self._bad("max_norm", max_norm, "a number > 0 or None")
         _refuse_unsupported(type(self).__name__, defaults)
         self.max_norm = max_norm
+        self.check_finite = check_finite
         self._reset()
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
-        self.last_grad_norm = 0.0
+        self.last_grad_norm: float | None = 0.0
         self.found_inf = False
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._summed: set[torch.Tensor] = set()
@@ -70,7 +78,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _update(
         self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
-    ) -> tuple[float, bool]:
+    ) -> tuple[float | None, bool]:
         """Run the kernel: the norm before clipping, and whether a gradient was not finite."""
         raise NotImplementedError
 
@@ -118,7 +126,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.found_inf = False
         self.last_grad_norm = 0.0
         known: float | None = None
-        if len(calls) > 1:
+        if len(calls) > 1 and (self.check_finite or self.max_norm is not None):
             # Groups that differ in their settings need one call each, but share one norm.
             from gptcore.ops.grad_norm import grad_norm
 
@@ -191,13 +199,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch's own leaves out what subclasses add."""
-        more = {"max_norm": self.max_norm, "_sums": self._sums, "_summed": self._summed}
-        return {**super().__getstate__(), **more}
+        more = ("max_norm", "check_finite", "_sums", "_summed")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in more}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by pickle for a new object, and by torch's load_state_dict for this one."""
         if "_sums" not in self.__dict__:
-            self.max_norm = None
+            self.max_norm, self.check_finite = None, True
             self._reset()
         super().__setstate__(state)
 
