@@ -34,8 +34,11 @@ def _setup(
     amsgrad: bool = False,
     decoupled: bool = True,
     maximize: bool = False,
+    split: bool = False,
 ) -> Callable[[Target], Callables]:
     """float32: gradients in f32. bfloat16: gradients in bf16, f32 masters, bf16 copies written back.
+
+    ``split``: the masters in two halves, which is compared at bf16's precision.
 
     Both participants own a full set of parameters and states; each call is one step of it and returns
     the first parameters, which the harness compares after the first step.
@@ -44,14 +47,17 @@ def _setup(
     def setup(target: Target) -> Callables:
         import torch
 
-        from gptcore.ops.adamw import adamw_
+        from gptcore.ops.adamw import adamw_, split_master
 
         low = target.dtype != "float32"
         grads = [target.randn(*shape, scale=1e-3) for shape in shapes]
         start = [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes]
 
         mine = [p.clone() for p in start]
-        copies = [p.bfloat16() for p in start] if low else None
+        copies = [p.bfloat16() for p in start] if low and not split else None
+        lows = None
+        if split:
+            mine, lows = (list(halves) for halves in zip(*map(split_master, start), strict=True))
         moments = [[torch.zeros_like(p) for p in start] for _ in range(2)]
         largest = [torch.zeros_like(p) for p in start] if amsgrad else None
         steps = iter(range(1, 1 << 62))
@@ -60,7 +66,7 @@ def _setup(
         def ours() -> list[torch.Tensor]:
             adamw_(
                 mine, grads, *moments, step=next(steps), lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS,
-                weight_decay=WEIGHT_DECAY, copies=copies, max_norm=MAX_NORM, max_exp_avg_sqs=largest,
+                weight_decay=WEIGHT_DECAY, copies=copies, max_norm=MAX_NORM, max_exp_avg_sqs=largest, lows=lows,
                 decoupled=decoupled, maximize=maximize,
             )  # fmt: skip
             return mine[:8]
@@ -101,13 +107,15 @@ def _torch_step(
     return step
 
 
-def _cost(shapes: Sequence[tuple[int, ...]], amsgrad: bool = False) -> Callable[[int], Cost]:
+def _cost(
+    shapes: Sequence[tuple[int, ...]], amsgrad: bool = False, split: bool = False
+) -> Callable[[int], Cost]:
     """Two reads of the gradient (norm, update), p m v (w) read and written, the bf16 copy written."""
     count = parameters(shapes)
     state = 16 if amsgrad else 12
 
     def cost(element: int) -> Cost:
-        copy = 2 if element == 2 else 0
+        copy = 2 if element == 2 and not split else 0
         return Cost(20.0 * count, (state + 2 * element) * count, (state + copy) * count, in_place=True)
 
     return cost
@@ -120,6 +128,12 @@ _BLOCKS = block_shapes(4)  # 28M parameters: half a gigabyte with its state, far
 
 CASES = [
     Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2)),
+    Case(
+        "adamw/gpt2_124m_split_master/step",
+        _setup(_GPT2, split=True),
+        _cost(_GPT2, split=True),
+        dtypes=("bfloat16",),
+    ),
     Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
     Case("adamw/4_tensors_64x64/step", _setup(_ONE_SMALL), _cost(_ONE_SMALL), small=True),
     Case("adamw/blocks_28m_amsgrad/step", _setup(_BLOCKS, amsgrad=True), _cost(_BLOCKS, amsgrad=True)),

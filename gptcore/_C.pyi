@@ -9,6 +9,7 @@ __version__: str
 
 def adamw(
     params: list[Tensor],
+    lows: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],

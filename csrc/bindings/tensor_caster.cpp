@@ -22,6 +22,7 @@ DType dtype_of(const dlpack::DataType& type, py::handle source) {
     case dlpack::kInt:
       return type.bits == 64   ? DType::i64
              : type.bits == 32 ? DType::i32
+             : type.bits == 16 ? DType::i16
              : type.bits == 8  ? DType::i8
                                : DType::other;
     case dlpack::kUInt:

@@ -16,6 +16,8 @@ const char* name_of(DType dtype) {
       return "int8";
     case DType::u8:
       return "uint8";
+    case DType::i16:
+      return "int16";
     case DType::i32:
       return "int32";
     case DType::i64:

@@ -6,7 +6,7 @@
 
 namespace gptcore {
 
-enum class DType : uint8_t { f32, bf16, f16, f64, i8, u8, i32, i64, boolean, other };
+enum class DType : uint8_t { f32, bf16, f16, f64, i8, u8, i16, i32, i64, boolean, other };
 
 struct bf16 {
   uint16_t bits;
@@ -23,6 +23,7 @@ constexpr int64_t size_of(DType dtype) {
       return 8;
     case DType::bf16:
     case DType::f16:
+    case DType::i16:
       return 2;
     default:
       return 1;
@@ -40,6 +41,10 @@ constexpr DType dtype_of<float>() {
 template <>
 constexpr DType dtype_of<bf16>() {
   return DType::bf16;
+}
+template <>
+constexpr DType dtype_of<int16_t>() {
+  return DType::i16;
 }
 template <>
 constexpr DType dtype_of<int32_t>() {

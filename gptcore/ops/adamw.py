@@ -25,6 +25,7 @@ def adamw_(
     max_norm: float | None = None,
     grad_scale: float = 1.0,
     max_exp_avg_sqs: Sequence[Array] | None = None,
+    lows: Sequence[Array] | None = None,
     decoupled: bool = True,
     maximize: bool = False,
     grad_norm: float | None = None,
@@ -49,6 +50,10 @@ def adamw_(
         grad_scale: gradients are divided by it first (a loss scale, or the number of micro-batches).
         max_exp_avg_sqs: f32, like the parameters: AMSGrad's running maximum of v, which then takes v's place
             in the denominator.
+        lows: int16, like the parameters, which are bf16 then: together they are f32 numbers, whose bits are
+            ``(parameter << 16) + low``. Two bytes a parameter less than masters with copies; the same
+            numbers bit for bit, and as parameters their rounding to nearest, ties away from zero. Start
+            with zeros, or with :func:`split_master`.
         decoupled: False adds the decay to the gradient (L2) instead of taking it from the parameter.
         maximize: ascend: the gradient's sign is turned before anything else.
         grad_norm: the norm, where :func:`gptcore.ops.grad_norm` has told it of this and other calls'
@@ -69,9 +74,10 @@ def adamw_(
     """
     decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
     return backend.extension().adamw(
-        params, grads, exp_avgs, exp_avg_sqs, () if max_exp_avg_sqs is None else max_exp_avg_sqs,
-        () if copies is None else copies, () if steps is None else steps, decays, step, lr, beta1, beta2, eps,
-        decoupled, maximize, max_norm, grad_scale, grad_norm,
+        params, () if lows is None else lows, grads, exp_avgs, exp_avg_sqs,
+        () if max_exp_avg_sqs is None else max_exp_avg_sqs, () if copies is None else copies,
+        () if steps is None else steps, decays, step, lr, beta1, beta2, eps, decoupled, maximize, max_norm,
+        grad_scale, grad_norm,
     )  # fmt: skip
 
 
@@ -91,6 +97,7 @@ def adamw_reference(
     max_norm: float | None = None,
     grad_scale: float = 1.0,
     max_exp_avg_sqs: Sequence[Any] | None = None,
+    lows: Sequence[Any] | None = None,
     decoupled: bool = True,
     maximize: bool = False,
     grad_norm: float | None = None,
@@ -99,6 +106,9 @@ def adamw_reference(
     """The same in plain torch, in place, any floating dtype."""
     from gptcore.ops.grad_norm import grad_norm_reference
 
+    weights = params
+    if lows is not None:
+        params = [join_master(weight, low) for weight, low in zip(weights, lows, strict=True)]
     decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
     norm, found_inf = (grad_norm, False) if grad_norm is not None else grad_norm_reference(grads, grad_scale)
     if found_inf:
@@ -119,4 +129,32 @@ def adamw_reference(
             copies[i].copy_(p)
         if steps is not None:
             steps[i].fill_(step)
+        if lows is not None:
+            for half, new in zip((weights[i], lows[i]), split_master(p), strict=True):
+                half.copy_(new)
     return norm, False
+
+
+def split_master(master: Any) -> tuple[Any, Any]:
+    """f32 numbers as bf16 weights, rounded to nearest with ties away from zero, and int16 remainders.
+
+    Torch tensors. :func:`join_master` gives every finite number and both infinities back, bit for bit;
+    NaN becomes a quiet NaN. Ties go away from zero because 65537 numbers round to an even weight under
+    ties-to-even, and 16 bits tell 65536 apart.
+    """
+    import torch
+
+    bits = master.detach().contiguous().view(torch.int32)
+    nan = master.isnan()
+    weight = torch.where(nan, (bits >> 16) | 0x40, (bits + 0x8000) >> 16).to(torch.int16)
+    low = ((bits & 0xFFFF) ^ 0x8000) - 0x8000  # modulo 2^16 the difference is the lower half itself
+    return weight.view(torch.bfloat16), torch.where(nan, 0, low).to(torch.int16)
+
+
+def join_master(weight: Any, low: Any) -> Any:
+    """The f32 numbers of :func:`split_master`. A zero weight with a negative remainder is zero."""
+    import torch
+
+    upper = weight.detach().contiguous().view(torch.int16).to(torch.int32) << 16
+    rest = torch.where((upper << 1 == 0) & (low < 0), 0, low.to(torch.int32))
+    return (upper + rest).view(torch.float32)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gptcore.ops.adamw import join_master, split_master
 from gptcore.optim.fused import Call, FusedOptimizer
 
 
@@ -35,6 +36,11 @@ class Adam(FusedOptimizer):
         capturable, differentiable: only False.
         decoupled_weight_decay: True makes it AdamW.
         max_norm: the norm of all gradients together, after unscaling, is clipped to this; None for none.
+        split_master: of bf16 parameters keep only the 16 bits of the master that the parameter lacks: 2 bytes a
+            parameter less and the same masters, bit for bit, under the same gradients. The parameter is its
+            master's rounding with ties away from zero instead of to even. A parameter that is written
+            between steps takes effect; with whole masters it does not. ``state_dict`` has whole masters either
+            way, so either kind loads what the other saved.
 
     After ``step``: ``last_grad_norm`` is that norm before clipping (nan or inf if a gradient was), and
     ``found_inf`` tells whether a gradient was not finite, in which case nothing was written: no
@@ -61,6 +67,7 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_norm: float | None = None,
+        split_master: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -75,6 +82,7 @@ class Adam(FusedOptimizer):
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
+        self.split_master = split_master
         super().__init__(params, defaults, max_norm)
 
     def _check(self, group: dict[str, Any]) -> None:
@@ -100,10 +108,37 @@ class Adam(FusedOptimizer):
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = _zeros(p)
         elif p.dtype == torch.bfloat16:
-            self._begin_master(p, state)  # state of torch's optimizer has none
+            self._begin_master(p, state)  # loaded state may have none, or one of the other kind
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = _zeros(p)
         return int(state["step"].item()) + 1
+
+    def _begin_master(self, p: torch.Tensor, state: dict[str, Any]) -> None:
+        """Whole or split as this optimizer wants it, whatever was loaded; torch's state has none."""
+        if p.dtype == torch.bfloat16 and self.split_master:
+            if "master" in state:
+                weight, state["master_low"] = split_master(state.pop("master"))
+                p.copy_(weight)
+            elif "master_low" not in state:
+                state["master_low"] = torch.zeros_like(
+                    p, dtype=torch.int16, memory_format=torch.contiguous_format
+                )
+        else:
+            if "master_low" in state:
+                state["master"] = join_master(p, state.pop("master_low"))
+            super()._begin_master(p, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the f32 ``master`` of bf16 parameters, whole even where this optimizer splits it."""
+        saved = super().state_dict()
+        if self.split_master:
+            for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+                for p, i in zip(group["params"], packed["params"], strict=True):
+                    state = dict(saved["state"].get(i, {}))
+                    if "master_low" in state:
+                        state["master"] = join_master(p, state.pop("master_low"))
+                        saved["state"][i] = state
+        return saved
 
     def _update(
         self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
@@ -111,7 +146,8 @@ class Adam(FusedOptimizer):
         from gptcore.ops.adamw import adamw_
 
         lr, beta1, beta2, eps, decoupled, maximize, amsgrad = call.settings
-        weights, copies = call.weights()
+        split = call.mastered and self.split_master
+        weights, copies = (call.params, None) if split else call.weights()
         return adamw_(
             weights,
             call.grads,
@@ -127,14 +163,20 @@ class Adam(FusedOptimizer):
             max_norm=max_norm,
             grad_scale=grad_scale,
             max_exp_avg_sqs=call.list_of("max_exp_avg_sq") if amsgrad else None,
+            lows=call.list_of("master_low") if split else None,
             decoupled=decoupled,
             maximize=maximize,
             grad_norm=grad_norm,
             steps=call.list_of("step"),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With what torch's own leaves out."""
+        return {**super().__getstate__(), "split_master": self.split_master}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also takes what older versions and older torch saved: groups without the newer keys, a plain step."""
+        self.__dict__.setdefault("split_master", False)
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in _ADDED.items():
@@ -172,6 +214,7 @@ class AdamW(Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,
+        split_master: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -187,6 +230,7 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             max_norm=max_norm,
+            split_master=split_master,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -113,6 +113,7 @@ def run(
         betas=(spec.betas[0], spec.betas[1]),
         eps=spec.eps,
         max_norm=spec.max_norm or None,
+        split_master=spec.split_master,
     )
     # Dropout starts from the seed, whatever the caller drew before; a resumed run restores the generator.
     torch.manual_seed(config.seed)

@@ -35,8 +35,9 @@ def collect(
         seen[id(tensor)] = name
         tensors[MODEL_PREFIX + name] = tensor.detach()
     numbers: dict[str, dict[str, float]] = {}
+    saved = _saved_state(optimizer)
     for name, p in model.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
+        for key, value in saved.get(p, {}).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{OPTIMIZER_PREFIX}{name}/{key}"] = value
             else:
@@ -45,6 +46,17 @@ def collect(
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors[RNG_PREFIX + "cuda"] = torch.cuda.get_rng_state()
     return tensors, {"tied": tied, "optimizer": numbers}
+
+
+def _saved_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
+    """What ``state_dict`` tells of each parameter, which need not be what the optimizer works with."""
+    saved = optimizer.state_dict()
+    groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    return {
+        p: saved["state"].get(i, {})
+        for group, packed in groups
+        for p, i in zip(group["params"], packed["params"], strict=True)
+    }
 
 
 def restore(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptcore.ops.adamw import adamw_, adamw_reference
+from gptcore.ops.adamw import adamw_, adamw_reference, join_master, split_master
 from gptcore.ops.grad_norm import grad_norm
 from tests.tolerance import ROUNDOFF, assert_same_for_threads, same_bits
 
@@ -229,6 +229,110 @@ def test_parameters_that_require_grad_and_numpy_arrays() -> None:
         assert isinstance(b, np.ndarray) and same_bits(a.detach(), torch.from_numpy(b))
 
 
+# --- split masters -----------------------------------------------------------------------------------------
+
+
+def _same_numbers(master: torch.Tensor) -> bool:
+    weight, low = split_master(master)
+    return same_bits(join_master(weight, low), master)
+
+
+def _identity_step(weight: torch.Tensor, low: torch.Tensor) -> None:
+    """lr 0 and no moments: p * 1 - 0 / (0 + eps), which is p, for every finite p."""
+    zeros = [torch.zeros(weight.shape) for _ in range(3)]
+    adamw_([weight], [zeros[0]], [zeros[1]], [zeros[2]], step=1, lr=0.0, lows=[low], grad_norm=0.0)
+
+
+LOWS = [0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF, 0x1234, 0xABCD]
+
+
+def test_every_weight_takes_every_kind_of_remainder(isa: str) -> None:
+    """All 65536 upper halves with the telling lower ones: the Python twins and the kernel keep every number."""
+    bits = (torch.arange(65536, dtype=torch.int64) << 16)[:, None] + torch.tensor(LOWS)
+    master = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32).flatten()
+    master = master[~master.isnan()]
+    weight, low = split_master(master)
+    assert same_bits(join_master(weight, low), master)
+    # Nearest, so no further than half a unit, and away from zero on a tie; beyond the largest bf16 it is inf.
+    ties = (master.view(torch.int32) & 0xFFFF) == 0x8000
+    assert same_bits(weight[~ties], master.bfloat16()[~ties])
+    assert (weight[ties].double().abs() > master[ties].double().abs()).all()
+    before = weight.clone(), low.clone()
+    _identity_step(weight, low)
+    assert same_bits(weight, before[0]) and same_bits(low, before[1])
+
+
+@pytest.mark.long
+def test_all_patterns_of_f32_survive_the_kernel(isa: str) -> None:
+    low = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).repeat(64)
+    for first in range(0, 65536, 64):
+        upper = torch.arange(first, first + 64, dtype=torch.int32).repeat_interleave(65536) << 16
+        master = (upper + (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+        weight, rest = split_master(master)
+        nan = master.isnan()
+        assert same_bits(join_master(weight, rest)[~nan], master[~nan])
+        assert weight[nan].isnan().all() and not weight[~nan].isnan().any()
+        before = weight.clone(), rest.clone()
+        _identity_step(weight, rest)
+        assert same_bits(weight[~nan], before[0][~nan]) and same_bits(rest[~nan], before[1][~nan])
+        assert weight[nan].isnan().all()
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_split_masters_take_the_steps_of_whole_ones(isa: str, grad_dtype: torch.dtype, amsgrad: bool) -> None:
+    """Bit for bit over steps, at every size, with L2 too; the weights are the masters' rounding."""
+    whole = State(SIZES, grad_dtype, copies=True, amsgrad=amsgrad)
+    halves = whole.clone()
+    halves.params, lows = (list(t) for t in zip(*map(split_master, whole.params), strict=True))
+    halves.copies = None
+    for step in range(1, 4):
+        options = {"step": step, "weight_decay": 0.1, "decoupled": step == 2, "max_norm": 0.5}
+        assert whole.step(**options) == halves.step(lows=lows, **options)
+    for p, copy, weight, low in zip(whole.params, whole.copies, halves.params, lows, strict=True):
+        assert same_bits(join_master(weight, low), p)
+        ties = (p.view(torch.int32) & 0xFFFF) == 0x8000
+        assert same_bits(weight[~ties], copy[~ties])
+    for name in State.LISTS[1:]:
+        for a, b in zip(getattr(whole, name) or [], getattr(halves, name) or [], strict=True):
+            assert same_bits(a, b)
+
+
+def test_a_split_step_by_the_reference() -> None:
+    """The reference's arithmetic is torch's, so the masters agree to roundings: a few on numbers up to 5."""
+    state = State([1000])
+    weight, low = split_master(state.params[0])
+    twin_weight, twin_low = weight.clone(), low.clone()
+    state.params = [weight]
+    twin = state.clone()
+    twin.params = [twin_weight]
+    state.step(lows=[low], weight_decay=0.1)
+    twin.step(adamw_reference, lows=[twin_low], weight_decay=0.1)
+    got, want = join_master(weight, low), join_master(twin_weight, twin_low)
+    torch.testing.assert_close(got, want, rtol=0, atol=4 * 2**-22)
+
+
+def test_a_weight_set_to_zero_is_zero() -> None:
+    """Below a zero there are only NaNs: the remainder of the weight that was there must not make one."""
+    weight = torch.tensor([0.0, -0.0, 0.0, 1.0]).bfloat16()
+    low = torch.tensor([-5, -5, 7, -5], dtype=torch.int16)
+    want = join_master(weight, low)
+    assert want.isfinite().all() and same_bits(want[:2], torch.tensor([0.0, -0.0]))
+    _identity_step(weight, low)
+    assert same_bits(join_master(weight, low), want)
+
+
+def test_split_masters_that_overflow_become_nan() -> None:
+    """NaN has no remainder, and its weight says so, whatever the lower half of its pattern was."""
+    patterns = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32)
+    weight, low = split_master(patterns.view(torch.float32))
+    assert weight.isnan().all() and not low.any()
+    weight, low = torch.tensor([3e38]).bfloat16(), torch.zeros(1, dtype=torch.int16)
+    options = {"step": 1, "lr": 1e38, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "weight_decay": 0.0}
+    adamw_([weight], [torch.zeros(1)], [torch.zeros(1)], [torch.zeros(1)], lows=[low], **options)
+    assert weight.isnan().all() and low.item() == 0  # 0 / 0
+
+
 def _call(**changes):
     state = State([4, 5], copies=True)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "copies"):
@@ -260,6 +364,11 @@ BAD = [
     ({"weight_decay": -0.1}, ValueError, "'weight_decay\\[0\\]'"),
     ({"step": 0}, ValueError, "'step': got 0, expected 1 or more"),
     ({"max_exp_avg_sqs": [torch.zeros(4)]}, ValueError, "'max_exp_avg_sqs': got 1 entries, expected 2"),
+    (
+        {"lows": [torch.zeros(4), torch.zeros(5)]},
+        TypeError,
+        "'params\\[0\\]': got float32, expected bfloat16",
+    ),
     ({"steps": [torch.zeros(())]}, ValueError, "'steps': got 1 entries, expected 2"),
     (
         {"steps": [torch.zeros(()), torch.zeros(2)]},

@@ -121,6 +121,64 @@ def test_torchs_bf16_state_becomes_f32_with_a_master() -> None:
         assert torch.equal(p.detach(), ours.state[p]["master"].bfloat16())
 
 
+@pytest.mark.parametrize("saver", [False, True])
+@pytest.mark.parametrize("loader", [False, True])
+def test_split_masters_go_on_as_whole_ones(saver: bool, loader: bool) -> None:
+    """Saved by one kind and loaded by the other, against a run of whole masters that never stopped."""
+    whole = make_params(torch.bfloat16)
+    straight = optim.AdamW(whole, lr=LR, max_norm=1.0, split_master=False)
+    run(straight, whole, 0, STEPS)
+    params = make_params(torch.bfloat16)
+    optimizer = optim.AdamW(params, lr=LR, max_norm=1.0, split_master=saver)
+    run(optimizer, params, 0, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert {t.dtype for state in saved["state"].values() for t in state.values()} == {torch.float32}
+    assert {"master", "step", "exp_avg", "exp_avg_sq"} == saved["state"][0].keys()
+    assert ("master_low" in optimizer.state[params[0]]) == saver
+    twin = twin_of(params)
+    restored = optim.AdamW(twin, lr=LR, max_norm=1.0, split_master=loader)
+    restored.load_state_dict(saved)
+    assert restored.state_dict()["state"][0].keys() == saved["state"][0].keys(), "before the first step too"
+    run(restored, twin, 3, STEPS)
+    assert ("master" in restored.state[twin[0]]) != loader
+    final = restored.state_dict()["state"]
+    for i, (p, q) in enumerate(zip(whole, twin, strict=True)):
+        master = straight.state[p]["master"]
+        assert torch.equal(final[i]["master"], master)
+        ties = (master.view(torch.int32) & 0xFFFF) == 0x8000
+        assert torch.equal(p.detach()[~ties], q.detach()[~ties])
+
+
+def test_split_masters_take_two_bytes_less_and_survive_a_pickle() -> None:
+    params = make_params(torch.bfloat16)
+    sizes = []
+    for split in (False, True):
+        optimizer = optim.AdamW(params, lr=LR, split_master=split)
+        run(optimizer, params, 0, 2)
+        sizes.append(
+            sum(t.nbytes for p in params for name, t in optimizer.state[p].items() if name != "step")
+        )
+    assert sizes[0] - sizes[1] == 2 * sum(p.numel() for p in params)
+    other = pickle.loads(pickle.dumps(optimizer))
+    twin = other.param_groups[0]["params"]
+    run(optimizer, params, 2, 4)
+    run(other, twin, 2, 4)
+    assert all(torch.equal(p, q) for p, q in zip(params, twin, strict=True))
+
+
+def test_a_weight_written_between_steps_takes_effect_with_split_masters() -> None:
+    p = torch.nn.Parameter(torch.randn(100).bfloat16())
+    optimizer = optim.AdamW([p], lr=LR, split_master=True, weight_decay=0.0)
+    p.grad = torch.randn(100).bfloat16()
+    optimizer.step()
+    with torch.no_grad():
+        p[:50] = 0.0
+    p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert p.isfinite().all() and not p[:50].any() and p[50:].all()
+
+
 def test_state_of_older_versions_with_a_plain_step() -> None:
     params = make_params(torch.bfloat16)
     optimizer = optim.AdamW(params, lr=LR)

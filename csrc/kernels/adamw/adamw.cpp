@@ -39,7 +39,16 @@ void check_steps(const Checker& check, const std::vector<TensorView>& steps, siz
 
 std::vector<AdamwTensor> checked_tensors(const Checker& check, const AdamwLists& l, const AdamwOptions& o) {
   std::vector<AdamwTensor> tensors(l.params.size());
-  take_list(check, l.params, "params", l.params, &AdamwTensor::param, &tensors);
+  if (l.lows.empty()) {
+    take_list(check, l.params, "params", l.params, &AdamwTensor::param, &tensors);
+  } else {
+    take_list(check, l.params, "params", l.params, &AdamwTensor::weight, &tensors);
+    take_list(check, l.lows, "lows", l.params, &AdamwTensor::low, &tensors);
+    if (!l.copies.empty()) {
+      check.fail("copies", std::to_string(l.copies.size()) + " entries",
+                 "None with lows, whose parameters are bf16");
+    }
+  }
   take_gradients(check, l.grads, l.params, l.weight_decay, &tensors);
   take_list(check, l.exp_avgs, "exp_avgs", l.params, &AdamwTensor::exp_avg, &tensors);
   take_list(check, l.exp_avg_sqs, "exp_avg_sqs", l.params, &AdamwTensor::exp_avg_sq, &tensors);

@@ -9,14 +9,20 @@
 //   p = p (1 - lr * weight_decay) - lr / (1 - beta1^step) * m / (sqrt(w) / sqrt(1 - beta2^step) + eps)
 //   copy = bf16(p)                                    (not decoupled: the factor of p is 1)
 //
-// Shapes   per tensor: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies of one shape, contiguous.
-// Types    params, moments f32; grads f32 or bf16, each its own; copies bf16.
+// Split    With lows, params are bf16 weights, and weight and low together are p: its bits are
+//          (weight << 16) + low, low signed; the weight is p rounded to nearest, ties away from zero. (With ties
+//          to even 65537 numbers round to an even weight, one more than low can tell apart.) Every finite p and
+//          both infinities survive; NaN becomes a NaN. Where a caller has set a weight to 0, a negative low
+//          counts as 0: together they would be a NaN.
+// Shapes   per tensor: params, lows, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies of one shape,
+//          contiguous.
+// Types    params, moments f32 (params bf16 with lows); grads f32 or bf16, each its own; lows i16; copies bf16.
 //          steps: one element each, f32, overwritten with the update's number, for a caller that counts there.
-// None     max_exp_avg_sqs, copies, steps (empty lists); max_norm.
+// None     lows, max_exp_avg_sqs, copies, steps (empty lists; copies with lows); max_norm.
 // Aliasing none between tensors.
 // Bits     equal for any thread count.
 // Cost     one read of g, one read and write of p, m, v (and w), one write of copy: 28 bytes a parameter in
-//          f32, 36 with w; 20 flops.
+//          f32, 36 with w, 26 with lows and bf16 gradients; 20 flops.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
@@ -29,7 +35,8 @@ namespace gptcore {
 
 // weight_decay has one entry per tensor.
 struct AdamwLists {
-  const std::vector<TensorView>&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &copies, &steps;
+  const std::vector<TensorView>&params, &lows, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs, &copies,
+      &steps;
   const std::vector<double>& weight_decay;
 };
 

@@ -7,7 +7,10 @@
 namespace gptcore {
 
 struct AdamwTensor {
-  float *param, *exp_avg, *exp_avg_sq;
+  float* param;  // null where the parameter is split
+  bf16* weight;  // upper half of a split parameter
+  int16_t* low;  // and what is left of it
+  float *exp_avg, *exp_avg_sq;
   float* max_exp_avg_sq;  // may be null
   const void* grad;
   bf16* copy;  // may be null
