@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, empty, empty_like, last_contiguous
+from gptcore.ops.loss_options import LossOptions, with_defaults
 from gptcore.ops.registration import TorchOp
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+
+class CrossEntropyOptions(LossOptions, total=False):
+    """The keyword options of :func:`cross_entropy`, which says what they mean and their defaults."""
+
+    weight: Array | None
 
 
 def cross_entropy(
@@ -40,43 +50,32 @@ def cross_entropy(
 
 
 def cross_entropy_backward(
-    grad_loss: Array,
-    logits: Array,
-    targets: Array,
-    *,
-    weight: Array | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    grad_loss: Array, logits: Array, targets: Array, **options: Unpack[CrossEntropyOptions]
 ) -> Array:
-    """Gradient of :func:`cross_entropy` by ``logits`` for callers without autograd; ``grad_loss`` as the loss."""
-    options = (ignore_index, label_smoothing, reduction)
-    _, lse = _run(logits, targets, weight, *options)
-    return _run_backward(grad_loss, logits, targets, weight, lse, *options)
+    """Gradient of :func:`cross_entropy` by ``logits`` for callers without autograd; ``grad_loss`` as the loss.
+
+    ``options`` as they were in the forward call.
+    """
+    weight, *chosen = with_defaults(cross_entropy, options).values()
+    _, lse = _run(logits, targets, weight, *chosen)
+    return _run_backward(grad_loss, logits, targets, weight, lse, *chosen)
 
 
-def cross_entropy_reference(
-    logits: Any,
-    targets: Any,
-    *,
-    weight: Any = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-) -> Any:
+def cross_entropy_reference(logits: Any, targets: Any, **options: Unpack[CrossEntropyOptions]) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times."""
     import torch
 
+    weight, ignore_index, smoothing, reduction = with_defaults(cross_entropy, options).values()
     kept = targets != ignore_index
     logprobs = logits - torch.logsumexp(logits, -1, keepdim=True)
     factors = logits.new_ones(logits.shape[-1]) if weight is None else weight
     index = torch.where(kept, targets, 0)
     share = torch.where(kept, factors[index], 0.0)
     picked = torch.where(kept, logprobs.gather(-1, index[:, None])[:, 0], 0.0)
-    loss = -(1.0 - label_smoothing) * share * picked
-    if label_smoothing:
+    loss = -(1.0 - smoothing) * share * picked
+    if smoothing:
         flat = torch.where(kept, (logprobs * factors).mean(-1), 0.0)
-        loss = loss - label_smoothing * flat
+        loss = loss - smoothing * flat
     if reduction == "none":
         return loss
     return loss.sum() / share.sum() if reduction == "mean" else loss.sum()

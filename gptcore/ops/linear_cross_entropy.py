@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import sys
 from math import frexp, isfinite
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, as_rows, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.loss_options import LossOptions, with_defaults
 from gptcore.ops.registration import TorchOp
+
+if TYPE_CHECKING:
+    from typing import Unpack
 
 # The rows whose logits the kernel keeps at a time: kMostTokens of linear_cross_entropy.cpp, which refuses more of bf16.
 CHUNK_ROWS = 512
+
+
+class LinearCrossEntropyOptions(LossOptions, total=False):
+    """The keyword options of :func:`linear_cross_entropy`, which says what they mean and their defaults."""
+
+    z_loss: float
+    logit_scale: float
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -84,40 +96,29 @@ def linear_cross_entropy_backward(
     targets: Array,
     lse: Array,
     *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    reduction: str = "mean",
     main_grad: Array | None = None,
+    **options: Unpack[LinearCrossEntropyOptions],
 ) -> tuple[Array, Array | None]:
     """Gradients ``(dx, dweight)`` of :func:`linear_cross_entropy` for callers without autograd.
 
     Args:
         grad_loss, grad_z: gradients of loss and z_loss, f32, in their shapes; None counts as zero.
-        lse: as the forward call returned it; the options as they were there.
+        lse: as the forward call returned it.
         main_grad: (V, C) f32 to add weight's gradient to; dweight is then None.
+        options: as they were in the forward call.
     """
     rows, lse, flat = as_rows(x), lse.reshape(-1), targets.reshape(-1)
-    if reduction == "none":
+    chosen = with_defaults(linear_cross_entropy, options)
+    if chosen["reduction"] == "none":
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
-    options = (ignore_index, label_smoothing, z_loss, logit_scale, reduction)
     dx, dweight = _run_backward(
-        grad_loss, grad_z, rows, weight, flat, lse, *options, True, True, main_grad=main_grad
+        grad_loss, grad_z, rows, weight, flat, lse, *chosen.values(), True, True, main_grad=main_grad
     )
     return dx.reshape(x.shape), dweight
 
 
 def linear_cross_entropy_reference(
-    x: Any,
-    weight: Any,
-    targets: Any,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    reduction: str = "mean",
+    x: Any, weight: Any, targets: Any, **options: Unpack[LinearCrossEntropyOptions]
 ) -> LinearCrossEntropy:
     """The same in plain torch with the logits in memory; any floating dtype, differentiable any number of times.
 
@@ -125,19 +126,20 @@ def linear_cross_entropy_reference(
     """
     import torch
 
+    o = SimpleNamespace(**with_defaults(linear_cross_entropy, options))
     logits = x @ weight.mT
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
-    kept = targets != ignore_index
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * o.logit_scale
+    kept = targets != o.ignore_index
     lse = torch.where(kept, torch.logsumexp(logits, -1), 0.0)
     picked = logits.gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
     logprobs = torch.where(kept, picked, 0.0) - lse
     loss = -logprobs
-    if label_smoothing:
+    if o.label_smoothing:
         flat = torch.where(kept, lse - logits.mean(-1), 0.0)
-        loss = (1.0 - label_smoothing) * loss + label_smoothing * flat
-    z = z_loss * lse * lse
-    if reduction != "none":
-        count = kept.sum() if reduction == "mean" else 1
+        loss = (1.0 - o.label_smoothing) * loss + o.label_smoothing * flat
+    z = o.z_loss * lse * lse
+    if o.reduction != "none":
+        count = kept.sum() if o.reduction == "mean" else 1
         loss, z = loss.sum() / count, z.sum() / count
     return LinearCrossEntropy(loss, z, logprobs.detach(), lse.detach())
 
