@@ -162,6 +162,7 @@ def linear_cross_entropy_backward(
     dx: Tensor | None,
     dweight: Tensor | None,
     accumulate: bool,
+    token_weight: Tensor | None = None,
 ) -> None: ...
 def linear_cross_entropy_forward(
     x: Tensor | None,
@@ -178,6 +179,7 @@ def linear_cross_entropy_forward(
     lse: Tensor | None,
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
+    token_weight: Tensor | None = None,
 ) -> None: ...
 def matmul(
     a: Tensor | None,

@@ -24,6 +24,7 @@ class LinearCrossEntropyOptions(LossOptions, total=False):
 
     z_loss: float
     logit_scale: float
+    token_weight: Array | None
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -46,6 +47,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     reduction: str = "mean",
+    token_weight: Array | None = None,
 ) -> LinearCrossEntropy:
     """Cross-entropy of ``logits = logit_scale * x @ weight.T`` against ``targets``, by blocks of the vocabulary.
 
@@ -56,7 +58,11 @@ def linear_cross_entropy(
         label_smoothing: share of the target's probability spread over all V classes.
         z_loss: coefficient of lse^2, returned apart from the loss (PaLM, section 5).
         logit_scale: factor of the logits.
-        reduction: "mean" over the tokens that count (NaN if there are none), "sum", or "none".
+        reduction: "mean" over the tokens that count (NaN if there are none), weighted by token_weight where that is
+            given: ``sum w_i l_i / sum w_i``; "sum"; or "none".
+        token_weight: (...) f32 like targets, factors of each token's loss and z_loss (not of logprobs and lse); masks
+            and advantages, of any sign. It gets no gradient. A token of weight 0 costs as much as any other;
+            ignore_index saves its work. Weights that add up to 0 make the mean NaN or infinite, with its gradients.
 
     Returns:
         :class:`LinearCrossEntropy` ``(loss, z_loss, logprobs, lse)``.
@@ -73,7 +79,8 @@ def linear_cross_entropy(
     """
     flat = targets if targets.ndim == 1 else targets.reshape(-1)
     run = _op if is_torch(x) else _run
-    out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction)
+    more = _modifiers(token_weight)
+    out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction, *more)
     if targets.ndim != 1:
         shape = targets.shape
         out = [o if o.ndim == 0 else o.reshape(shape) for o in out]
@@ -108,12 +115,13 @@ def linear_cross_entropy_backward(
         options: as they were in the forward call.
     """
     rows, lse, flat = as_rows(x), lse.reshape(-1), targets.reshape(-1)
-    chosen = with_defaults(linear_cross_entropy, options)
-    if chosen["reduction"] == "none":
+    *chosen, token_weight = with_defaults(linear_cross_entropy, options).values()
+    if chosen[-1] == "none":
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
     dx, dweight = _run_backward(
-        grad_loss, grad_z, rows, weight, flat, lse, *chosen.values(), True, True, main_grad=main_grad
-    )
+        grad_loss, grad_z, rows, weight, flat, lse, *chosen, True, True, *_modifiers(token_weight),
+        main_grad=main_grad,
+    )  # fmt: skip
     return dx.reshape(x.shape), dweight
 
 
@@ -138,10 +146,19 @@ def linear_cross_entropy_reference(
         flat = torch.where(kept, lse - logits.mean(-1), 0.0)
         loss = (1.0 - o.label_smoothing) * loss + o.label_smoothing * flat
     z = o.z_loss * lse * lse
+    shares = torch.where(kept, torch.ones_like(lse) if o.token_weight is None else o.token_weight, 0.0)
+    loss, z = shares * loss, shares * z
     if o.reduction != "none":
-        count = kept.sum() if o.reduction == "mean" else 1
+        count = shares.sum() if o.reduction == "mean" else 1
         loss, z = loss.sum() / count, z.sum() / count
     return LinearCrossEntropy(loss, z, logprobs.detach(), lse.detach())
+
+
+def _modifiers(token_weight: Array | None) -> tuple[Any, ...]:
+    """What follows the options that every call passes; nothing where none is used, which costs nothing then."""
+    if token_weight is None:
+        return ()
+    return (last_contiguous(token_weight.reshape(-1)),)
 
 
 def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
@@ -154,28 +171,28 @@ def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
 
 def _run(
     x: Array, weight: Array, targets: Array, ignore_index: int, smoothing: float, z_loss: float,
-    scale: float, reduction: str, *, dx: Array | None = None, dweight: Array | None = None,
+    scale: float, reduction: str, *modifiers: Any, dx: Array | None = None, dweight: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     out = _results(x, reduction)
     backend.extension().linear_cross_entropy_forward(
         last_contiguous(x), last_contiguous(weight), targets, ignore_index, smoothing, z_loss, scale,
-        reduction, *out, dx, dweight,
+        reduction, *out, dx, dweight, *modifiers,
     )  # fmt: skip
     return out
 
 
 def _run_backward(
-    grad_loss: Any, grad_z: Any, x: Array, weight: Array, targets: Array, lse: Array, *rest: Any,
-    main_grad: Any = None,
+    grad_loss: Any, grad_z: Any, x: Array, weight: Array, targets: Array, lse: Array, ignore_index: int,
+    smoothing: float, z_loss: float, scale: float, reduction: str, want_x: bool, want_weight: bool,
+    *modifiers: Any, main_grad: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
-    *options, want_x, want_weight = rest
     dx = empty(x, x.shape) if want_x else None
     dweight = main_grad
     if want_weight and main_grad is None:
         dweight = empty(weight, weight.shape)
     backend.extension().linear_cross_entropy_backward(
-        grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, *options, dx, dweight,
-        main_grad is not None,
+        grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, ignore_index, smoothing,
+        z_loss, scale, reduction, dx, dweight, main_grad is not None, *modifiers,
     )  # fmt: skip
     return dx, None if main_grad is not None else dweight
 
@@ -183,16 +200,25 @@ def _run_backward(
 # --- torch ------------------------------------------------------------------------------------------------------
 
 
-def _fake(x: Any, weight: Any, targets: Any, *options: Any) -> tuple[Any, ...]:
-    return _results(x, options[-1])
+# The op's inputs: x, weight and targets, the options that every call passes, the modifiers.
+OPTIONS = slice(3, 8)
+
+
+def _fake(x: Any, *rest: Any) -> tuple[Any, ...]:
+    return _results(x, rest[OPTIONS.stop - 2])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, weight, targets, *options = inputs
+    _save(ctx, inputs, output, None, None, None)
+
+
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], dx: Any, dweight: Any, main_grad: Any
+) -> None:
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, targets, output[3])
-    ctx.options, ctx.main_grad = options, None
+    ctx.save_for_backward(*inputs[: OPTIONS.start], output[3], dx, dweight, *inputs[OPTIONS.stop :])
+    ctx.options, ctx.main_grad = inputs[OPTIONS], main_grad
 
 
 def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> bool:
@@ -211,22 +237,19 @@ def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> b
 
 
 def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-    x, weight, targets, *options = inputs
+    x, weight = inputs[:2]
     main_grad = getattr(weight, "main_grad", None)
     dx = dweight = None
-    if _gradients_at_once(x, weight, main_grad, inputs[-1]):
+    if _gradients_at_once(x, weight, main_grad, inputs[7]):
         want_x, want_weight = ctx.needs_input_grad[:2]
         dx, dweight = empty_like(x) if want_x else None, empty_like(weight) if want_weight else None
     output = _run(*inputs, dx=dx, dweight=dweight)
-    ctx.mark_non_differentiable(output[2], output[3])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, targets, output[3], dx, dweight)
-    ctx.options, ctx.main_grad = options, main_grad
+    _save(ctx, inputs, output, dx, dweight, main_grad)
     return output
 
 
 def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tuple[Any, ...]:
-    x, *_, dx, dweight = ctx.saved_tensors
+    x, _, _, _, dx, dweight = ctx.saved_tensors[:6]
     kept = dx is not None or dweight is not None
     factor = _common_factor(grad_loss, grad_z, ctx.options[2]) if kept else None
     # bf16 gradients are rounded already: only a power of two rounds them no second time.
@@ -236,7 +259,7 @@ def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tupl
     if dweight is not None and ctx.main_grad is not None:
         ctx.main_grad.add_(dweight, alpha=factor)
         dweight = None
-    return _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), *(None,) * 6
+    return _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), *(None,) * 7
 
 
 def _common_factor(grad_loss: Any, grad_z: Any, z_loss: float) -> float | None:
@@ -256,17 +279,16 @@ def _scaled(gradient: Any, factor: float, last_use: bool) -> Any:
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_z: Any, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if grad_loss is None and grad_z is None:
         return nothing
     want_x, want_weight = ctx.needs_input_grad[:2]
-    saved = ctx.saved_tensors[:4]
+    saved = ctx.saved_tensors
+    inputs = (grad_loss, grad_z, *saved[:4], *ctx.options, want_x, want_weight, *saved[6:])
     if ctx.main_grad is not None and want_weight:
-        dx, dweight = _run_backward(
-            grad_loss, grad_z, *saved, *ctx.options, want_x, True, main_grad=ctx.main_grad
-        )
+        dx, dweight = _run_backward(*inputs, main_grad=ctx.main_grad)
     else:
-        dx, dweight = _backward_op(grad_loss, grad_z, *saved, *ctx.options, want_x, want_weight)
+        dx, dweight = _backward_op(*inputs)
     return dx if want_x else None, dweight if want_weight else None, *nothing[2:]
 
 
@@ -277,7 +299,7 @@ def _backward_forward(*inputs: Any) -> tuple[Any, Any]:
 
 
 def _backward_fake(grad_loss: Any, grad_z: Any, x: Any, weight: Any, *rest: Any) -> tuple[Any, Any]:
-    want_x, want_weight = rest[-2:]
+    want_x, want_weight = rest[7:9]
     dx = x.new_empty(x.shape if want_x else (0,))
     return dx, weight.new_empty(weight.shape) if want_weight else x.new_empty((0,))
 
@@ -285,8 +307,8 @@ def _backward_fake(grad_loss: Any, grad_z: Any, x: Any, weight: Any, *rest: Any)
 _backward_op = TorchOp(
     "linear_cross_entropy_backward",
     "(Tensor? grad_loss, Tensor? grad_z, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index,"
-    " float label_smoothing, float z_loss, float logit_scale, str reduction, bool want_x, bool want_weight)"
-    " -> (Tensor, Tensor)",
+    " float label_smoothing, float z_loss, float logit_scale, str reduction, bool want_x, bool want_weight,"
+    " Tensor? token_weight=None) -> (Tensor, Tensor)",
     forward=_backward_forward,
     fake=_backward_fake,
     inference=_run_backward,
@@ -294,7 +316,7 @@ _backward_op = TorchOp(
 _op = TorchOp(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, float label_smoothing, float z_loss,"
-    " float logit_scale, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float logit_scale, str reduction, Tensor? token_weight=None) -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_run,
     fake=_fake,
     setup_context=_setup,
@@ -302,4 +324,5 @@ _op = TorchOp(
     eager_forward=_eager_forward,
     eager_backward=_eager_backward,
     lower_precision=True,
+    full_precision=(8,),
 )

@@ -20,7 +20,7 @@ def with_defaults(function: Callable[..., Any], options: Mapping[str, Any]) -> d
     Raises:
         TypeError: an option that ``function`` does not have.
     """
-    defaults: dict[str, Any] = function.__kwdefaults__  # type: ignore[attr-defined]
+    defaults: dict[str, Any] = function.__kwdefaults__  # type: ignore[attr-defined, assignment]
     for name in options:
         if name not in defaults:
             expected = ", ".join(defaults)

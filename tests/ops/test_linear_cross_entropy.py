@@ -16,90 +16,15 @@ from gptcore.ops.linear_cross_entropy import (
     linear_cross_entropy_reference,
     token_logprobs,
 )
-from tests.tolerance import ROUNDOFF, assert_close_to_exact, assert_same_for_threads, same_bits
-
-DTYPES = [torch.float32, torch.bfloat16]
-SHAPES = [
-    (1, 1, 1),
-    (1, 3, 17),
-    (3, 17, 33),
-    (17, 33, 65),
-    (33, 65, 3),
-    (65, 40, 1),
-    (40, 64, 300),
-    (70, 33, 2100),
-]
-OPTIONS = [
-    {},
-    {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_scale": 0.5},
-    {"reduction": "sum", "z_loss": 1e-3},
-    {"reduction": "none", "label_smoothing": 0.3, "z_loss": 1e-2},
-]
-
-
-def _inputs(rows: int, width: int, classes: int, dtype: torch.dtype, *, ignored: bool = True):
-    x, weight = torch.randn(rows, width).to(dtype), torch.randn(classes, width).to(dtype)
-    targets = torch.randint(0, classes, (rows,))
-    if ignored:
-        targets[1::5] = -100
-    return x, weight, targets
-
-
-def _step(function, x, weight, targets, options):
-    """All outputs, then the gradients of x and weight under random gradients of loss and z_loss."""
-    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    out = function(x, weight, targets, **options)
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.rand(out.loss.shape, generator=generator) + 0.5 for _ in range(2)]
-    kind = out.loss.dtype
-    gradients = torch.autograd.grad([out.loss, out.z_loss], [x, weight], [g.to(kind) for g in grads])
-    return [o.detach() for o in out], list(gradients)
-
-
-def _check(x, weight, targets, **options) -> None:
-    got, got_gradients = _step(linear_cross_entropy, x, weight, targets, options)
-    exact, exact_gradients = _step(
-        linear_cross_entropy_reference, x.double(), weight.double(), targets, options
-    )
-    twin, twin_gradients = _step(linear_cross_entropy_reference, x, weight, targets, options)
-    width = x.shape[-1]
-    # Logits are sums of C products: partial sums reach two deviations of their random walk, whose roundings remain
-    # in differences of logits that cancel.
-    logit = (
-        2.0 * (x.double().square().sum(-1).max() * weight.double().square().max()).sqrt().item()
-        if x.numel()
-        else 0
-    )
-    for i, name in enumerate(got_names := ("loss", "z_loss", "logprobs", "lse")):
-        assert_close_to_exact(
-            got[i], exact[i], twin[i], terms=width, summand=logit, what=got_names[i] or name
-        )
-    # Gradients add up to N (or V) products of a gradient of a logit (at most the largest factor of a row) with an
-    # entry; a probability errs by its logit's error. bf16 products round each gradient of a logit once.
-    kept = max(int((targets != options.get("ignore_index", -100)).sum()), 1)
-    share = 1.5 / (kept if options.get("reduction", "mean") == "mean" else 1)
-    share *= options.get("logit_scale", 1.0) * (
-        1 + 2 * options.get("z_loss", 0.0) * got[3].abs().max().item()
-    )
-    relative = ROUNDOFF[torch.float32] * (1 + logit) * width**0.5
-    both = x.dtype == weight.dtype == torch.bfloat16
-    relative += 2 * torch.finfo(torch.bfloat16).eps / 2 if both else 0
-    for name, a, b, c, factor in [
-        ("dx", got_gradients[0], exact_gradients[0], twin_gradients[0], weight),
-        ("dweight", got_gradients[1], exact_gradients[1], twin_gradients[1], x),
-    ]:
-        floor = 2 * relative * share * factor.abs().max().item() * (4 if both else 2)
-        result = torch.finfo(a.dtype).eps * b.abs().max().item()
-        error = (a.double() - b).abs().max().item()
-        bound = 2 * (c.double() - b).abs().max().item() + floor + result
-        assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}"
+from tests.ops.linear_cross_entropy_cases import DTYPES, OPTIONS, SHAPES, check, inputs, step
+from tests.tolerance import assert_close_to_exact, assert_same_for_threads, same_bits
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_on_every_isa(isa: str, dtype: torch.dtype, options: dict) -> None:
     for shape in SHAPES:
-        _check(*_inputs(*shape, dtype), **options)
+        check(*inputs(*shape, dtype), **options)
 
 
 @settings(max_examples=40, deadline=None)
@@ -113,17 +38,17 @@ def test_any_shape_and_option(
     rows, width, classes, dtype, f32_weight, smoothing, z_loss, reduction, seed
 ) -> None:
     torch.manual_seed(seed)
-    x, weight, targets = _inputs(rows, width, classes, dtype)
+    x, weight, targets = inputs(rows, width, classes, dtype)
     if f32_weight and dtype == torch.bfloat16:
         got = linear_cross_entropy(x, weight.float(), targets)
         wide = linear_cross_entropy(x.float(), weight.float(), targets)
         assert all(same_bits(a, b) for a, b in zip(got, wide, strict=True))
         return
-    _check(x, weight, targets, label_smoothing=smoothing, z_loss=z_loss, reduction=reduction)
+    check(x, weight, targets, label_smoothing=smoothing, z_loss=z_loss, reduction=reduction)
 
 
 def test_agrees_with_torch_cross_entropy() -> None:
-    x, weight, targets = _inputs(50, 24, 130, torch.float32)
+    x, weight, targets = inputs(50, 24, 130, torch.float32)
     for options in ({}, {"label_smoothing": 0.2}, {"reduction": "sum"}, {"reduction": "none"}):
         ours = linear_cross_entropy(x, weight, targets, **options).loss
         torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(x @ weight.T, targets, **options))
@@ -132,7 +57,7 @@ def test_agrees_with_torch_cross_entropy() -> None:
 def test_large_logits_do_not_overflow(isa: str) -> None:
     # Logits of several thousand: exponentials only work relative to the maximum.
     for dtype in DTYPES:
-        x, weight, targets = _inputs(20, 64, 500, dtype)
+        x, weight, targets = inputs(20, 64, 500, dtype)
         out = linear_cross_entropy(x * 100, weight, targets, reduction="none")
         exact = linear_cross_entropy_reference((x * 100).double(), weight.double(), targets, reduction="none")
         # f32 sums of 64 products of size up to 1e3: 8 roundings of about 1e4
@@ -140,7 +65,7 @@ def test_large_logits_do_not_overflow(isa: str) -> None:
 
 
 def test_special_values_stay_in_their_row(isa: str) -> None:
-    x, weight, targets = _inputs(40, 33, 70, torch.float32, ignored=False)
+    x, weight, targets = inputs(40, 33, 70, torch.float32, ignored=False)
     clean = linear_cross_entropy(x, weight, targets, reduction="none")
     x[3, 1], x[5, 2], x[7, 0] = float("nan"), float("inf"), float("nan")
     targets[7] = -100
@@ -162,18 +87,18 @@ def test_minus_infinity_is_a_class_that_cannot_be(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, dtype: torch.dtype) -> None:
-    x, weight, targets = _inputs(300, 64, 1500, dtype)
+    x, weight, targets = inputs(300, 64, 1500, dtype)
 
-    def step() -> list[torch.Tensor]:
-        out, gradients = _step(linear_cross_entropy, x, weight, targets, OPTIONS[1])
+    def run() -> list[torch.Tensor]:
+        out, gradients = step(linear_cross_entropy, x, weight, targets, OPTIONS[1])
         return [*out, *gradients]
 
-    assert_same_for_threads(step)
+    assert_same_for_threads(run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
-    x, weight, targets = _inputs(200, 50, 700, dtype)
+    x, weight, targets = inputs(200, 50, 700, dtype)
     options = {"reduction": "none", "z_loss": 1e-3}
 
     def rows(pick: list[int]) -> list[torch.Tensor]:
@@ -189,11 +114,11 @@ def test_a_row_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> Non
 
 
 def test_ignored_tokens_get_zeros_and_all_ignored_gives_nan() -> None:
-    x, weight, targets = _inputs(10, 8, 20, torch.float32)
-    _, (dx, _) = _step(linear_cross_entropy, x, weight, targets, {})
+    x, weight, targets = inputs(10, 8, 20, torch.float32)
+    _, (dx, _) = step(linear_cross_entropy, x, weight, targets, {})
     assert (dx[1::5] == 0).all() and (dx[0] != 0).any()
     none = torch.full((10,), -100)
-    out, gradients = _step(linear_cross_entropy, x, weight, none, {"z_loss": 0.1})
+    out, gradients = step(linear_cross_entropy, x, weight, none, {"z_loss": 0.1})
     torch_loss = torch.nn.functional.cross_entropy(x @ weight.T, none)
     assert torch_loss.isnan() and out[0].isnan() and out[1].isnan()
     assert all((g == 0).all() for g in gradients)  # as torch's are
@@ -216,7 +141,7 @@ def test_shapes_strides_and_alignment() -> None:
 
 
 def test_main_grad_takes_the_unrounded_gradient() -> None:
-    x, weight, targets = _inputs(40, 32, 90, torch.bfloat16)
+    x, weight, targets = inputs(40, 32, 90, torch.bfloat16)
     weight.requires_grad_()
     weight.main_grad = torch.ones(90, 32)
     leaf = x.clone().requires_grad_()
@@ -243,7 +168,7 @@ def test_weight_gradient_sums_in_f32() -> None:
 
 
 def test_token_logprobs_and_their_gradient() -> None:
-    x, weight, targets = _inputs(12, 16, 30, torch.float32)
+    x, weight, targets = inputs(12, 16, 30, torch.float32)
     x.requires_grad_()
     got = token_logprobs(x, weight, targets)
     expected = torch.log_softmax(x @ weight.T, -1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
@@ -255,8 +180,8 @@ def test_token_logprobs_and_their_gradient() -> None:
 
 def test_numpy_arrays_and_explicit_backward() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    x, weight, targets = _inputs(9, 20, 40, torch.float32)
-    out, gradients = _step(linear_cross_entropy, x, weight, targets, OPTIONS[2])
+    x, weight, targets = inputs(9, 20, 40, torch.float32)
+    out, gradients = step(linear_cross_entropy, x, weight, targets, OPTIONS[2])
     got = linear_cross_entropy(x.numpy(), weight.numpy(), targets.numpy(), **OPTIONS[2])
     assert isinstance(got.lse, np.ndarray)
     assert all(same_bits(torch.from_numpy(np.asarray(a)), b) for a, b in zip(got, out, strict=True))
@@ -275,7 +200,7 @@ def test_numpy_arrays_and_explicit_backward() -> None:
 
 
 def test_opcheck_gradcheck_and_second_derivative() -> None:
-    x, weight, targets = _inputs(4, 6, 9, torch.float32)
+    x, weight, targets = inputs(4, 6, 9, torch.float32)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     torch.library.opcheck(
         torch.ops.gptcore.linear_cross_entropy.default, (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean")
@@ -291,7 +216,7 @@ def test_opcheck_gradcheck_and_second_derivative() -> None:
 
 
 def test_compiles_into_one_graph() -> None:
-    x, weight, targets = _inputs(9, 16, 33, torch.float32)
+    x, weight, targets = inputs(9, 16, 33, torch.float32)
 
     def loss(a, b):
         out = linear_cross_entropy(a * 2, b, targets, z_loss=1e-3)
@@ -305,7 +230,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_autocast_takes_bf16_products_and_keeps_an_f32_loss() -> None:
-    x, weight, targets = _inputs(9, 16, 33, torch.float32)
+    x, weight, targets = inputs(9, 16, 33, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = linear_cross_entropy(x, weight, targets)
     assert same_bits(out.loss, linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets).loss)
@@ -318,7 +243,7 @@ MANY = (600, 33, 700)
 def _unit_step(options: dict):
     """x, weight, targets and the result of MANY, ready for a backward with gradients of 1."""
     torch.manual_seed(3)
-    x, weight, targets = _inputs(*MANY, torch.float32)
+    x, weight, targets = inputs(*MANY, torch.float32)
     x.requires_grad_(), weight.requires_grad_()
     return x, weight, targets, linear_cross_entropy(x, weight, targets, **options)
 
@@ -327,7 +252,7 @@ def _unit_step(options: dict):
 @pytest.mark.parametrize("shape", [MANY, (300, 100, 700), (40, 64, 300), (7, 5, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, dtype, shape, options: dict) -> None:
-    x, weight, targets = _inputs(*shape, dtype)
+    x, weight, targets = inputs(*shape, dtype)
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     out = linear_cross_entropy(*leaves, targets, **options)
     dx, dweight = torch.autograd.grad(out.loss + out.z_loss, leaves)
@@ -340,15 +265,15 @@ def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, dtype, s
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_many_rows_match_float64(isa: str, options: dict) -> None:
-    _check(*_inputs(*MANY, torch.float32), **options)
+    check(*inputs(*MANY, torch.float32), **options)
 
 
 def test_many_rows_have_the_same_bits_for_every_thread_count(isa: str, threads: None) -> None:
-    def step() -> list[torch.Tensor]:
+    def run() -> list[torch.Tensor]:
         x, weight, _, out = _unit_step(OPTIONS[1])
         return [*(o.detach() for o in out), *torch.autograd.grad(out.loss + out.z_loss, [x, weight])]
 
-    assert_same_for_threads(step)
+    assert_same_for_threads(run)
 
 
 def test_kept_gradients_are_scaled_and_serve_again() -> None:
@@ -367,7 +292,7 @@ def test_kept_gradients_are_scaled_and_serve_again() -> None:
 
 
 def test_kept_bf16_gradients_are_rounded_once() -> None:
-    x, weight, targets = _inputs(300, 100, 700, torch.bfloat16)
+    x, weight, targets = inputs(300, 100, 700, torch.bfloat16)
     for factor in (0.25, 0.3, -2.0, 0.0):
         leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
         out = linear_cross_entropy(*leaves, targets)
@@ -378,7 +303,7 @@ def test_kept_bf16_gradients_are_rounded_once() -> None:
 
 
 def test_bf16_gradients_at_once_are_of_one_chunk() -> None:
-    x, weight, targets = _inputs(513, 16, 40, torch.bfloat16)
+    x, weight, targets = inputs(513, 16, 40, torch.bfloat16)
     results = torch.empty(()), torch.empty(()), torch.empty(513), torch.empty(513)
     with pytest.raises(ValueError, match="'x': got 513 rows, expected at most 512 of bf16"):
         backend.extension().linear_cross_entropy_forward(
@@ -453,7 +378,7 @@ def _scratch_of(call: Callable[[], object]) -> int:
 def test_kept_logits_are_those_of_512_tokens() -> None:
     # torch holds logits, their log-softmax and its gradient: of 2048 tokens ten times as much.
     rows, classes = 2048, 50257
-    x, weight, targets = _inputs(rows, 64, classes, torch.float32, ignored=False)
+    x, weight, targets = inputs(rows, 64, classes, torch.float32, ignored=False)
     x, weight = x.requires_grad_(), weight.requires_grad_()
     held = _scratch_of(lambda: linear_cross_entropy(x, weight, targets))
     assert 512 * classes * 4 < held <= 3 * rows * classes * 4 / 10
@@ -462,8 +387,8 @@ def test_kept_logits_are_those_of_512_tokens() -> None:
 def test_extra_memory_is_a_tenth_of_the_logits() -> None:
     # torch's path holds at least two matrices of logits, in bf16 103 MB each.
     rows, classes = 1024, 50257
-    x, weight, targets = _inputs(rows, 128, classes, torch.bfloat16, ignored=False)
-    held = _scratch_of(lambda: _step(linear_cross_entropy, x, weight, targets, {"z_loss": 1e-3}))
+    x, weight, targets = inputs(rows, 128, classes, torch.bfloat16, ignored=False)
+    held = _scratch_of(lambda: step(linear_cross_entropy, x, weight, targets, {"z_loss": 1e-3}))
     assert 0 < held <= 2 * rows * classes * 2 / 10
 
 

@@ -41,6 +41,7 @@ void check_inputs(const Checker& check, const TensorView& x, const TensorView& w
   if (!std::isfinite(options.logit_scale)) {
     check.fail("logit_scale", std::to_string(options.logit_scale), "a finite number");
   }
+  if (options.token_weight) check_row_values(check, options.token_weight, "token_weight", x.size(0));
   check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
 }
 
@@ -68,12 +69,31 @@ void fill(LinearCrossEntropyInputs* a, const KeptRows& kept, const TensorView& x
   a->parallel = a->n * a->c * a->v > kSerialProducts;
 }
 
+// How much each kept row counts, and what the sums over rows are divided by.
+class Shares {
+ public:
+  Shares(const KeptRows& kept, const LinearCrossEntropyOptions& options) : kept_(kept) {
+    if (options.token_weight) token_weight_ = options.token_weight.as<float>();
+    if (options.reduction != "mean") return;
+    divisor_ = 0;
+    for (int64_t i = 0; i < kept.count(); ++i) divisor_ += of(i);
+  }
+  double of(int64_t i) const { return token_weight_ ? token_weight_[kept_.row(i)] : 1.0; }
+  double divisor() const { return divisor_; }
+
+ private:
+  const KeptRows& kept_;
+  const float* token_weight_ = nullptr;
+  double divisor_ = 1;
+};
+
 // What backward wants of each kept row, in three of its value arrays.
 class Factors {
  public:
-  Factors(const KeptRows& kept, int first_array, const LinearCrossEntropyOptions& options, int64_t classes)
-      : kept_(kept),
-        options_(options),
+  Factors(const KeptRows& kept, int first_array, const LinearCrossEntropyOptions& options,
+          const Shares& shares, int64_t classes)
+      : options_(options),
+        shares_(shares),
         softmax_(kept.values(first_array)),
         share_(kept.values(first_array + 1)),
         uniform_(kept.values(first_array + 2)),
@@ -81,8 +101,8 @@ class Factors {
 
   // Under the gradients g of loss and gz of z.
   void set(int64_t i, double lse, double g, double gz) {
-    const double divisor = options_.reduction == "mean" ? static_cast<double>(kept_.count()) : 1.0;
-    const double scale = options_.logit_scale / divisor, s = options_.label_smoothing;
+    const double scale = options_.logit_scale * shares_.of(i) / shares_.divisor();
+    const double s = options_.label_smoothing;
     g *= scale, gz *= scale * options_.z_loss;
     softmax_[i] = static_cast<float>(g + 2 * gz * lse);
     share_[i] = static_cast<float>(g * (1 - s));
@@ -94,8 +114,8 @@ class Factors {
   }
 
  private:
-  const KeptRows& kept_;
   const LinearCrossEntropyOptions& options_;
+  const Shares& shares_;
   float *softmax_, *share_, *uniform_;
   double classes_;
 };
@@ -112,11 +132,11 @@ LinearCrossEntropyBackward backward_of(const LinearCrossEntropyInputs& inputs, c
 
 // Forward of all kept rows and, chunk by chunk, the gradients for gradients of 1 of loss and z.
 void run_with_gradients(const LinearCrossEntropyBodies& bodies, const LinearCrossEntropyForward& whole,
-                        const LinearCrossEntropyOptions& options, const KeptRows& kept, int64_t chunk,
-                        const TensorView& dx, const TensorView& dweight) {
+                        const LinearCrossEntropyOptions& options, const KeptRows& kept, const Shares& shares,
+                        int64_t chunk, const TensorView& dx, const TensorView& dweight) {
   const int64_t words = (whole.v + kRowPadding - 1) / kRowPadding * kRowPadding;
   const Scratch logits(static_cast<size_t>(words / 16 * kept_stride(chunk)) * sizeof(float));
-  Factors factors(kept, 3, options, whole.v);
+  Factors factors(kept, 3, options, shares, whole.v);
   for (int64_t first = 0; first < kept.count(); first += chunk) {
     LinearCrossEntropyForward a = whole;
     a.rows += first, a.targets += first, a.lse += first, a.target_logit += first;
@@ -159,6 +179,7 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   }
 
   const KeptRows kept(targets, options.ignore_index, 6, kRowPadding);
+  const Shares shares(kept, options);
   LinearCrossEntropyForward a{};
   fill(&a, kept, x, weight, options.logit_scale);
   a.lse = kept.values(0), a.target_logit = kept.values(1);
@@ -167,7 +188,7 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   if (dweight && kept.count() == 0) zero_matrix(dweight);
   if (gradients) {
     const int64_t chunk = std::min((rows + kRowPadding - 1) / kRowPadding * kRowPadding, kMostTokens);
-    run_with_gradients(bodies_of(x, weight), a, options, kept, chunk, dx, dweight);
+    run_with_gradients(bodies_of(x, weight), a, options, kept, shares, chunk, dx, dweight);
   } else if (kept.count() > 0) {
     bodies_of(x, weight).forward(a);
   }
@@ -187,7 +208,8 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
     const double row_lse = a.lse[i];
     double row_loss = row_lse - (1 - s) * a.target_logit[i];
     if (a.logit_sum) row_loss -= s / classes * a.logit_sum[i];
-    const double row_z = options.z_loss * row_lse * row_lse;
+    row_loss *= shares.of(i);
+    const double row_z = shares.of(i) * options.z_loss * row_lse * row_lse;
     lse.as<float>()[n] = a.lse[i];
     logprobs.as<float>()[n] = a.target_logit[i] - a.lse[i];
     loss_sum += row_loss, z_sum += row_z;
@@ -196,9 +218,8 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
     z.as<float>()[n * z.stride(0)] = static_cast<float>(row_z);
   }
   if (per_row) return;
-  const double divisor = options.reduction == "mean" ? static_cast<double>(kept.count()) : 1.0;
-  *loss.as<float>() = static_cast<float>(loss_sum / divisor);
-  *z.as<float>() = static_cast<float>(z_sum / divisor);
+  *loss.as<float>() = static_cast<float>(loss_sum / shares.divisor());
+  *z.as<float>() = static_cast<float>(z_sum / shares.divisor());
 }
 
 void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
@@ -225,7 +246,8 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
   LinearCrossEntropyInputs inputs{};
   fill(&inputs, kept, x, weight, options.logit_scale);
   float* row_lse = kept.values(0);
-  Factors factors(kept, 1, options, weight.size(0));
+  const Shares shares(kept, options);
+  Factors factors(kept, 1, options, shares, weight.size(0));
   const bool per_row = options.reduction == "none";
   for (int64_t i = 0; i < kept.count(); ++i) {
     const int64_t n = kept.row(i);

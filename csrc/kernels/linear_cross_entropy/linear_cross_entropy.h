@@ -1,22 +1,24 @@
 // The vocabulary projection with its cross-entropy loss; the logits are never whole in memory.
 //
 //   l[n,v] = logit_scale * sum_c x[n,c] * weight[v,c]        lse[n] = log sum_v exp l[n,v]
-//   loss[n] = lse[n] - (1 - s) * l[n,t] - s/V * sum_v l[n,v]   with t = targets[n], s = label_smoothing
-//   z[n] = z_loss * lse[n]^2         logprobs[n] = l[n,t] - lse[n]
-//   mean: sum over the kept rows divided by their number (NaN when none is kept); sum; none: per row
-//   dl[n,v] = g[n] * (p[n,v] - (1-s) [v = t] - s/V) + gz[n] * 2 * z_loss * lse[n] * p[n,v],   p = exp(l -
-//   lse) dx = logit_scale * dl weight     dweight = logit_scale * dl^T x
+//   loss[n] = w[n] * (lse[n] - (1 - s) * l[n,t] - s/V * sum_v l[n,v])   with t = targets[n], s = label_smoothing
+//   z[n] = w[n] * z_loss * lse[n]^2         logprobs[n] = l[n,t] - lse[n]         w = token_weight, or 1
+//   mean: sum over the kept rows divided by their sum of w; sum; none: per row
+//   dl[n,v] = g[n] * w[n] * (p[n,v] - (1-s) [v = t] - s/V) + gz[n] * w[n] * 2 * z_loss * lse[n] * p[n,v],
+//             p = exp(l - lse)
+//   dx = logit_scale * dl weight     dweight = logit_scale * dl^T x
 //
 // Shapes   x: (N, C), rows of any stride; weight: (V, C), likewise; targets: (N) int64, in [0, V) or
-// ignore_index;
-//          loss, z: () for mean and sum, (N) for none; logprobs, lse: (N); gradients as their tensors.
+//          ignore_index; token_weight: (N); loss, z: () for mean and sum, (N) for none; logprobs, lse: (N);
+//          gradients as their tensors.
 // Types    x and weight f32 or bf16 (both bf16: bf16 products summed in f32, gradients of logits rounded to
-// bf16;
-//          else f32 products); loss, z, logprobs, lse and their gradients f32; dx of x's type; dweight f32 or
-//          weight's type, rounded once.
+//          bf16; else f32 products); token_weight, loss, z, logprobs, lse and their gradients f32; dx of x's
+//          type; dweight f32 or weight's type, rounded once.
 // Ignored  rows with ignore_index take no part: loss, z, logprobs, lse and dx are 0 there, and no work is
-//          done.
-// None     grad_loss, grad_z: zero; dx, dweight: not wanted.
+//          done. A weight of 0 does the work: the row has logprobs and lse.
+// Mean     no row kept: NaN with gradients of 0. Weights that add up to 0 are divided by all the same: NaN or
+//          infinity, gradients too.
+// None     token_weight: ones, which gets no gradient; grad_loss, grad_z: zero; dx, dweight: not wanted.
 // At once  forward with dx or dweight (mean or sum; x and weight f32, or bf16 and N at most 512) makes the
 //          gradients for gradients of 1 of loss and z, by chunks of tokens whose logits it keeps: the bits of
 //          backward with those.
@@ -44,6 +46,7 @@ struct LinearCrossEntropyOptions {
   int64_t ignore_index;
   double label_smoothing, z_loss, logit_scale;
   std::string reduction;  // mean, sum or none
+  TensorView token_weight;
 };
 
 void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,

@@ -1,0 +1,234 @@
+"""Per-token weights: alone and with the other options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptcore.ops.linear_cross_entropy import (
+    LinearCrossEntropyOptions,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+    linear_cross_entropy_reference,
+)
+from tests.ops.linear_cross_entropy_cases import DTYPES, SHAPES, check, inputs, step
+from tests.tolerance import assert_same_for_threads, same_bits
+
+# Of these rows the eager f32 forward makes the gradients of 512 and then of the rest.
+MANY = (600, 33, 700)
+
+
+def _mask(rows: int, classes: int) -> dict[str, Any]:
+    """Weights of which a third is 0; the sum is not."""
+    weight = torch.rand(rows) + 0.5
+    weight[2::3] = 0.0
+    return {"token_weight": weight, "z_loss": 1e-2}
+
+
+def _advantages(rows: int, classes: int) -> dict[str, Any]:
+    return {"token_weight": torch.randn(rows), "reduction": "sum", "label_smoothing": 0.1, "logit_scale": 0.5}
+
+
+def _per_token(rows: int, classes: int) -> dict[str, Any]:
+    return {"token_weight": torch.randn(rows), "reduction": "none", "z_loss": 1e-2}
+
+
+MODIFIERS = [_mask, _advantages, _per_token]
+Modifiers = Callable[[int, int], dict[str, Any]]
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_float64_on_every_isa(isa: str, dtype: torch.dtype, modifiers: Modifiers) -> None:
+    for shape in SHAPES:
+        check(*inputs(*shape, dtype), **modifiers(shape[0], shape[2]))
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+def test_many_rows_match_float64(isa: str, modifiers: Modifiers) -> None:
+    check(*inputs(*MANY, torch.float32), **modifiers(MANY[0], MANY[2]))
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS[:2])
+@pytest.mark.parametrize("shape", [MANY, (300, 100, 700), (7, 5, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, dtype, shape, modifiers) -> None:
+    x, weight, targets = inputs(*shape, dtype)
+    options = modifiers(shape[0], shape[2])
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    out = linear_cross_entropy(*leaves, targets, **options)
+    got = torch.autograd.grad(out.loss + out.z_loss, leaves)
+    plain = linear_cross_entropy(x, weight, targets, **options)
+    assert all(same_bits(a.detach(), b) for a, b in zip(out, plain, strict=True))
+    ones = torch.ones(()), torch.ones(())
+    again = linear_cross_entropy_backward(*ones, x, weight, targets, out.lse, **options)
+    assert all(same_bits(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+@pytest.mark.parametrize("shape, dtype", [(MANY, torch.float32), (MANY, torch.bfloat16)])
+def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, shape, dtype, modifiers) -> None:
+    x, weight, targets = inputs(*shape, dtype)
+    options = modifiers(shape[0], shape[2])
+
+    def run() -> list[torch.Tensor]:
+        out, gradients = step(linear_cross_entropy, x, weight, targets, options)
+        return [*out, *gradients]
+
+    assert_same_for_threads(run)
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+def test_main_grad_takes_the_unrounded_gradient(modifiers: Modifiers) -> None:
+    for dtype in DTYPES:
+        x, weight, targets = inputs(40, 32, 90, dtype)
+        options = modifiers(40, 90)
+        plain = weight.clone().requires_grad_()
+        linear_cross_entropy(x, plain, targets, **options).loss.sum().backward()
+        weight.requires_grad_()
+        weight.main_grad = torch.zeros(90, 32)
+        linear_cross_entropy(x, weight, targets, **options).loss.sum().backward()
+        assert weight.grad is None and same_bits(weight.main_grad.to(dtype), plain.grad)
+
+
+def _numpy(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.dtype != torch.bfloat16:
+        return value.numpy()
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    return value.float().numpy().astype(ml_dtypes.bfloat16)
+
+
+def _same_values(array: Any, tensor: torch.Tensor) -> bool:
+    assert isinstance(array, (np.ndarray, np.generic))
+    half = tensor.dtype == torch.bfloat16
+    return same_bits(
+        torch.from_numpy(np.asarray(array, np.float32 if half else None)), tensor.float() if half else tensor
+    )
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+def test_numpy_arrays_give_the_same_bits(modifiers: Modifiers) -> None:
+    x, weight, targets = inputs(9, 20, 40, torch.float32)
+    options = modifiers(9, 40)
+    arrays = {k: _numpy(v) for k, v in options.items()}
+    out = linear_cross_entropy(x, weight, targets, **options)
+    got = linear_cross_entropy(x.numpy(), weight.numpy(), targets.numpy(), **arrays)
+    assert all(_same_values(a, b) for a, b in zip(got, out, strict=True) if b is not None)
+    grads = [torch.rand(out.loss.shape) + 0.5 for _ in range(2)]
+    gradients = linear_cross_entropy_backward(*grads, x, weight, targets, out.lse, **options)
+    got = linear_cross_entropy_backward(
+        *(g.numpy() for g in grads), x.numpy(), weight.numpy(), targets.numpy(), got.lse, **arrays
+    )
+    assert all(_same_values(a, b) for a, b in zip(got, gradients, strict=True))
+
+
+@pytest.mark.parametrize("modifiers", MODIFIERS)
+def test_compiles_into_one_graph(modifiers: Modifiers) -> None:
+    x, weight, targets = inputs(9, 16, 33, torch.float32)
+    options = modifiers(9, 33)
+
+    def loss(a, b):
+        out = linear_cross_entropy(a * 2, b, targets, **options)
+        return (out.loss + out.z_loss).sum()
+
+    eager = [t.clone().requires_grad_() for t in (x, weight)]
+    compiled = [t.clone().requires_grad_() for t in (x, weight)]
+    loss(*eager).backward()
+    torch.compiler.reset()  # each case is a graph of its own, and there is a limit
+    torch.compile(loss, fullgraph=True)(*compiled).backward()
+    assert all(same_bits(a.grad, b.grad) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_opcheck_and_gradcheck() -> None:
+    x, weight, targets = inputs(4, 6, 9, torch.float32)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    torch.library.opcheck(
+        torch.ops.gptcore.linear_cross_entropy.default,
+        (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean", torch.rand(4)),
+    )
+    for modifiers in MODIFIERS:
+        options = modifiers(4, 9)
+        doubles = [t.detach().double().requires_grad_() for t in leaves]
+        torch.autograd.gradcheck(
+            lambda a, b, options=options: linear_cross_entropy_reference(a, b, targets, **options)[:2],
+            doubles,
+        )
+
+
+def test_token_weights_are_factors_of_the_loss_alone() -> None:
+    x, weight, targets = inputs(50, 24, 130, torch.float32)
+    each = linear_cross_entropy(x, weight, targets, reduction="none", z_loss=1e-2)
+    w = torch.rand(50)
+    out = linear_cross_entropy(x, weight, targets, reduction="none", z_loss=1e-2, token_weight=w)
+    torch.testing.assert_close(out.loss, each.loss * w)
+    torch.testing.assert_close(out.z_loss, each.z_loss * w)
+    assert same_bits(out.logprobs, each.logprobs) and same_bits(out.lse, each.lse)
+    kept = targets >= 0
+    mean = linear_cross_entropy(x, weight, targets, token_weight=w).loss
+    torch.testing.assert_close(mean, (w * each.loss)[kept].sum() / w[kept].sum())
+
+
+def test_weights_of_one_and_scaled_weights_change_no_bit() -> None:
+    x, weight, targets = inputs(*MANY, torch.float32)
+    plain = step(linear_cross_entropy, x, weight, targets, {"z_loss": 1e-2})
+    for factor in (1.0, 4.0):  # the mean divides by the sum of the weights
+        options = {"z_loss": 1e-2, "token_weight": torch.full((MANY[0],), factor)}
+        got = step(linear_cross_entropy, x, weight, targets, options)
+        for a, b in zip((*got[0], *got[1]), (*plain[0], *plain[1]), strict=True):
+            assert same_bits(a, b)
+
+
+def test_token_weights_of_ignored_tokens_are_not_looked_at() -> None:
+    x, weight, targets = inputs(30, 8, 20, torch.float32)
+    w = torch.where(targets < 0, float("nan"), 1.5)
+    out, gradients = step(linear_cross_entropy, x, weight, targets, {"token_weight": w})
+    assert out[0].isfinite() and all(g.isfinite().all() for g in gradients)
+    nothing = torch.zeros(30)
+    assert linear_cross_entropy(x, weight, targets, token_weight=nothing).loss.isnan()
+    assert linear_cross_entropy(x, weight, targets, token_weight=nothing, reduction="sum").loss == 0
+
+
+def test_token_weights_take_the_targets_shape_and_any_stride() -> None:
+    x, weight, targets = torch.randn(3, 4, 8), torch.randn(20, 8), torch.randint(0, 20, (3, 4))
+    w = torch.rand(3, 8)[:, ::2]
+    got = linear_cross_entropy(x, weight, targets, token_weight=w)
+    flat = linear_cross_entropy(x, weight, targets, token_weight=w.contiguous().view(-1))
+    assert same_bits(got.loss, flat.loss)
+
+
+def test_autocast_leaves_token_weights_in_f32() -> None:
+    x, weight, targets = inputs(9, 16, 33, torch.float32)
+    w = torch.full((9,), 1.001)  # 1 in bf16
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_cross_entropy(x, weight, targets, token_weight=w, reduction="sum")
+    plain = linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets, token_weight=w, reduction="sum")
+    assert same_bits(out.loss, plain.loss)
+
+
+def test_options_are_those_of_the_signature() -> None:
+    assert set(LinearCrossEntropyOptions.__annotations__) == set(linear_cross_entropy.__kwdefaults__)
+    with pytest.raises(TypeError, match="linear_cross_entropy: got an unexpected keyword argument 'zloss'"):
+        linear_cross_entropy_reference(X, W, T, zloss=1.0)
+
+
+X, W, T = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
+BAD = [
+    ({"token_weight": torch.ones(2)}, ValueError, r"'token_weight': got shape \(2,\), expected shape \(3,\)"),
+    ({"token_weight": torch.ones(3).double()}, TypeError, "'token_weight': got float64, expected float32"),
+]
+
+
+@pytest.mark.parametrize("options, error, text", BAD)
+def test_bad_input_is_named(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    for op in (
+        linear_cross_entropy,
+        lambda *a, **o: linear_cross_entropy_backward(None, None, *a, X[:, 0], **o),
+    ):
+        with pytest.raises(error, match=text):
+            op(X, W, T, **options)
