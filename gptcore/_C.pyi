@@ -163,6 +163,7 @@ def linear_cross_entropy_backward(
     dweight: Tensor | None,
     accumulate: bool,
     token_weight: Tensor | None = None,
+    logit_soft_cap: float | None = None,
 ) -> None: ...
 def linear_cross_entropy_forward(
     x: Tensor | None,
@@ -180,6 +181,7 @@ def linear_cross_entropy_forward(
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
     token_weight: Tensor | None = None,
+    logit_soft_cap: float | None = None,
 ) -> None: ...
 def matmul(
     a: Tensor | None,

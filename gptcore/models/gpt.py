@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptcore import backend, ops
+from gptcore import ops
 from gptcore.errors import UserError
 from gptcore.models import accounting
 from gptcore.models.block import Context, KeyValueCache, Stack
@@ -184,37 +184,14 @@ class GPT(nn.Module):
     ) -> GPTLoss:
         x, shape = self._to_head(x), targets.shape
         flat, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        if self.config.logit_soft_cap is not None:
-            cap = self.config.logit_soft_cap
-            loss, z, logprobs = self._capped_loss(flat, targets, cap, z_loss, label_smoothing, reduction)
-        else:
-            loss, z, logprobs, _ = ops.linear_cross_entropy(
-                flat, self.head_weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
-                logit_scale=self.config.logit_scale, reduction=reduction,
-            )  # fmt: skip
+        loss, z, logprobs, _ = ops.linear_cross_entropy(
+            flat, self.head_weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
+            logit_scale=self.config.logit_scale, reduction=reduction,
+            logit_soft_cap=self.config.logit_soft_cap,
+        )  # fmt: skip
         if reduction == "none":
             loss, z = loss.view(shape), z.view(shape)
         return GPTLoss(loss, z, logprobs.view(shape))
-
-    def _capped_loss(
-        self, x: Tensor, targets: Tensor, cap: float, z_loss: float, label_smoothing: float, reduction: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss over soft-capped logits, with all N·V of them in memory, until the kernel has the cap."""
-        if not torch.compiler.is_compiling():
-            backend.note_fallback("linear_cross_entropy", "logit soft-cap")
-        logits = linear(x, self.head_weight).float() * self.config.logit_scale
-        logits = cap * torch.tanh(logits / cap)
-        kept = targets != -100
-        lse = torch.logsumexp(logits, -1) * kept
-        logprobs = (logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0] - lse) * kept
-        loss = -(1.0 - label_smoothing) * logprobs
-        if label_smoothing:
-            loss = loss + label_smoothing * (lse - logits.mean(-1) * kept)
-        z = z_loss * lse * lse
-        if reduction != "none":
-            count = kept.sum() if reduction == "mean" else 1
-            loss, z = loss.sum() / count, z.sum() / count
-        return loss, z, logprobs.detach()
 
     def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, before: int) -> None:
         if tokens.dim() != 2 or tokens.numel() == 0:

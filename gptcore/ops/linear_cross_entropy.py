@@ -25,6 +25,7 @@ class LinearCrossEntropyOptions(LossOptions, total=False):
     z_loss: float
     logit_scale: float
     token_weight: Array | None
+    logit_soft_cap: float | None
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -48,6 +49,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     reduction: str = "mean",
     token_weight: Array | None = None,
+    logit_soft_cap: float | None = None,
 ) -> LinearCrossEntropy:
     """Cross-entropy of ``logits = logit_scale * x @ weight.T`` against ``targets``, by blocks of the vocabulary.
 
@@ -63,6 +65,7 @@ def linear_cross_entropy(
         token_weight: (...) f32 like targets, factors of each token's loss and z_loss (not of logprobs and lse); masks
             and advantages, of any sign. It gets no gradient. A token of weight 0 costs as much as any other;
             ignore_index saves its work. Weights that add up to 0 make the mean NaN or infinite, with its gradients.
+        logit_soft_cap: the logits are ``cap * tanh(logits / cap)`` then (Gemma 2, section 2); above 0.
 
     Returns:
         :class:`LinearCrossEntropy` ``(loss, z_loss, logprobs, lse)``.
@@ -79,7 +82,7 @@ def linear_cross_entropy(
     """
     flat = targets if targets.ndim == 1 else targets.reshape(-1)
     run = _op if is_torch(x) else _run
-    more = _modifiers(token_weight)
+    more = _modifiers(token_weight, logit_soft_cap)
     out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction, *more)
     if targets.ndim != 1:
         shape = targets.shape
@@ -115,11 +118,11 @@ def linear_cross_entropy_backward(
         options: as they were in the forward call.
     """
     rows, lse, flat = as_rows(x), lse.reshape(-1), targets.reshape(-1)
-    *chosen, token_weight = with_defaults(linear_cross_entropy, options).values()
+    *chosen, token_weight, logit_soft_cap = with_defaults(linear_cross_entropy, options).values()
     if chosen[-1] == "none":
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
     dx, dweight = _run_backward(
-        grad_loss, grad_z, rows, weight, flat, lse, *chosen, True, True, *_modifiers(token_weight),
+        grad_loss, grad_z, rows, weight, flat, lse, *chosen, True, True, *_modifiers(token_weight, logit_soft_cap),
         main_grad=main_grad,
     )  # fmt: skip
     return dx.reshape(x.shape), dweight
@@ -137,6 +140,8 @@ def linear_cross_entropy_reference(
     o = SimpleNamespace(**with_defaults(linear_cross_entropy, options))
     logits = x @ weight.mT
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * o.logit_scale
+    if o.logit_soft_cap is not None:
+        logits = o.logit_soft_cap * torch.tanh(logits / o.logit_soft_cap)
     kept = targets != o.ignore_index
     lse = torch.where(kept, torch.logsumexp(logits, -1), 0.0)
     picked = logits.gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
@@ -154,11 +159,11 @@ def linear_cross_entropy_reference(
     return LinearCrossEntropy(loss, z, logprobs.detach(), lse.detach())
 
 
-def _modifiers(token_weight: Array | None) -> tuple[Any, ...]:
+def _modifiers(token_weight: Array | None, logit_soft_cap: float | None) -> tuple[Any, ...]:
     """What follows the options that every call passes; nothing where none is used, which costs nothing then."""
-    if token_weight is None:
+    if token_weight is None and logit_soft_cap is None:
         return ()
-    return (last_contiguous(token_weight.reshape(-1)),)
+    return None if token_weight is None else last_contiguous(token_weight.reshape(-1)), logit_soft_cap
 
 
 def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
@@ -200,8 +205,8 @@ def _run_backward(
 # --- torch ------------------------------------------------------------------------------------------------------
 
 
-# The op's inputs: x, weight and targets, the options that every call passes, the modifiers.
-OPTIONS = slice(3, 8)
+# The op's inputs: x, weight and targets, the options that every call passes, modifiers that are tensors, others.
+OPTIONS, TENSORS = slice(3, 8), slice(8, 9)
 
 
 def _fake(x: Any, *rest: Any) -> tuple[Any, ...]:
@@ -217,8 +222,8 @@ def _save(
 ) -> None:
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: OPTIONS.start], output[3], dx, dweight, *inputs[OPTIONS.stop :])
-    ctx.options, ctx.main_grad = inputs[OPTIONS], main_grad
+    ctx.save_for_backward(*inputs[: OPTIONS.start], output[3], dx, dweight, *inputs[TENSORS])
+    ctx.options, ctx.modifiers, ctx.main_grad = inputs[OPTIONS], inputs[TENSORS.stop :], main_grad
 
 
 def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> bool:
@@ -249,7 +254,7 @@ def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
 
 
 def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tuple[Any, ...]:
-    x, _, _, _, dx, dweight = ctx.saved_tensors[:6]
+    x, _, _, _, dx, dweight, *_ = ctx.saved_tensors
     kept = dx is not None or dweight is not None
     factor = _common_factor(grad_loss, grad_z, ctx.options[2]) if kept else None
     # bf16 gradients are rounded already: only a power of two rounds them no second time.
@@ -259,7 +264,7 @@ def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tupl
     if dweight is not None and ctx.main_grad is not None:
         ctx.main_grad.add_(dweight, alpha=factor)
         dweight = None
-    return _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), *(None,) * 7
+    return _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), *(None,) * 8
 
 
 def _common_factor(grad_loss: Any, grad_z: Any, z_loss: float) -> float | None:
@@ -279,12 +284,12 @@ def _scaled(gradient: Any, factor: float, last_use: bool) -> Any:
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_z: Any, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 9
+    nothing = (None,) * 10
     if grad_loss is None and grad_z is None:
         return nothing
     want_x, want_weight = ctx.needs_input_grad[:2]
     saved = ctx.saved_tensors
-    inputs = (grad_loss, grad_z, *saved[:4], *ctx.options, want_x, want_weight, *saved[6:])
+    inputs = (grad_loss, grad_z, *saved[:4], *ctx.options, want_x, want_weight, *saved[6:], *ctx.modifiers)
     if ctx.main_grad is not None and want_weight:
         dx, dweight = _run_backward(*inputs, main_grad=ctx.main_grad)
     else:
@@ -308,7 +313,7 @@ _backward_op = TorchOp(
     "linear_cross_entropy_backward",
     "(Tensor? grad_loss, Tensor? grad_z, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index,"
     " float label_smoothing, float z_loss, float logit_scale, str reduction, bool want_x, bool want_weight,"
-    " Tensor? token_weight=None) -> (Tensor, Tensor)",
+    " Tensor? token_weight=None, float? logit_soft_cap=None) -> (Tensor, Tensor)",
     forward=_backward_forward,
     fake=_backward_fake,
     inference=_run_backward,
@@ -316,7 +321,8 @@ _backward_op = TorchOp(
 _op = TorchOp(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, float label_smoothing, float z_loss,"
-    " float logit_scale, str reduction, Tensor? token_weight=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float logit_scale, str reduction, Tensor? token_weight=None, float? logit_soft_cap=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_run,
     fake=_fake,
     setup_context=_setup,

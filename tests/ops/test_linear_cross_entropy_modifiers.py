@@ -1,4 +1,4 @@
-"""Per-token weights: alone and with the other options."""
+"""Per-token weights and soft-capped logits: alone and with the other options."""
 
 from __future__ import annotations
 
@@ -37,7 +37,16 @@ def _per_token(rows: int, classes: int) -> dict[str, Any]:
     return {"token_weight": torch.randn(rows), "reduction": "none", "z_loss": 1e-2}
 
 
-MODIFIERS = [_mask, _advantages, _per_token]
+def _capped(rows: int, classes: int) -> dict[str, Any]:
+    """A cap amidst the logits."""
+    return {"logit_soft_cap": 3.0, "logit_scale": 0.7, "label_smoothing": 0.1, "z_loss": 1e-2}
+
+
+def _capped_mask(rows: int, classes: int) -> dict[str, Any]:
+    return {"logit_soft_cap": 30.0, **_mask(rows, classes), "reduction": "none"}
+
+
+MODIFIERS = [_mask, _advantages, _capped, _per_token, _capped_mask]
 Modifiers = Callable[[int, int], dict[str, Any]]
 
 
@@ -53,7 +62,7 @@ def test_many_rows_match_float64(isa: str, modifiers: Modifiers) -> None:
     check(*inputs(*MANY, torch.float32), **modifiers(MANY[0], MANY[2]))
 
 
-@pytest.mark.parametrize("modifiers", MODIFIERS[:2])
+@pytest.mark.parametrize("modifiers", MODIFIERS[:3])
 @pytest.mark.parametrize("shape", [MANY, (300, 100, 700), (7, 5, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, dtype, shape, modifiers) -> None:
@@ -150,7 +159,7 @@ def test_opcheck_and_gradcheck() -> None:
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     torch.library.opcheck(
         torch.ops.gptcore.linear_cross_entropy.default,
-        (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean", torch.rand(4)),
+        (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean", torch.rand(4), 2.0),
     )
     for modifiers in MODIFIERS:
         options = modifiers(4, 9)
@@ -211,6 +220,27 @@ def test_autocast_leaves_token_weights_in_f32() -> None:
     assert same_bits(out.loss, plain.loss)
 
 
+def test_soft_cap_is_accurate_at_every_size(isa: str) -> None:
+    # Of one class lse is its logit. 5 ulp of tanh, 2 of the quotient and the product with the cap.
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 3, 4000), torch.tensor([0.0, -0.0])])
+    for cap in (1.0, 30.0, 1e-3):
+        out = linear_cross_entropy(
+            x[:, None], torch.ones(1, 1), torch.zeros(len(x), dtype=torch.int64), logit_soft_cap=cap
+        )
+        exact = cap * torch.tanh(x.double() / cap)
+        error = (out.lse.double() - exact).abs()
+        assert (error <= 7 * 2.0**-23 * exact.abs()).all(), (error / exact.abs()).nan_to_num().max()
+        assert (out.lse.abs() <= cap).all()
+
+
+def test_soft_cap_takes_what_no_logit_should_be(isa: str) -> None:
+    x = torch.tensor([[float("inf")], [-float("inf")], [3e38], [float("nan")]])
+    out = linear_cross_entropy(
+        x, torch.ones(1, 1), torch.zeros(4, dtype=torch.int64), logit_soft_cap=5.0, reduction="none"
+    )
+    assert out.lse[:3].tolist() == [5.0, -5.0, 5.0] and out.lse[3].isnan()
+
+
 def test_options_are_those_of_the_signature() -> None:
     assert set(LinearCrossEntropyOptions.__annotations__) == set(linear_cross_entropy.__kwdefaults__)
     with pytest.raises(TypeError, match="linear_cross_entropy: got an unexpected keyword argument 'zloss'"):
@@ -221,6 +251,10 @@ X, W, T = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
 BAD = [
     ({"token_weight": torch.ones(2)}, ValueError, r"'token_weight': got shape \(2,\), expected shape \(3,\)"),
     ({"token_weight": torch.ones(3).double()}, TypeError, "'token_weight': got float64, expected float32"),
+    ({"logit_soft_cap": 0.0}, ValueError, "'logit_soft_cap': got 0.0.*, expected None or a number above 0"),
+    ({"logit_soft_cap": -3.0}, ValueError, "'logit_soft_cap': got -3.0"),
+    ({"logit_soft_cap": float("nan")}, ValueError, "'logit_soft_cap': got nan"),
+    ({"logit_soft_cap": float("inf")}, ValueError, "'logit_soft_cap': got inf"),
 ]
 
 

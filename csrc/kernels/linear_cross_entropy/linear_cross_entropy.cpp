@@ -41,6 +41,13 @@ void check_inputs(const Checker& check, const TensorView& x, const TensorView& w
   if (!std::isfinite(options.logit_scale)) {
     check.fail("logit_scale", std::to_string(options.logit_scale), "a finite number");
   }
+  if (options.logit_soft_cap) {
+    const float cap = static_cast<float>(*options.logit_soft_cap);
+    if (!(cap > 0 && std::isnormal(cap) && std::isnormal(1 / cap))) {
+      check.fail("logit_soft_cap", std::to_string(*options.logit_soft_cap),
+                 "None or a number above 0 within f32's range");
+    }
+  }
   if (options.token_weight) check_row_values(check, options.token_weight, "token_weight", x.size(0));
   check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
 }
@@ -60,12 +67,15 @@ void check_gradients(const Checker& check, const TensorView& x, const TensorView
 }
 
 void fill(LinearCrossEntropyInputs* a, const KeptRows& kept, const TensorView& x, const TensorView& weight,
-          double scale) {
+          const LinearCrossEntropyOptions& options) {
   a->x = x.data, a->x_dtype = x.dtype, a->x_stride = x.stride(0);
   a->weight = weight.data, a->weight_dtype = weight.dtype, a->weight_stride = weight.stride(0);
   a->rows = kept.rows(), a->targets = kept.classes();
   a->n = kept.count(), a->c = x.size(1), a->v = weight.size(0);
-  a->scale = static_cast<float>(scale);
+  a->scale = static_cast<float>(options.logit_scale);
+  a->soft_cap = static_cast<float>(options.logit_soft_cap.value_or(0));
+  a->modified = a->soft_cap != 0;
+  a->scale_left = a->modified ? 1.0f : a->scale;
   a->parallel = a->n * a->c * a->v > kSerialProducts;
 }
 
@@ -181,7 +191,7 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   const KeptRows kept(targets, options.ignore_index, 6, kRowPadding);
   const Shares shares(kept, options);
   LinearCrossEntropyForward a{};
-  fill(&a, kept, x, weight, options.logit_scale);
+  fill(&a, kept, x, weight, options);
   a.lse = kept.values(0), a.target_logit = kept.values(1);
   if (options.label_smoothing > 0) a.logit_sum = kept.values(2);
   if (dx && kept.count() < rows) zero_matrix(dx);
@@ -244,7 +254,7 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
     return;
   }
   LinearCrossEntropyInputs inputs{};
-  fill(&inputs, kept, x, weight, options.logit_scale);
+  fill(&inputs, kept, x, weight, options);
   float* row_lse = kept.values(0);
   const Shares shares(kept, options);
   Factors factors(kept, 1, options, shares, weight.size(0));

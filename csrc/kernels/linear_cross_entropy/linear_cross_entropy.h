@@ -1,12 +1,15 @@
 // The vocabulary projection with its cross-entropy loss; the logits are never whole in memory.
 //
-//   l[n,v] = logit_scale * sum_c x[n,c] * weight[v,c]        lse[n] = log sum_v exp l[n,v]
-//   loss[n] = w[n] * (lse[n] - (1 - s) * l[n,t] - s/V * sum_v l[n,v])   with t = targets[n], s = label_smoothing
+//   l[n,v] = cap(logit_scale * sum_c x[n,c] * weight[v,c])        lse[n] = log sum_v exp l[n,v]
+//   cap(a) = soft_cap * tanh(a / soft_cap), or a
+//   loss[n] = w[n] * (lse[n] - (1 - s) * l[n,t] - s/V * sum_v l[n,v])   with t = targets[n],
+//                                                                           s = label_smoothing
 //   z[n] = w[n] * z_loss * lse[n]^2         logprobs[n] = l[n,t] - lse[n]         w = token_weight, or 1
 //   mean: sum over the kept rows divided by their sum of w; sum; none: per row
 //   dl[n,v] = g[n] * w[n] * (p[n,v] - (1-s) [v = t] - s/V) + gz[n] * w[n] * 2 * z_loss * lse[n] * p[n,v],
 //             p = exp(l - lse)
-//   dx = logit_scale * dl weight     dweight = logit_scale * dl^T x
+//   da = dl * (1 - (l / soft_cap)^2), or dl
+//   dx = logit_scale * da weight     dweight = logit_scale * da^T x
 //
 // Shapes   x: (N, C), rows of any stride; weight: (V, C), likewise; targets: (N) int64, in [0, V) or
 //          ignore_index; token_weight: (N); loss, z: () for mean and sum, (N) for none; logprobs, lse: (N);
@@ -18,7 +21,9 @@
 //          done. A weight of 0 does the work: the row has logprobs and lse.
 // Mean     no row kept: NaN with gradients of 0. Weights that add up to 0 are divided by all the same: NaN or
 //          infinity, gradients too.
-// None     token_weight: ones, which gets no gradient; grad_loss, grad_z: zero; dx, dweight: not wanted.
+// Soft cap a number above 0 which, like its reciprocal, f32 holds without loss of digits.
+// None     token_weight: ones, which gets no gradient; logit_soft_cap: no cap; grad_loss, grad_z: zero;
+//          dx, dweight: not wanted.
 // At once  forward with dx or dweight (mean or sum; x and weight f32, or bf16 and N at most 512) makes the
 //          gradients for gradients of 1 of loss and z, by chunks of tokens whose logits it keeps: the bits of
 //          backward with those.
@@ -27,8 +32,8 @@
 // Bits     lse and logprobs of a row depend on that row and weight only; dx of a row on its gradients too.
 //          Sums run in an order fixed by shapes: the same bits on every thread count.
 // Cost     forward 2NCV flops; backward 6NCV (2NCV of it the logits again), N counting kept rows;
-//          exponentials 2NV. Forward with gradients 6NCV, for it weight is read 2N/T times and dweight N/T
-//          times (and written as often), T = min(512, N) tokens of a chunk.
+//          exponentials 2NV, with a soft cap 4NV. Forward with gradients 6NCV, for it weight is read 2N/T
+//          times and dweight N/T times (and written as often), T = min(512, N) tokens of a chunk.
 //          Scratch in bytes, e = 2 for bf16 products, else 4: forward NCe + NV/32 (smoothing: NV * 3/64) (and
 //          a packed block of weight of at most 512 KB per thread); backward 2NCe + 4NC + 2SNe + 2SCe for
 //          stretches of S = min(1024, V/32) words of the vocabulary, at least 256; forward with gradients
@@ -36,6 +41,7 @@
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "core/tensor_view.h"
@@ -47,6 +53,7 @@ struct LinearCrossEntropyOptions {
   double label_smoothing, z_loss, logit_scale;
   std::string reduction;  // mean, sum or none
   TensorView token_weight;
+  std::optional<double> logit_soft_cap;
 };
 
 void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,

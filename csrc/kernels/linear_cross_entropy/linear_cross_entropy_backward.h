@@ -99,14 +99,26 @@ struct BackwardPass {
   // From logits[rows][kLanes tokens] the gradient; rows beyond `count` (up to `rows`, even) become zeros.
   void differentiate(const float* logits, int64_t stride, int64_t first, int64_t w, int64_t count,
                      int64_t rows, int64_t n) const {
+    a.modified ? differentiate_as<true>(logits, stride, first, w, count, rows, n)
+               : differentiate_as<false>(logits, stride, first, w, count, rows, n);
+  }
+
+  template <bool modified>
+  void differentiate_as(const float* logits, int64_t stride, int64_t first, int64_t w, int64_t count,
+                        int64_t rows, int64_t n) const {
     const Vec lse = load(a.lse + n), factor = load(a.softmax_factor + n), share = load(a.target_share + n);
     const Vec uniform = a.uniform ? load(a.uniform + n) : Vec{};
     const VecI target =
         *reinterpret_cast<const VecI*>(a.targets + n) - splat_int(static_cast<int32_t>(first + w));
+    const float per_cap = modified ? 1.0f / a.soft_cap : 0.0f;
     const auto gradient = [&](int64_t r) __attribute__((always_inline)) {
       if (r >= count) return Vec{};
-      const Vec g = exp(load(logits + r * stride) * a.scale - lse) * factor - uniform;
-      return target == splat_int(static_cast<int32_t>(r)) ? g - share : g;
+      const Vec logit = load(logits + r * stride);
+      Vec g = exp(logit * a.scale_left - lse) * factor - uniform;
+      g = target == splat_int(static_cast<int32_t>(r)) ? g - share : g;
+      if constexpr (!modified) return g;
+      const Vec capped = logit * per_cap;  // tanh, whose slope is 1 - tanh^2
+      return g * (1.0f - capped * capped);
     };
     for (int64_t r = 0; r < rows; r += 2) put(w + r, n, gradient(r), gradient(r + 1));
   }
@@ -129,8 +141,10 @@ struct BackwardPass {
                              tokens + n / kGroup * c_stride, c_stride, width / kGroup, c_steps, logits,
                              kLogitStride, false);
     }
-    for (int64_t j = 0; j < width; j += kLanes)
+    for (int64_t j = 0; j < width; j += kLanes) {
+      if (a.modified) modify(a, logits + j, kLogitStride, smaller(rows, count));
       differentiate(logits + j, kLogitStride, first, w, count, rows, n + j);
+    }
   }
 
   // G of words [first, first + count), and their weight packed.

@@ -23,11 +23,13 @@ struct LinearCrossEntropyInputs {
   const int32_t* rows;     // where a kept row lies in x and dx
   const int32_t* targets;  // its class
   int64_t n, c, v;
-  float scale;
-  // Room for this call's unscaled logits, written by forward and turned into gradients by backward, f32 in place
-  // (null: backward makes the logits again). f32 tiles of 16 words x 16 tokens, [group of words][group of
-  // tokens], both padded to kRowPadding, groups of words kept_stride() apart. To the product that gives
-  // dweight they are packed A by rows, to that which gives dx by columns.
+  float scale, soft_cap;  // products to logits; no cap: 0
+  bool modified;          // more than a scale lies between them: modify() makes logits where the products are
+  float scale_left;       // of logits thereafter: 1 where modified, else scale
+  // Room for this call's logits (unscaled unless modified), written by forward and turned into gradients by
+  // backward, f32 in place (null: backward makes the logits again). f32 tiles of 16 words x 16 tokens,
+  // [group of words][group of tokens], both padded to kRowPadding, groups of words kept_stride() apart. To the
+  // product that gives dweight they are packed A by rows, to that which gives dx by columns.
   float* logits;
   bool parallel;  // worth more than one thread
 };
@@ -47,7 +49,8 @@ struct LinearCrossEntropyForward : LinearCrossEntropyInputs {
   float* logit_sum;  // null: not wanted
 };
 
-// The gradient of the unscaled logits: softmax_factor * p - uniform - (target_share at the target).
+// The gradient of the products: softmax_factor * p - uniform - (target_share at the target), times the slope of
+// the soft cap.
 struct LinearCrossEntropyBackward : LinearCrossEntropyInputs {
   const float *lse, *softmax_factor, *target_share, *uniform;
   void* dx;  // x's type; null: not wanted

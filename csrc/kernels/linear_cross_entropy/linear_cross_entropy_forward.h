@@ -4,6 +4,7 @@
 #include "core/arena.h"
 #include "core/gemm_tile.h"
 #include "core/log.h"
+#include "core/tanh.h"
 #include "kernels/linear_cross_entropy/linear_cross_entropy_body.h"
 
 namespace gptcore {
@@ -75,6 +76,14 @@ struct Partials {
   int quantities;
   float* at(int64_t block, int quantity) const { return data + (block * quantities + quantity) * tokens; }
 };
+
+// Makes logits[words][kLanes tokens] of as many sums of products, in place. One copy for both directions: that is
+// how backward finds the bits of forward again.
+__attribute__((noinline)) void modify(const LinearCrossEntropyInputs& a, float* logits, int64_t stride,
+                                      int64_t words) {
+  const Vec scale = splat(a.scale / a.soft_cap), cap = splat(a.soft_cap);
+  for (int64_t w = 0; w < words; ++w, logits += stride) store(logits, cap * tanh(load(logits) * scale));
+}
 
 // Reduces logits[words][kLanes tokens] over words.
 GPTCORE_INLINE void reduce_strip(const float* logits, int64_t words, float scale, float* largest, float* sum,
@@ -158,8 +167,9 @@ struct ForwardPass {
       multiply_block<Policy>(packed.as<char>(), stride, groups, tokens + n / kGroup * stride, stride,
                              width / kGroup, steps, logits, kLogitStride, false, [&] { fetch.some(); });
       for (int64_t j = 0; j < width; j += kLanes) {
-        reduce_strip(logits + j, words, a.scale, partials.at(block, 0) + n + j, partials.at(block, 1) + n + j,
-                     a.logit_sum ? partials.at(block, 2) + n + j : nullptr);
+        if (a.modified) modify(a, logits + j, kLogitStride, words);
+        reduce_strip(logits + j, words, a.scale_left, partials.at(block, 0) + n + j,
+                     partials.at(block, 1) + n + j, a.logit_sum ? partials.at(block, 2) + n + j : nullptr);
         if (!a.logits) continue;
         const int64_t group_stride = kept_stride(partials.tokens);
         float* tile = a.logits + first / kGroup * group_stride + (n + j) / kGroup * kTile + j % kGroup;
@@ -167,7 +177,7 @@ struct ForwardPass {
       }
       for (int64_t j = 0; j < width; ++j) {
         const int64_t word = a.targets[n + j] - first;
-        if (word >= 0 && word < words) a.target_logit[n + j] = logits[word * kLogitStride + j] * a.scale;
+        if (word >= 0 && word < words) a.target_logit[n + j] = logits[word * kLogitStride + j] * a.scale_left;
       }
     }
   }
