@@ -92,16 +92,56 @@ GPTCORE_INLINE void philox_round(const PhiloxKey& key, int round, VecL* x) {
   x[1] = q, x[3] = p;
 }
 
+// For two rounds words 0 and 3 of a counter (the outer) and words 1 and 2 (the inner) go separate ways: what each pair
+// becomes can be kept for all counters that share it, and a counter then takes eight rounds.
+struct PhiloxPair {
+  VecL first, third, kept;
+};
+
+GPTCORE_INLINE PhiloxPair philox_outer(const PhiloxKey& key, VecL word0, VecL word3) {
+  const VecL p = multiply_lower(word0, splat_long(kPhiloxMultiplier0));
+  const VecL x = exclusive_or(upper_half(p), word3, splat_long(key.second[0]));
+  const VecL q = multiply_lower(x, splat_long(kPhiloxMultiplier1));
+  return {upper_half(q), p ^ splat_long(key.second[1]), q};
+}
+
+GPTCORE_INLINE PhiloxPair philox_inner(const PhiloxKey& key, VecL word1, VecL word2) {
+  const VecL q = multiply_lower(word2, splat_long(kPhiloxMultiplier1));
+  const VecL x = exclusive_or(upper_half(q), word1, splat_long(key.first[0]));
+  const VecL p = multiply_lower(x, splat_long(kPhiloxMultiplier0));
+  return {q ^ splat_long(key.first[1]), upper_half(p), p};
+}
+
+GPTCORE_INLINE void philox_join(const PhiloxPair& outer, const PhiloxPair& inner, VecL* x) {
+  x[0] = outer.first ^ inner.first, x[1] = outer.kept, x[2] = outer.third ^ inner.third, x[3] = inner.kept;
+}
+
+// The other eight rounds of kSets sets of counters. A round waits 7 cycles for its products and needs 3 of the two
+// ports: four sets in flight keep them busy.
+template <int kSets>
+GPTCORE_INLINE void philox_finish(const PhiloxKey& key, VecL (*x)[4]) {
+#pragma GCC unroll 8
+  for (int round = 2; round < kPhiloxRounds; ++round) {
+#pragma GCC unroll 4
+    for (int set = 0; set < kSets; ++set) philox_round(key, round, x[set]);
+  }
+}
+
+// Two sets, of even and odd counters, to words by counter.
+GPTCORE_INLINE void philox_words(const VecL (*x)[4], VecU* words) {
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) words[w] = interleave_lower(x[0][w], x[1][w]);
+}
+
 // The same for kLanes counters: lane i of words[w] is word w of counter i.
 GPTCORE_INLINE void philox(const PhiloxKey& key, VecU* words) {
-  VecL even[4], odd[4];
+  VecL even[4], odd[4], x[2][4];
+#pragma GCC unroll 4
   for (int w = 0; w < 4; ++w) even[w] = (VecL)words[w], odd[w] = even[w] >> 32;
-#pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    philox_round(key, round, even);
-    philox_round(key, round, odd);
-  }
-  for (int w = 0; w < 4; ++w) words[w] = interleave_lower(even[w], odd[w]);
+  philox_join(philox_outer(key, even[0], even[3]), philox_inner(key, even[1], even[2]), x[0]);
+  philox_join(philox_outer(key, odd[0], odd[3]), philox_inner(key, odd[1], odd[2]), x[1]);
+  philox_finish<2>(key, x);
+  philox_words(x, words);
 }
 
 // Between words by lane and words in memory order: vector i then holds all four words of counters

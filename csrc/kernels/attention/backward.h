@@ -74,8 +74,8 @@ class BackwardTask {
   BackwardTask(const AttentionProblem& p, const Sequence& s, float* dq, double* sinks)
       : p_(p),
         s_(s),
-        dropout_(p, s),
         row_blocks_((s.rows() + kRows - 1) / kRows),
+        dropout_(p, s, row_blocks_ * kRows),
         depth_(round_up(p.head_dim, kPer * kLanes) / kPer),
         width_(round_up(p.head_dim, kLanes)),
         terms_(p, s),
@@ -108,8 +108,6 @@ class BackwardTask {
     bias_gradients_ = memory.take<float>(p_.dbias.data ? kStrip * kScoreRow : 0);
     visible_begin_ = memory.take<int32_t>(rows);
     visible_end_ = memory.take<int32_t>(rows);
-    tokens_ = memory.take<int32_t>(dropout_.active() ? rows : 0);
-    heads_ = memory.take<int32_t>(dropout_.active() ? rows : 0);
     dropout_bits_ = memory.take<uint32_t>(dropout_.active() ? kStrip / 2 * kScoreRow : 0);
     k_rows_ = memory.take<Unit>(kKeys * depth_);
     v_rows_ = memory.take<Unit>(kKeys * depth_);
@@ -148,7 +146,6 @@ class BackwardTask {
         }
         visible_begin_[row] = static_cast<int32_t>(keys.begin),
         visible_end_[row] = static_cast<int32_t>(keys.end);
-        if (dropout_.active()) tokens_[row] = dropout_.token_of(row), heads_[row] = dropout_.head_of(row);
       }
     }
   }
@@ -243,8 +240,8 @@ class BackwardTask {
     Engine::product(v_rows_ + key * depth_, depth_, {dout_columns_ + column_offset, kLanes, kLanes * depth_},
                     gradients_ + rows.begin, kScoreRow, kStrip, columns, depth_, false);
     if (dropout_.active()) {
-      dropout_.drop_gradients<kStrip>(base + key, rows, tokens_ + first, heads_ + first, p_.keep_scale,
-                                      gradients_, dropout_bits_, kScoreRow);
+      dropout_.drop_gradients<kStrip>(base + key, first, rows, p_.keep_scale, gradients_, dropout_bits_,
+                                      kScoreRow);
     }
     const int64_t last = at_most(first + rows.end, s_.rows()) - 1;
     const bool whole =
@@ -258,8 +255,8 @@ class BackwardTask {
       score_gradients<false, false>(base, key, first, rows, p_.scale * kLog2e);
     }
     if (dropout_.active()) {
-      dropout_.drop_transposed<kStrip>(rows, dropout_bits_, kScoreRow, reinterpret_cast<Score*>(scores_),
-                                       kScoreRow * static_cast<int64_t>(sizeof(float) / sizeof(Score)));
+      dropout_.drop_probabilities<kStrip>(rows, dropout_bits_, kScoreRow, reinterpret_cast<Score*>(scores_),
+                                          kScoreRow * static_cast<int64_t>(sizeof(float) / sizeof(Score)));
     }
     const int64_t pair_offset = first / kPer * width_ + rows.begin / kPer * kLanes,
                   panel = kRows / kPer * kLanes;
@@ -364,14 +361,15 @@ class BackwardTask {
 
   const AttentionProblem& p_;
   const Sequence& s_;
-  const Dropout dropout_;
-  const int64_t row_blocks_, depth_, width_;
+  const int64_t row_blocks_;
+  const RowDropout dropout_;
+  const int64_t depth_, width_;
   const ScoreTerms terms_;
   const QueryRows<float> dbias_;
   Unit *q_columns_, *dout_columns_, *q_pairs_, *dout_pairs_, *k_rows_, *v_rows_, *k_transposed_,
       *gradient_units_;
   float *lse_, *delta_, *dk_, *dv_, *scores_, *gradients_, *cap_slopes_, *places_, *slopes_, *bias_gradients_;
-  int32_t *visible_begin_, *visible_end_, *tokens_, *heads_;
+  int32_t *visible_begin_, *visible_end_;
   uint32_t* dropout_bits_;
   Scratch scratch_;
   float* dq_;

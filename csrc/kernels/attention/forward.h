@@ -128,16 +128,24 @@ class ForwardTask {
       if (p_.modified) modify_row<Engine::kFine>(p_, s_, first + r, base, scores_ + r * kScoreRow, visible);
       softmax_row<Engine>(state_, r, scores_ + r * kScoreRow, visible, width, scale, sums_ + r * width_,
                           any ? width_ : 0);
-      if (dropout_.active() && !visible.empty()) {
-        const Range touched{round_down(visible.begin, Engine::kKeyStep),
-                            round_up(visible.end, Engine::kKeyStep)};
-        dropout_.drop(first + r, base, touched, reinterpret_cast<Score*>(scores_ + r * kScoreRow));
-      }
     }
+    if (dropout_.active()) drop(first, count, base, width);
     const Unit* values = keys + key_units_ + width.begin / kPer * kLanes;
     Engine::product(reinterpret_cast<const Unit*>(scores_) + width.begin / kPer, kScoreRow,
                     {values, kLanes, kKeys / kPer * kLanes}, sums_, width_, padded, width_,
                     (width.end - width.begin) / kPer, any);
+  }
+
+  // Rows two by two: what both see is nearly the same.
+  void drop(int64_t first, int64_t count, int64_t base, Range width) {
+    for (int64_t r = 0; r < count; r += 2) {
+      const int64_t next = at_most(r + 1, count - 1);
+      const Range keys{base + at_least(round_down(seen_[r].begin - base, Engine::kKeyStep), width.begin),
+                       base + at_most(round_up(seen_[next].end - base, Engine::kKeyStep), width.end)};
+      if (keys.empty()) continue;
+      dropout_.drop(first + r, first + next, keys, base, reinterpret_cast<Score*>(scores_ + r * kScoreRow),
+                    reinterpret_cast<Score*>(scores_ + next * kScoreRow));
+    }
   }
 
   void write(int64_t first, int64_t count) {
@@ -159,7 +167,7 @@ class ForwardTask {
 
   const AttentionProblem& p_;
   const Sequence& s_;
-  const Dropout dropout_;
+  const KeyDropout dropout_;
   const Range blocks_;
   const int64_t depth_, width_;  // head size in units, and in values, padded
   const Range keys_;
