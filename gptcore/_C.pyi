@@ -163,7 +163,9 @@ def linear_cross_entropy_backward(
     dweight: Tensor | None,
     accumulate: bool,
     token_weight: Tensor | None = None,
+    bias: Tensor | None = None,
     logit_soft_cap: float | None = None,
+    dbias: Tensor | None = None,
 ) -> None: ...
 def linear_cross_entropy_forward(
     x: Tensor | None,
@@ -181,7 +183,9 @@ def linear_cross_entropy_forward(
     dx: Tensor | None = None,
     dweight: Tensor | None = None,
     token_weight: Tensor | None = None,
+    bias: Tensor | None = None,
     logit_soft_cap: float | None = None,
+    dbias: Tensor | None = None,
 ) -> None: ...
 def matmul(
     a: Tensor | None,

@@ -50,6 +50,13 @@ void check_row_values(const Checker& check, const TensorView& tensor, const char
   check.contiguous(tensor, name);
 }
 
+void check_class_values(const Checker& check, const TensorView& tensor, const char* name, int64_t classes,
+                        std::initializer_list<DType> types) {
+  check.input(tensor, name, types);
+  check.shape(tensor, name, {classes});
+  check.contiguous(tensor, name);
+}
+
 float loss_gradient(const TensorView& grad, bool per_row, int64_t row) {
   if (!grad) return 0.0f;
   const int64_t at = per_row ? row * grad.stride(0) : 0;
@@ -58,6 +65,19 @@ float loss_gradient(const TensorView& grad, bool per_row, int64_t row) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+void store_rounded(const TensorView& out, int64_t at, double value) {
+  const float rounded = static_cast<float>(value);
+  if (out.dtype == DType::f32) {
+    out.as<float>()[at] = rounded;
+    return;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  const bool nan = rounded != rounded;
+  out.as<bf16>()[at].bits =
+      static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 void zero_matrix(const TensorView& tensor) {
@@ -86,6 +106,21 @@ float* KeptRows::values(int array) const {
   float* values = room_.as<float>() + (2 + array) * padded_;
   std::memset(values, 0, static_cast<size_t>(padded_) * sizeof(float));
   return values;
+}
+
+ClassValues::ClassValues(const TensorView& tensor, double factor)
+    : room_(tensor && (tensor.dtype != DType::f32 || factor != 1.0)
+                ? static_cast<size_t>(tensor.numel()) * sizeof(float)
+                : 0) {
+  if (!tensor) return;
+  values_ = room_.as<float>();
+  if (tensor.dtype == DType::f32 && factor == 1.0) {
+    values_ = tensor.as<float>();
+    return;
+  }
+  for (int64_t v = 0; v < tensor.numel(); ++v) {
+    room_.as<float>()[v] = static_cast<float>(factor * loss_gradient(tensor, true, v));
+  }
 }
 
 }  // namespace gptcore

@@ -25,8 +25,15 @@ void check_loss(const Checker& check, const TensorView& tensor, const char* name
 // (rows) contiguous f32.
 void check_row_values(const Checker& check, const TensorView& tensor, const char* name, int64_t rows);
 
+// (classes) contiguous, of one of these types.
+void check_class_values(const Checker& check, const TensorView& tensor, const char* name, int64_t classes,
+                        std::initializer_list<DType> types);
+
 // The gradient of a row's loss; 0 where `grad` is None.
 float loss_gradient(const TensorView& grad, bool per_row, int64_t row);
+
+// Rounds once to the type of `out`, f32 or bf16.
+void store_rounded(const TensorView& out, int64_t at, double value);
 
 // Writes zeros to all of a matrix.
 void zero_matrix(const TensorView& tensor);
@@ -38,6 +45,7 @@ class KeptRows {
   KeptRows(const TensorView& targets, int64_t ignore_index, int value_arrays, int64_t padding);
 
   int64_t count() const { return count_; }
+  int64_t padded() const { return padded_; }
   int32_t row(int64_t i) const { return rows_[i]; }
   const int32_t* rows() const { return rows_; }        // padded with 0
   const int32_t* classes() const { return classes_; }  // padded with -1
@@ -47,6 +55,17 @@ class KeptRows {
   int64_t padded_, count_ = 0;
   Scratch room_;
   int32_t *rows_, *classes_;
+};
+
+// A tensor of one number per class as f32, each times `factor`. The tensor itself where it is f32 and the factor 1.
+class ClassValues {
+ public:
+  ClassValues(const TensorView& tensor, double factor);
+  const float* values() const { return values_; }  // null where the tensor is None
+
+ private:
+  Scratch room_;
+  const float* values_ = nullptr;
 };
 
 }  // namespace gptcore

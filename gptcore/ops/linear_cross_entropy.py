@@ -25,6 +25,7 @@ class LinearCrossEntropyOptions(LossOptions, total=False):
     z_loss: float
     logit_scale: float
     token_weight: Array | None
+    bias: Array | None
     logit_soft_cap: float | None
 
 
@@ -49,9 +50,12 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     reduction: str = "mean",
     token_weight: Array | None = None,
+    bias: Array | None = None,
     logit_soft_cap: float | None = None,
 ) -> LinearCrossEntropy:
-    """Cross-entropy of ``logits = logit_scale * x @ weight.T`` against ``targets``, by blocks of the vocabulary.
+    """Cross-entropy of ``logits = logit_scale * (x @ weight.T + bias)`` against ``targets``.
+
+    The logits are made for a block of the vocabulary and some tokens at a time.
 
     Args:
         x: (..., C), f32 or bf16; torch tensor (differentiable), NumPy or CuPy array.
@@ -65,16 +69,17 @@ def linear_cross_entropy(
         token_weight: (...) f32 like targets, factors of each token's loss and z_loss (not of logprobs and lse); masks
             and advantages, of any sign. It gets no gradient. A token of weight 0 costs as much as any other;
             ignore_index saves its work. Weights that add up to 0 make the mean NaN or infinite, with its gradients.
+        bias: (V,) f32 or bf16, differentiable; -inf bars a class.
         logit_soft_cap: the logits are ``cap * tanh(logits / cap)`` then (Gemma 2, section 2); above 0.
 
     Returns:
         :class:`LinearCrossEntropy` ``(loss, z_loss, logprobs, lse)``.
 
     Gradients:
-        That of ``weight`` is summed over all tokens in f32 and rounded once to weight's dtype. If ``weight`` has an
-        f32 tensor ``weight.main_grad`` of its shape, an eager backward adds the unrounded gradient to that instead,
-        and autograd gets none for weight (gradient accumulation in f32 over bf16 weights). The attribute is looked
-        for on the tensor passed here, so autocast, which passes a copy, does without.
+        Those of ``weight`` and ``bias`` are summed over all tokens in f32 and rounded once to their dtype. If
+        ``weight`` has an f32 tensor ``weight.main_grad`` of its shape, an eager backward adds the unrounded gradient
+        to that instead, and autograd gets none for weight (gradient accumulation in f32 over bf16 weights). The
+        attribute is looked for on the tensor passed here, so autocast, which passes a copy, does without.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or targets that do not fit; nothing is written then.
@@ -82,7 +87,7 @@ def linear_cross_entropy(
     """
     flat = targets if targets.ndim == 1 else targets.reshape(-1)
     run = _op if is_torch(x) else _run
-    more = _modifiers(token_weight, logit_soft_cap)
+    more = _modifiers(token_weight, bias, logit_soft_cap)
     out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction, *more)
     if targets.ndim != 1:
         shape = targets.shape
@@ -108,8 +113,10 @@ def linear_cross_entropy_backward(
     *,
     main_grad: Array | None = None,
     **options: Unpack[LinearCrossEntropyOptions],
-) -> tuple[Array, Array | None]:
+) -> tuple[Array | None, ...]:
     """Gradients ``(dx, dweight)`` of :func:`linear_cross_entropy` for callers without autograd.
+
+    With a bias among the options ``(dx, dweight, dbias)``.
 
     Args:
         grad_loss, grad_z: gradients of loss and z_loss, f32, in their shapes; None counts as zero.
@@ -118,14 +125,26 @@ def linear_cross_entropy_backward(
         options: as they were in the forward call.
     """
     rows, lse, flat = as_rows(x), lse.reshape(-1), targets.reshape(-1)
-    *chosen, token_weight, logit_soft_cap = with_defaults(linear_cross_entropy, options).values()
+    *chosen, token_weight, bias, logit_soft_cap = with_defaults(linear_cross_entropy, options).values()
     if chosen[-1] == "none":
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
-    dx, dweight = _run_backward(
-        grad_loss, grad_z, rows, weight, flat, lse, *chosen, True, True, *_modifiers(token_weight, logit_soft_cap),
-        main_grad=main_grad,
-    )  # fmt: skip
-    return dx.reshape(x.shape), dweight
+    more = _modifiers(token_weight, bias, logit_soft_cap) or (None,) * 3
+    given: tuple[Any, ...] = (
+        grad_loss,
+        grad_z,
+        rows,
+        weight,
+        flat,
+        lse,
+        *chosen,
+        True,
+        True,
+        *more,
+        bias is not None,
+    )
+    dx, dweight, dbias = _run_backward(*given, main_grad=main_grad)
+    dx = dx.reshape(x.shape)
+    return (dx, dweight) if bias is None else (dx, dweight, dbias)
 
 
 def linear_cross_entropy_reference(
@@ -139,7 +158,8 @@ def linear_cross_entropy_reference(
 
     o = SimpleNamespace(**with_defaults(linear_cross_entropy, options))
     logits = x @ weight.mT
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * o.logit_scale
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = o.logit_scale * (logits if o.bias is None else logits + o.bias)
     if o.logit_soft_cap is not None:
         logits = o.logit_soft_cap * torch.tanh(logits / o.logit_soft_cap)
     kept = targets != o.ignore_index
@@ -159,11 +179,14 @@ def linear_cross_entropy_reference(
     return LinearCrossEntropy(loss, z, logprobs.detach(), lse.detach())
 
 
-def _modifiers(token_weight: Array | None, logit_soft_cap: float | None) -> tuple[Any, ...]:
+def _modifiers(
+    token_weight: Array | None, bias: Array | None, logit_soft_cap: float | None
+) -> tuple[Any, ...]:
     """What follows the options that every call passes; nothing where none is used, which costs nothing then."""
-    if token_weight is None and logit_soft_cap is None:
+    if token_weight is None and bias is None and logit_soft_cap is None:
         return ()
-    return None if token_weight is None else last_contiguous(token_weight.reshape(-1)), logit_soft_cap
+    flat = None if token_weight is None else last_contiguous(token_weight.reshape(-1))
+    return flat, last_contiguous(bias), logit_soft_cap
 
 
 def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
@@ -176,12 +199,13 @@ def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
 
 def _run(
     x: Array, weight: Array, targets: Array, ignore_index: int, smoothing: float, z_loss: float,
-    scale: float, reduction: str, *modifiers: Any, dx: Array | None = None, dweight: Array | None = None,
+    scale: float, reduction: str, token_weight: Array | None = None, bias: Array | None = None,
+    soft_cap: float | None = None, *, dx: Any = None, dweight: Any = None, dbias: Any = None,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     out = _results(x, reduction)
     backend.extension().linear_cross_entropy_forward(
         last_contiguous(x), last_contiguous(weight), targets, ignore_index, smoothing, z_loss, scale,
-        reduction, *out, dx, dweight, *modifiers,
+        reduction, *out, dx, dweight, token_weight, bias, soft_cap, dbias,
     )  # fmt: skip
     return out
 
@@ -189,24 +213,27 @@ def _run(
 def _run_backward(
     grad_loss: Any, grad_z: Any, x: Array, weight: Array, targets: Array, lse: Array, ignore_index: int,
     smoothing: float, z_loss: float, scale: float, reduction: str, want_x: bool, want_weight: bool,
-    *modifiers: Any, main_grad: Any = None,
-) -> tuple[Any, Any]:  # fmt: skip
+    token_weight: Any = None, bias: Any = None, soft_cap: float | None = None, want_bias: bool = False,
+    *, main_grad: Any = None,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     dx = empty(x, x.shape) if want_x else None
     dweight = main_grad
     if want_weight and main_grad is None:
         dweight = empty(weight, weight.shape)
+    dbias = empty_like(bias) if want_bias and bias is not None else None
     backend.extension().linear_cross_entropy_backward(
         grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, ignore_index, smoothing,
-        z_loss, scale, reduction, dx, dweight, main_grad is not None, *modifiers,
+        z_loss, scale, reduction, dx, dweight, main_grad is not None, token_weight, bias, soft_cap, dbias,
     )  # fmt: skip
-    return dx, None if main_grad is not None else dweight
+    return dx, None if main_grad is not None else dweight, dbias
 
 
 # --- torch ------------------------------------------------------------------------------------------------------
 
 
 # The op's inputs: x, weight and targets, the options that every call passes, modifiers that are tensors, others.
-OPTIONS, TENSORS = slice(3, 8), slice(8, 9)
+OPTIONS, TENSORS = slice(3, 8), slice(8, 10)
+BIAS = 9
 
 
 def _fake(x: Any, *rest: Any) -> tuple[Any, ...]:
@@ -214,15 +241,13 @@ def _fake(x: Any, *rest: Any) -> tuple[Any, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _save(ctx, inputs, output, None, None, None)
+    _save(ctx, inputs, output, (None, None, None), None)
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], dx: Any, dweight: Any, main_grad: Any
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], made: Any, main_grad: Any) -> None:
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: OPTIONS.start], output[3], dx, dweight, *inputs[TENSORS])
+    ctx.save_for_backward(*inputs[: OPTIONS.start], output[3], *made, *inputs[TENSORS])
     ctx.options, ctx.modifiers, ctx.main_grad = inputs[OPTIONS], inputs[TENSORS.stop :], main_grad
 
 
@@ -244,27 +269,40 @@ def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> b
 def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
     x, weight = inputs[:2]
     main_grad = getattr(weight, "main_grad", None)
-    dx = dweight = None
+    dx = dweight = dbias = None
     if _gradients_at_once(x, weight, main_grad, inputs[7]):
         want_x, want_weight = ctx.needs_input_grad[:2]
         dx, dweight = empty_like(x) if want_x else None, empty_like(weight) if want_weight else None
-    output = _run(*inputs, dx=dx, dweight=dweight)
-    _save(ctx, inputs, output, dx, dweight, main_grad)
+        dbias = empty_like(inputs[BIAS]) if _needs_bias(ctx) else None
+    output = _run(*inputs, dx=dx, dweight=dweight, dbias=dbias)
+    _save(ctx, inputs, output, (dx, dweight, dbias), main_grad)
     return output
 
 
+def _needs_bias(ctx: Any) -> bool:
+    return len(ctx.needs_input_grad) > BIAS and ctx.needs_input_grad[BIAS]
+
+
 def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tuple[Any, ...]:
-    x, _, _, _, dx, dweight, *_ = ctx.saved_tensors
-    kept = dx is not None or dweight is not None
-    factor = _common_factor(grad_loss, grad_z, ctx.options[2]) if kept else None
+    x, _, _, _, dx, dweight, dbias, *_ = ctx.saved_tensors
+    made = dx is not None or dweight is not None or dbias is not None
+    factor = _common_factor(grad_loss, grad_z, ctx.options[2]) if made else None
+    half = x.element_size() == 2 or (dbias is not None and dbias.element_size() == 2)
     # bf16 gradients are rounded already: only a power of two rounds them no second time.
-    if factor is None or (x.element_size() == 2 and abs(frexp(factor)[0]) != 0.5):
+    if factor is None or (half and abs(frexp(factor)[0]) != 0.5):
         return _backward(ctx, grad_loss, grad_z, *unused)
     last_use = not sys.modules["torch"]._C._autograd._get_current_graph_task_keep_graph()
     if dweight is not None and ctx.main_grad is not None:
         ctx.main_grad.add_(dweight, alpha=factor)
         dweight = None
-    return _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), *(None,) * 8
+    return _in_place(
+        _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), _scaled(dbias, factor, last_use)
+    )
+
+
+def _in_place(dx: Any, dweight: Any, dbias: Any) -> tuple[Any, ...]:
+    """One gradient per input."""
+    return dx, dweight, *(None,) * (BIAS - 2), dbias, None
 
 
 def _common_factor(grad_loss: Any, grad_z: Any, z_loss: float) -> float | None:
@@ -284,36 +322,44 @@ def _scaled(gradient: Any, factor: float, last_use: bool) -> Any:
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_z: Any, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 10
     if grad_loss is None and grad_z is None:
-        return nothing
+        return _in_place(None, None, None)
     want_x, want_weight = ctx.needs_input_grad[:2]
+    want_bias = _needs_bias(ctx)
     saved = ctx.saved_tensors
-    inputs = (grad_loss, grad_z, *saved[:4], *ctx.options, want_x, want_weight, *saved[6:], *ctx.modifiers)
+    inputs = (grad_loss, grad_z, *saved[:4], *ctx.options, want_x, want_weight)
+    if len(saved) > 7:
+        inputs += (*saved[7:], *ctx.modifiers, want_bias)
     if ctx.main_grad is not None and want_weight:
-        dx, dweight = _run_backward(*inputs, main_grad=ctx.main_grad)
+        made = _run_backward(*inputs, main_grad=ctx.main_grad)
+        want_weight = False
     else:
-        dx, dweight = _backward_op(*inputs)
-    return dx if want_x else None, dweight if want_weight else None, *nothing[2:]
+        made = _backward_op(*inputs)
+    return _in_place(
+        *(g if want else None for g, want in zip(made, (want_x, want_weight, want_bias), strict=True))
+    )
 
 
-def _backward_forward(*inputs: Any) -> tuple[Any, Any]:
-    dx, dweight = _run_backward(*inputs)
+def _backward_forward(*inputs: Any) -> tuple[Any, ...]:
     x = inputs[2]
-    return x.new_empty((0,)) if dx is None else dx, x.new_empty((0,)) if dweight is None else dweight
+    return tuple(x.new_empty((0,)) if g is None else g for g in _run_backward(*inputs))
 
 
-def _backward_fake(grad_loss: Any, grad_z: Any, x: Any, weight: Any, *rest: Any) -> tuple[Any, Any]:
-    want_x, want_weight = rest[7:9]
-    dx = x.new_empty(x.shape if want_x else (0,))
-    return dx, weight.new_empty(weight.shape) if want_weight else x.new_empty((0,))
+def _backward_fake(
+    grad_loss: Any, grad_z: Any, x: Any, weight: Any, targets: Any, lse: Any, ignore_index: int, smoothing: float,
+    z_loss: float, scale: float, reduction: str, want_x: bool, want_weight: bool, token_weight: Any = None,
+    bias: Any = None, soft_cap: Any = None, want_bias: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    wanted = ((x, want_x), (weight, want_weight), (bias, want_bias))
+    return tuple(t.new_empty(t.shape) if want else x.new_empty((0,)) for t, want in wanted)
 
 
 _backward_op = TorchOp(
     "linear_cross_entropy_backward",
     "(Tensor? grad_loss, Tensor? grad_z, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index,"
     " float label_smoothing, float z_loss, float logit_scale, str reduction, bool want_x, bool want_weight,"
-    " Tensor? token_weight=None, float? logit_soft_cap=None) -> (Tensor, Tensor)",
+    " Tensor? token_weight=None, Tensor? bias=None, float? logit_soft_cap=None, bool want_bias=False)"
+    " -> (Tensor, Tensor, Tensor)",
     forward=_backward_forward,
     fake=_backward_fake,
     inference=_run_backward,
@@ -321,7 +367,7 @@ _backward_op = TorchOp(
 _op = TorchOp(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, float label_smoothing, float z_loss,"
-    " float logit_scale, str reduction, Tensor? token_weight=None, float? logit_soft_cap=None)"
+    " float logit_scale, str reduction, Tensor? token_weight=None, Tensor? bias=None, float? logit_soft_cap=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_run,
     fake=_fake,
@@ -330,5 +376,5 @@ _op = TorchOp(
     eager_forward=_eager_forward,
     eager_backward=_eager_backward,
     lower_precision=True,
-    full_precision=(8,),
+    full_precision=(8, 9),
 )

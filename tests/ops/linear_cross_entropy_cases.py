@@ -37,13 +37,17 @@ def inputs(rows: int, width: int, classes: int, dtype: torch.dtype, *, ignored: 
 
 
 def step(function, x, weight, targets, options):
-    """All outputs, then the gradients of x and weight under random gradients of loss and z_loss."""
-    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    out = function(x, weight, targets, **options)
+    """All outputs, then the gradients of x, weight and a bias under random gradients of loss and z_loss."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight)]
+    if "bias" in options:
+        bias = options["bias"].detach()
+        leaves.append((bias.double() if x.dtype == torch.float64 else bias.clone()).requires_grad_())
+        options = {**options, "bias": leaves[-1]}
+    out = function(*leaves[:2], targets, **options)
     generator = torch.Generator().manual_seed(1)
     grads = [torch.rand(out.loss.shape, generator=generator) + 0.5 for _ in range(2)]
     kind = out.loss.dtype
-    gradients = torch.autograd.grad([out.loss, out.z_loss], [x, weight], [g.to(kind) for g in grads])
+    gradients = torch.autograd.grad([out.loss, out.z_loss], leaves, [g.to(kind) for g in grads])
     return [o.detach() for o in out], list(gradients)
 
 
@@ -72,6 +76,8 @@ def check(x, weight, targets, **options) -> None:
         if x.numel()
         else 0
     )
+    if "bias" in options:
+        logit += options["bias"].abs().max().item()
     # A loss is weighted, and where signs differ the sum is smaller than what is added up.
     tokens = options.get("token_weight", torch.ones(1)).abs()
     reach = (tokens.sum() if options.get("reduction") == "sum" else tokens.max()).item()
@@ -84,10 +90,10 @@ def check(x, weight, targets, **options) -> None:
     relative = ROUNDOFF[torch.float32] * (1 + logit) * width**0.5
     both = x.dtype == weight.dtype == torch.bfloat16
     relative += 2 * torch.finfo(torch.bfloat16).eps / 2 if both else 0
-    for name, a, b, c, factor in [
-        ("dx", got_gradients[0], exact_gradients[0], twin_gradients[0], weight),
-        ("dweight", got_gradients[1], exact_gradients[1], twin_gradients[1], x),
-    ]:
+    factors = [weight, x, torch.ones(1)]
+    for name, a, b, c, factor in zip(
+        ("dx", "dweight", "dbias"), got_gradients, exact_gradients, twin_gradients, factors, strict=False
+    ):
         floor = 2 * relative * share * factor.abs().max().item() * (4 if both else 2)
         result = torch.finfo(a.dtype).eps * b.abs().max().item()
         error = (a.double() - b).abs().max().item()

@@ -1,4 +1,4 @@
-"""Per-token weights and soft-capped logits: alone and with the other options."""
+"""Per-token weights, soft-capped logits and a bias: alone and with the other options."""
 
 from __future__ import annotations
 
@@ -46,7 +46,20 @@ def _capped_mask(rows: int, classes: int) -> dict[str, Any]:
     return {"logit_soft_cap": 30.0, **_mask(rows, classes), "reduction": "none"}
 
 
-MODIFIERS = [_mask, _advantages, _capped, _per_token, _capped_mask]
+def _biased(rows: int, classes: int) -> dict[str, Any]:
+    return {"bias": torch.randn(classes), "label_smoothing": 0.1, "z_loss": 1e-2, "logit_scale": 0.7}
+
+
+def _biased_half(rows: int, classes: int) -> dict[str, Any]:
+    return {"bias": torch.randn(classes).bfloat16(), "logit_soft_cap": 4.0, "reduction": "sum"}
+
+
+def _biased_per_token(rows: int, classes: int) -> dict[str, Any]:
+    return {"bias": torch.randn(classes), "logit_soft_cap": 20.0, **_per_token(rows, classes)}
+
+
+REDUCED = [_mask, _advantages, _capped, _biased, _biased_half]
+MODIFIERS = [*REDUCED, _per_token, _capped_mask, _biased_per_token]
 Modifiers = Callable[[int, int], dict[str, Any]]
 
 
@@ -62,15 +75,20 @@ def test_many_rows_match_float64(isa: str, modifiers: Modifiers) -> None:
     check(*inputs(*MANY, torch.float32), **modifiers(MANY[0], MANY[2]))
 
 
-@pytest.mark.parametrize("modifiers", MODIFIERS[:3])
+@pytest.mark.parametrize("modifiers", REDUCED)
 @pytest.mark.parametrize("shape", [MANY, (300, 100, 700), (7, 5, 3)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, dtype, shape, modifiers) -> None:
     x, weight, targets = inputs(*shape, dtype)
     options = modifiers(shape[0], shape[2])
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    out = linear_cross_entropy(*leaves, targets, **options)
+    if "bias" in options:
+        options["bias"].requires_grad_()
+        leaves.append(options["bias"])
+    out = linear_cross_entropy(*leaves[:2], targets, **options)
     got = torch.autograd.grad(out.loss + out.z_loss, leaves)
+    if "bias" in options:
+        options["bias"] = options["bias"].detach()
     plain = linear_cross_entropy(x, weight, targets, **options)
     assert all(same_bits(a.detach(), b) for a, b in zip(out, plain, strict=True))
     ones = torch.ones(()), torch.ones(())
@@ -102,6 +120,10 @@ def test_main_grad_takes_the_unrounded_gradient(modifiers: Modifiers) -> None:
         weight.main_grad = torch.zeros(90, 32)
         linear_cross_entropy(x, weight, targets, **options).loss.sum().backward()
         assert weight.grad is None and same_bits(weight.main_grad.to(dtype), plain.grad)
+        if "bias" in options:
+            leaf = options["bias"].clone().requires_grad_()
+            linear_cross_entropy(x, weight, targets, **{**options, "bias": leaf}).loss.sum().backward()
+            assert leaf.grad.abs().max() > 0
 
 
 def _numpy(value: Any) -> Any:
@@ -159,7 +181,7 @@ def test_opcheck_and_gradcheck() -> None:
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     torch.library.opcheck(
         torch.ops.gptcore.linear_cross_entropy.default,
-        (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean", torch.rand(4), 2.0),
+        (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean", torch.rand(4), torch.randn(9).requires_grad_(), 2.0),
     )
     for modifiers in MODIFIERS:
         options = modifiers(4, 9)
@@ -241,6 +263,52 @@ def test_soft_cap_takes_what_no_logit_should_be(isa: str) -> None:
     assert out.lse[:3].tolist() == [5.0, -5.0, 5.0] and out.lse[3].isnan()
 
 
+def test_bias_is_that_of_a_linear_layer(isa: str) -> None:
+    x, weight, targets = inputs(50, 24, 130, torch.float32)
+    bias = torch.randn(130)
+    got = linear_cross_entropy(x, weight, targets, bias=bias).loss
+    logits = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(logits, targets))
+
+
+def test_bias_of_minus_infinity_bars_a_class(isa: str) -> None:
+    x, weight, targets = inputs(40, 24, 300, torch.float32)
+    bias = torch.zeros(300)
+    bias[:256] = -float("inf")  # a whole block of the vocabulary, and more
+    targets = torch.where(targets < 0, -100, 256 + targets % 44)
+    out, (dx, dweight, dbias) = step(linear_cross_entropy, x, weight, targets, {"bias": bias})
+    short, (short_dx, short_dweight) = step(
+        linear_cross_entropy, x, weight[256:], torch.where(targets < 0, -100, targets - 256), {}
+    )
+    for a, b in zip([*out, dx, dweight[256:]], [*short, short_dx, short_dweight], strict=True):
+        torch.testing.assert_close(a, b)
+    assert (dweight[:256] == 0).all() and (dbias[:256] == 0).all()
+
+
+def test_large_bias_leaves_no_trace_in_padding(isa: str) -> None:
+    # Tokens are padded to 32: exp(bias) of the padding must not become infinity times 0.
+    for dtype in DTYPES:
+        x, weight, targets = inputs(5, 8, 40, dtype)
+        bias = torch.zeros(40)
+        bias[3] = 1000.0
+        _, gradients = step(linear_cross_entropy, x, weight, targets, {"bias": bias, "reduction": "none"})
+        assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_wanted_gradients_are_made(dtype: torch.dtype) -> None:
+    for rows in (40, 600):
+        x, weight, targets = inputs(rows, 33, 90, dtype)
+        tensors = {"x": x, "weight": weight, "bias": torch.randn(90)}
+        _, whole = step(linear_cross_entropy, x, weight, targets, {"bias": tensors["bias"]})
+        for wanted in ([0], [1], [2], [0, 2], [1, 2]):
+            leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors.values())]
+            out = linear_cross_entropy(*leaves[:2], targets, bias=leaves[2])
+            grads = torch.rand((), generator=torch.Generator().manual_seed(1)) + 0.5
+            got = torch.autograd.grad(out.loss, [leaves[i] for i in wanted], grads)
+            assert all(same_bits(g, whole[i]) for g, i in zip(got, wanted, strict=True))
+
+
 def test_options_are_those_of_the_signature() -> None:
     assert set(LinearCrossEntropyOptions.__annotations__) == set(linear_cross_entropy.__kwdefaults__)
     with pytest.raises(TypeError, match="linear_cross_entropy: got an unexpected keyword argument 'zloss'"):
@@ -251,6 +319,8 @@ X, W, T = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
 BAD = [
     ({"token_weight": torch.ones(2)}, ValueError, r"'token_weight': got shape \(2,\), expected shape \(3,\)"),
     ({"token_weight": torch.ones(3).double()}, TypeError, "'token_weight': got float64, expected float32"),
+    ({"bias": torch.ones(3)}, ValueError, r"'bias': got shape \(3,\), expected shape \(5,\)"),
+    ({"bias": torch.ones(5).double()}, TypeError, "'bias': got float64, expected float32 or bfloat16"),
     ({"logit_soft_cap": 0.0}, ValueError, "'logit_soft_cap': got 0.0.*, expected None or a number above 0"),
     ({"logit_soft_cap": -3.0}, ValueError, "'logit_soft_cap': got -3.0"),
     ({"logit_soft_cap": float("nan")}, ValueError, "'logit_soft_cap': got nan"),

@@ -21,37 +21,22 @@ void check_inputs(const Checker& check, const TensorView& logits, const TensorVi
   check.last_contiguous(logits, "logits");
   check_loss_options(check, reduction, label_smoothing);
   if (class_weight) {
-    check.input(class_weight, "weight", {DType::f32, logits.dtype});
-    check.shape(class_weight, "weight", {logits.size(1)});
-    check.contiguous(class_weight, "weight");
+    check_class_values(check, class_weight, "weight", logits.size(1), {DType::f32, logits.dtype});
   }
   check_targets(check, targets, logits.size(0), logits.size(1), ignore_index);
 }
 
 // Class weights as f32, read once; ones where there are none.
-class ClassWeights {
+class ClassWeights : public ClassValues {
  public:
-  explicit ClassWeights(const TensorView& tensor)
-      : room_(tensor && tensor.dtype != DType::f32 ? static_cast<size_t>(tensor.numel()) * sizeof(float)
-                                                   : 0) {
-    if (!tensor) return;
-    values_ = tensor.as<float>();
-    if (tensor.dtype == DType::f32) return;
-    for (int64_t v = 0; v < tensor.numel(); ++v) room_.as<float>()[v] = loss_gradient(tensor, true, v);
-    values_ = room_.as<float>();
-  }
-  const float* values() const { return values_; }
-  double at(int32_t v) const { return values_ ? values_[v] : 1.0; }
+  explicit ClassWeights(const TensorView& tensor) : ClassValues(tensor, 1.0) {}
+  double at(int32_t v) const { return values() ? values()[v] : 1.0; }
   double sum(int64_t classes) const {
-    if (!values_) return static_cast<double>(classes);
+    if (!values()) return static_cast<double>(classes);
     double total = 0;
-    for (int64_t v = 0; v < classes; ++v) total += values_[v];
+    for (int64_t v = 0; v < classes; ++v) total += values()[v];
     return total;
   }
-
- private:
-  Scratch room_;
-  const float* values_ = nullptr;
 };
 
 double divisor_of(const KeptRows& kept, const ClassWeights& weights, const std::string& reduction) {
@@ -59,19 +44,6 @@ double divisor_of(const KeptRows& kept, const ClassWeights& weights, const std::
   double total = 0;
   for (int64_t i = 0; i < kept.count(); ++i) total += weights.at(kept.classes()[i]);
   return total;
-}
-
-void put(const TensorView& out, int64_t at, double value) {
-  const float rounded = static_cast<float>(value);
-  if (out.dtype == DType::f32) {
-    out.as<float>()[at] = rounded;
-    return;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &rounded, sizeof(bits));
-  const bool nan = rounded != rounded;
-  out.as<bf16>()[at].bits =
-      static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 }  // namespace
@@ -100,7 +72,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
 
   const bool per_row = reduction == "none";
   if (lse) std::memset(lse.data, 0, static_cast<size_t>(rows) * sizeof(float));
-  for (int64_t n = 0; per_row && n < rows; ++n) put(loss, n * loss.stride(0), 0.0);
+  for (int64_t n = 0; per_row && n < rows; ++n) store_rounded(loss, n * loss.stride(0), 0.0);
   const double s = label_smoothing, share = s / static_cast<double>(classes);
   const double all = s > 0 ? weights.sum(classes) : 0.0;
   double total = 0;  // in row order, rounded once
@@ -110,9 +82,9 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
     if (s > 0) row += share * (all * row_lse - a.logit_sum[i]);
     if (lse) lse.as<float>()[kept.row(i)] = a.lse[i];
     total += row;
-    if (per_row) put(loss, kept.row(i) * loss.stride(0), row);
+    if (per_row) store_rounded(loss, kept.row(i) * loss.stride(0), row);
   }
-  if (!per_row) put(loss, 0, total / divisor_of(kept, weights, reduction));
+  if (!per_row) store_rounded(loss, 0, total / divisor_of(kept, weights, reduction));
 }
 
 void cross_entropy_backward(const TensorView& grad_loss, const TensorView& logits, const TensorView& targets,

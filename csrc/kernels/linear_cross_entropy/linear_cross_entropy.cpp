@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "core/check.h"
 #include "core/isa.h"
@@ -18,9 +19,6 @@ namespace {
 
 // Below this many products of numbers (some ten microseconds) one thread is as fast as two.
 constexpr int64_t kSerialProducts = 1 << 20;
-// Tokens whose logits are kept at a time: so many that passing over weight and dweight again for each chunk is a
-// twentieth of its products. torch keeps three matrices of the logits of all.
-constexpr int64_t kMostTokens = 512;
 
 const LinearCrossEntropyBodies& bodies_of(const TensorView& x, const TensorView& weight) {
   const bool half = x.dtype == DType::bf16 && weight.dtype == DType::bf16;
@@ -48,33 +46,55 @@ void check_inputs(const Checker& check, const TensorView& x, const TensorView& w
                  "None or a number above 0 within f32's range");
     }
   }
+  if (options.bias)
+    check_class_values(check, options.bias, "bias", weight.size(0), {DType::f32, DType::bf16});
   if (options.token_weight) check_row_values(check, options.token_weight, "token_weight", x.size(0));
   check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
 }
 
 void check_gradients(const Checker& check, const TensorView& x, const TensorView& weight,
-                     const TensorView& dx, const TensorView& dweight) {
-  if (dx) {
-    check.output(dx, "dx", {x.dtype});
-    check.same_shape(dx, "dx", x, "x");
-    check.last_contiguous(dx, "dx");
+                     const LinearCrossEntropyOptions& options, const LinearCrossEntropyGradients& gradients) {
+  if (gradients.dx) {
+    check.output(gradients.dx, "dx", {x.dtype});
+    check.same_shape(gradients.dx, "dx", x, "x");
+    check.last_contiguous(gradients.dx, "dx");
   }
-  if (dweight) {
-    check.output(dweight, "dweight", {DType::f32, weight.dtype});
-    check.same_shape(dweight, "dweight", weight, "weight");
-    check.last_contiguous(dweight, "dweight");
+  if (gradients.dweight) {
+    check.output(gradients.dweight, "dweight", {DType::f32, weight.dtype});
+    check.same_shape(gradients.dweight, "dweight", weight, "weight");
+    check.last_contiguous(gradients.dweight, "dweight");
+  }
+  if (gradients.dbias) {
+    if (!options.bias) check.fail("dbias", describe(gradients.dbias), "None, as bias is");
+    check_class_values(check, gradients.dbias, "dbias", weight.size(0), {DType::f32, options.bias.dtype});
+    check.writable(gradients.dbias, "dbias");
   }
 }
 
+// Those that forward makes at once.
+void check_gradients_at_once(const Checker& check, const TensorView& x, const TensorView& weight,
+                             const LinearCrossEntropyOptions& options,
+                             const LinearCrossEntropyGradients& gradients) {
+  check.dtype(weight, "weight", {x.dtype});
+  if (is_bf16(x) && x.size(0) > kMostTokens) {
+    check.fail("x", std::to_string(x.size(0)) + " rows", "at most 512 of bf16 for gradients at once");
+  }
+  if (options.reduction == "none") {
+    check.fail("reduction", "'none'", "'mean' or 'sum' for gradients at once");
+  }
+  check_gradients(check, x, weight, options, gradients);
+}
+
 void fill(LinearCrossEntropyInputs* a, const KeptRows& kept, const TensorView& x, const TensorView& weight,
-          const LinearCrossEntropyOptions& options) {
+          const LinearCrossEntropyOptions& options, const ClassValues& bias) {
   a->x = x.data, a->x_dtype = x.dtype, a->x_stride = x.stride(0);
   a->weight = weight.data, a->weight_dtype = weight.dtype, a->weight_stride = weight.stride(0);
   a->rows = kept.rows(), a->targets = kept.classes();
   a->n = kept.count(), a->c = x.size(1), a->v = weight.size(0);
   a->scale = static_cast<float>(options.logit_scale);
   a->soft_cap = static_cast<float>(options.logit_soft_cap.value_or(0));
-  a->modified = a->soft_cap != 0;
+  a->bias = bias.values();
+  a->modified = a->soft_cap != 0 || a->bias;
   a->scale_left = a->modified ? 1.0f : a->scale;
   a->parallel = a->n * a->c * a->v > kSerialProducts;
 }
@@ -130,22 +150,42 @@ class Factors {
   double classes_;
 };
 
-LinearCrossEntropyBackward backward_of(const LinearCrossEntropyInputs& inputs, const TensorView& dx,
-                                       const TensorView& dweight) {
+// Sums for dbias in f32, rounded to it at the end.
+class BiasSums {
+ public:
+  explicit BiasSums(const TensorView& dbias)
+      : dbias_(dbias), room_(dbias ? static_cast<size_t>(dbias.numel()) * sizeof(float) : 0) {
+    if (dbias) std::memset(room_.as<float>(), 0, static_cast<size_t>(dbias.numel()) * sizeof(float));
+  }
+  float* sums() const { return dbias_ ? room_.as<float>() : nullptr; }
+  void finish() const {
+    for (int64_t v = 0; dbias_ && v < dbias_.numel(); ++v) store_rounded(dbias_, v, sums()[v]);
+  }
+
+ private:
+  const TensorView& dbias_;
+  Scratch room_;
+};
+
+LinearCrossEntropyBackward backward_of(const LinearCrossEntropyInputs& inputs,
+                                       const LinearCrossEntropyGradients& gradients, const BiasSums& bias) {
   LinearCrossEntropyBackward a{};
   static_cast<LinearCrossEntropyInputs&>(a) = inputs;
+  const TensorView &dx = gradients.dx, &dweight = gradients.dweight;
   if (dx) a.dx = dx.data, a.dx_stride = dx.stride(0);
   if (dweight)
     a.dweight = dweight.data, a.dweight_stride = dweight.stride(0), a.dweight_dtype = dweight.dtype;
+  a.dbias = bias.sums();
   return a;
 }
 
 // Forward of all kept rows and, chunk by chunk, the gradients for gradients of 1 of loss and z.
 void run_with_gradients(const LinearCrossEntropyBodies& bodies, const LinearCrossEntropyForward& whole,
                         const LinearCrossEntropyOptions& options, const KeptRows& kept, const Shares& shares,
-                        int64_t chunk, const TensorView& dx, const TensorView& dweight) {
+                        int64_t chunk, const LinearCrossEntropyGradients& gradients) {
   const int64_t words = (whole.v + kRowPadding - 1) / kRowPadding * kRowPadding;
   const Scratch logits(static_cast<size_t>(words / 16 * kept_stride(chunk)) * sizeof(float));
+  const BiasSums bias(gradients.dbias);
   Factors factors(kept, 3, options, shares, whole.v);
   for (int64_t first = 0; first < kept.count(); first += chunk) {
     LinearCrossEntropyForward a = whole;
@@ -155,63 +195,35 @@ void run_with_gradients(const LinearCrossEntropyBodies& bodies, const LinearCros
     a.logits = logits.as<float>();
     bodies.forward(a);
     for (int64_t i = first; i < first + a.n; ++i) factors.set(i, whole.lse[i], 1, 1);
-    LinearCrossEntropyBackward b = backward_of(a, dx, dweight);
+    LinearCrossEntropyBackward b = backward_of(a, gradients, bias);
     b.lse = a.lse, b.resume = first > 0;
     factors.give(&b, first);
     bodies.backward(b);
   }
+  bias.finish();
 }
 
-}  // namespace
+// What is 0 where rows are ignored, and all of the weight's gradients where no row is left.
+void zero_ignored(const KeptRows& kept, int64_t rows, const LinearCrossEntropyGradients& gradients,
+                  bool accumulate) {
+  if (gradients.dx && kept.count() < rows) zero_matrix(gradients.dx);
+  if (gradients.dweight && kept.count() == 0 && !accumulate) zero_matrix(gradients.dweight);
+  if (gradients.dbias && kept.count() == 0) BiasSums(gradients.dbias).finish();
+}
 
-void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
-                                  const LinearCrossEntropyOptions& options, const TensorView& loss,
-                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse,
-                                  const TensorView& dx, const TensorView& dweight) {
-  const Checker check("linear_cross_entropy");
-  check_inputs(check, x, weight, targets, options);
-  const int64_t rows = x.size(0);
-  check_loss(check, loss, "loss", rows, options.reduction, {DType::f32});
-  check_loss(check, z, "z", rows, options.reduction, {DType::f32});
-  check_row_values(check, logprobs, "logprobs", rows);
-  check_row_values(check, lse, "lse", rows);
-  for (const TensorView* out : {&loss, &z, &logprobs, &lse}) check.writable(*out, "output");
-  const bool gradients = dx || dweight;
-  if (gradients) {
-    check.dtype(weight, "weight", {x.dtype});
-    if (is_bf16(x) && rows > kMostTokens) {
-      check.fail("x", std::to_string(rows) + " rows", "at most 512 of bf16 for gradients at once");
-    }
-    if (options.reduction == "none") {
-      check.fail("reduction", "'none'", "'mean' or 'sum' for gradients at once");
-    }
-    check_gradients(check, x, weight, dx, dweight);
-  }
-
-  const KeptRows kept(targets, options.ignore_index, 6, kRowPadding);
-  const Shares shares(kept, options);
-  LinearCrossEntropyForward a{};
-  fill(&a, kept, x, weight, options);
-  a.lse = kept.values(0), a.target_logit = kept.values(1);
-  if (options.label_smoothing > 0) a.logit_sum = kept.values(2);
-  if (dx && kept.count() < rows) zero_matrix(dx);
-  if (dweight && kept.count() == 0) zero_matrix(dweight);
-  if (gradients) {
-    const int64_t chunk = std::min((rows + kRowPadding - 1) / kRowPadding * kRowPadding, kMostTokens);
-    run_with_gradients(bodies_of(x, weight), a, options, kept, shares, chunk, dx, dweight);
-  } else if (kept.count() > 0) {
-    bodies_of(x, weight).forward(a);
-  }
-
+// Outputs from what the bodies found of the kept rows.
+void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyOptions& options,
+                   const KeptRows& kept, const Shares& shares, int64_t rows,
+                   const LinearCrossEntropyOutputs& out) {
   const bool per_row = options.reduction == "none";
-  for (const TensorView* out : {&logprobs, &lse}) std::memset(out->data, 0, static_cast<size_t>(rows) * 4);
-  if (per_row) {
-    for (int64_t n = 0; n < rows; ++n) {
-      loss.as<float>()[n * loss.stride(0)] = 0.0f;
-      z.as<float>()[n * z.stride(0)] = 0.0f;
-    }
+  for (const TensorView* o : {&out.logprobs, &out.lse}) {
+    std::memset(o->data, 0, static_cast<size_t>(rows) * sizeof(float));
   }
-  const double s = options.label_smoothing, classes = static_cast<double>(weight.size(0));
+  for (int64_t n = 0; per_row && n < rows; ++n) {
+    out.loss.as<float>()[n * out.loss.stride(0)] = 0.0f;
+    out.z.as<float>()[n * out.z.stride(0)] = 0.0f;
+  }
+  const double s = options.label_smoothing, classes = static_cast<double>(a.v);
   double loss_sum = 0, z_sum = 0;  // in row order, rounded once
   for (int64_t i = 0; i < kept.count(); ++i) {
     const int64_t n = kept.row(i);
@@ -220,43 +232,75 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
     if (a.logit_sum) row_loss -= s / classes * a.logit_sum[i];
     row_loss *= shares.of(i);
     const double row_z = shares.of(i) * options.z_loss * row_lse * row_lse;
-    lse.as<float>()[n] = a.lse[i];
-    logprobs.as<float>()[n] = a.target_logit[i] - a.lse[i];
+    out.lse.as<float>()[n] = a.lse[i];
+    out.logprobs.as<float>()[n] = a.target_logit[i] - a.lse[i];
     loss_sum += row_loss, z_sum += row_z;
     if (!per_row) continue;
-    loss.as<float>()[n * loss.stride(0)] = static_cast<float>(row_loss);
-    z.as<float>()[n * z.stride(0)] = static_cast<float>(row_z);
+    out.loss.as<float>()[n * out.loss.stride(0)] = static_cast<float>(row_loss);
+    out.z.as<float>()[n * out.z.stride(0)] = static_cast<float>(row_z);
   }
   if (per_row) return;
-  *loss.as<float>() = static_cast<float>(loss_sum / shares.divisor());
-  *z.as<float>() = static_cast<float>(z_sum / shares.divisor());
+  *out.loss.as<float>() = static_cast<float>(loss_sum / shares.divisor());
+  *out.z.as<float>() = static_cast<float>(z_sum / shares.divisor());
+}
+
+}  // namespace
+
+void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
+                                  const LinearCrossEntropyOptions& options,
+                                  const LinearCrossEntropyOutputs& out,
+                                  const LinearCrossEntropyGradients& gradients) {
+  const Checker check("linear_cross_entropy");
+  check_inputs(check, x, weight, targets, options);
+  const int64_t rows = x.size(0);
+  check_loss(check, out.loss, "loss", rows, options.reduction, {DType::f32});
+  check_loss(check, out.z, "z", rows, options.reduction, {DType::f32});
+  check_row_values(check, out.logprobs, "logprobs", rows);
+  check_row_values(check, out.lse, "lse", rows);
+  for (const TensorView* o : {&out.loss, &out.z, &out.logprobs, &out.lse}) check.writable(*o, "output");
+  const bool at_once = gradients.dx || gradients.dweight || gradients.dbias;
+  if (at_once) check_gradients_at_once(check, x, weight, options, gradients);
+
+  const KeptRows kept(targets, options.ignore_index, 6, kRowPadding);
+  const Shares shares(kept, options);
+  const ClassValues bias(options.bias, options.logit_scale);
+  LinearCrossEntropyForward a{};
+  fill(&a, kept, x, weight, options, bias);
+  a.lse = kept.values(0), a.target_logit = kept.values(1);
+  if (options.label_smoothing > 0) a.logit_sum = kept.values(2);
+  zero_ignored(kept, rows, gradients, false);
+  if (at_once) {
+    const int64_t chunk = std::min((rows + kRowPadding - 1) / kRowPadding * kRowPadding, kMostTokens);
+    run_with_gradients(bodies_of(x, weight), a, options, kept, shares, chunk, gradients);
+  } else if (kept.count() > 0) {
+    bodies_of(x, weight).forward(a);
+  }
+  store_results(a, options, kept, shares, rows, out);
 }
 
 void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
                                    const TensorView& weight, const TensorView& targets, const TensorView& lse,
-                                   const LinearCrossEntropyOptions& options, const TensorView& dx,
-                                   const TensorView& dweight, bool accumulate) {
+                                   const LinearCrossEntropyOptions& options,
+                                   const LinearCrossEntropyGradients& gradients, bool accumulate) {
   const Checker check("linear_cross_entropy_backward");
   check_inputs(check, x, weight, targets, options);
   const int64_t rows = x.size(0);
   if (grad_loss) check_loss(check, grad_loss, "grad_loss", rows, options.reduction, {DType::f32});
   if (grad_z) check_loss(check, grad_z, "grad_z", rows, options.reduction, {DType::f32});
   check_row_values(check, lse, "lse", rows);
-  check_gradients(check, x, weight, dx, dweight);
-  if (dweight && accumulate && dweight.dtype != DType::f32) {
-    check.fail("dweight", describe(dweight), "f32 to accumulate into");
+  check_gradients(check, x, weight, options, gradients);
+  if (gradients.dweight && accumulate && gradients.dweight.dtype != DType::f32) {
+    check.fail("dweight", describe(gradients.dweight), "f32 to accumulate into");
   }
 
   const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
-  if (dx && kept.count() < rows) zero_matrix(dx);
-  if (kept.count() == 0) {
-    if (dweight && !accumulate) zero_matrix(dweight);
-    return;
-  }
-  LinearCrossEntropyInputs inputs{};
-  fill(&inputs, kept, x, weight, options);
-  float* row_lse = kept.values(0);
+  zero_ignored(kept, rows, gradients, accumulate);
+  if (kept.count() == 0) return;
   const Shares shares(kept, options);
+  const ClassValues bias(options.bias, options.logit_scale);
+  LinearCrossEntropyInputs inputs{};
+  fill(&inputs, kept, x, weight, options, bias);
+  float* row_lse = kept.values(0);
   Factors factors(kept, 1, options, shares, weight.size(0));
   const bool per_row = options.reduction == "none";
   for (int64_t i = 0; i < kept.count(); ++i) {
@@ -264,10 +308,15 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
     row_lse[i] = lse.as<float>()[n];
     factors.set(i, row_lse[i], loss_gradient(grad_loss, per_row, n), loss_gradient(grad_z, per_row, n));
   }
-  LinearCrossEntropyBackward a = backward_of(inputs, dx, dweight);
+  // What pads the rows has no products: with a large bias, exp(bias - 0) would be infinite, and its product with
+  // a factor of 0 no number.
+  std::fill(row_lse + kept.count(), row_lse + kept.padded(), std::numeric_limits<float>::infinity());
+  const BiasSums bias_sums(gradients.dbias);
+  LinearCrossEntropyBackward a = backward_of(inputs, gradients, bias_sums);
   a.lse = row_lse, a.accumulate = accumulate;
   factors.give(&a, 0);
   bodies_of(x, weight).backward(a);
+  bias_sums.finish();
 }
 
 }  // namespace gptcore

@@ -1,6 +1,6 @@
 // The vocabulary projection with its cross-entropy loss; the logits are never whole in memory.
 //
-//   l[n,v] = cap(logit_scale * sum_c x[n,c] * weight[v,c])        lse[n] = log sum_v exp l[n,v]
+//   l[n,v] = cap(logit_scale * (sum_c x[n,c] * weight[v,c] + bias[v]))     lse[n] = log sum_v exp l[n,v]
 //   cap(a) = soft_cap * tanh(a / soft_cap), or a
 //   loss[n] = w[n] * (lse[n] - (1 - s) * l[n,t] - s/V * sum_v l[n,v])   with t = targets[n],
 //                                                                           s = label_smoothing
@@ -9,25 +9,26 @@
 //   dl[n,v] = g[n] * w[n] * (p[n,v] - (1-s) [v = t] - s/V) + gz[n] * w[n] * 2 * z_loss * lse[n] * p[n,v],
 //             p = exp(l - lse)
 //   da = dl * (1 - (l / soft_cap)^2), or dl
-//   dx = logit_scale * da weight     dweight = logit_scale * da^T x
+//   dx = logit_scale * da weight     dweight = logit_scale * da^T x     dbias = logit_scale * da^T 1
 //
 // Shapes   x: (N, C), rows of any stride; weight: (V, C), likewise; targets: (N) int64, in [0, V) or
-//          ignore_index; token_weight: (N); loss, z: () for mean and sum, (N) for none; logprobs, lse: (N);
+//          ignore_index; token_weight: (N); bias: (V); loss, z: () for mean and sum, (N) for none; logprobs, lse: (N);
 //          gradients as their tensors.
 // Types    x and weight f32 or bf16 (both bf16: bf16 products summed in f32, gradients of logits rounded to
-//          bf16; else f32 products); token_weight, loss, z, logprobs, lse and their gradients f32; dx of x's
-//          type; dweight f32 or weight's type, rounded once.
+//          bf16; else f32 products); bias f32 or bf16; token_weight, loss, z, logprobs, lse and their
+//          gradients f32; dx of x's type; dweight and dbias f32 or the type of what they belong to, rounded
+//          once.
 // Ignored  rows with ignore_index take no part: loss, z, logprobs, lse and dx are 0 there, and no work is
 //          done. A weight of 0 does the work: the row has logprobs and lse.
 // Mean     no row kept: NaN with gradients of 0. Weights that add up to 0 are divided by all the same: NaN or
 //          infinity, gradients too.
 // Soft cap a number above 0 which, like its reciprocal, f32 holds without loss of digits.
-// None     token_weight: ones, which gets no gradient; logit_soft_cap: no cap; grad_loss, grad_z: zero;
-//          dx, dweight: not wanted.
-// At once  forward with dx or dweight (mean or sum; x and weight f32, or bf16 and N at most 512) makes the
+// None     token_weight: ones, which gets no gradient; logit_soft_cap: no cap; bias: zeros; grad_loss,
+//          grad_z: zero; dx, dweight, dbias: not wanted.
+// At once  forward with dx, dweight or dbias (mean or sum; x and weight f32, or bf16 and N at most 512) makes the
 //          gradients for gradients of 1 of loss and z, by chunks of tokens whose logits it keeps: the bits of
 //          backward with those.
-// Aliasing outputs overlap nothing. dx is overwritten; dweight is overwritten, or by backward added to (f32
+// Aliasing outputs overlap nothing. dx and dbias are overwritten; dweight is overwritten, or by backward added to (f32
 //          only).
 // Bits     lse and logprobs of a row depend on that row and weight only; dx of a row on its gradients too.
 //          Sums run in an order fixed by shapes: the same bits on every thread count.
@@ -37,7 +38,8 @@
 //          Scratch in bytes, e = 2 for bf16 products, else 4: forward NCe + NV/32 (smoothing: NV * 3/64) (and
 //          a packed block of weight of at most 512 KB per thread); backward 2NCe + 4NC + 2SNe + 2SCe for
 //          stretches of S = min(1024, V/32) words of the vocabulary, at least 256; forward with gradients
-//          4TV + 8TC + 8ST and a packed block of weight per thread.
+//          4TV + 8TC + 8ST and a packed block of weight per thread; 4V with bias unless it is f32 and unscaled,
+//          4V with dbias.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
@@ -52,18 +54,27 @@ struct LinearCrossEntropyOptions {
   int64_t ignore_index;
   double label_smoothing, z_loss, logit_scale;
   std::string reduction;  // mean, sum or none
-  TensorView token_weight;
+  TensorView token_weight, bias;
   std::optional<double> logit_soft_cap;
 };
 
-void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
-                                  const LinearCrossEntropyOptions& options, const TensorView& loss,
-                                  const TensorView& z, const TensorView& logprobs, const TensorView& lse,
-                                  const TensorView& dx, const TensorView& dweight);
+struct LinearCrossEntropyOutputs {
+  TensorView loss, z, logprobs, lse;
+};
 
+struct LinearCrossEntropyGradients {
+  TensorView dx, dweight, dbias;
+};
+
+void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight, const TensorView& targets,
+                                  const LinearCrossEntropyOptions& options,
+                                  const LinearCrossEntropyOutputs& outputs,
+                                  const LinearCrossEntropyGradients& gradients);
+
+// accumulate: gradients.dweight is added to.
 void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
                                    const TensorView& weight, const TensorView& targets, const TensorView& lse,
-                                   const LinearCrossEntropyOptions& options, const TensorView& dx,
-                                   const TensorView& dweight, bool accumulate);
+                                   const LinearCrossEntropyOptions& options,
+                                   const LinearCrossEntropyGradients& gradients, bool accumulate);
 
 }  // namespace gptcore

@@ -44,6 +44,9 @@ struct BackwardPass {
   float* dx_sums;                          // f32 (C, N), from kept logits (N, C)
   const int64_t dx_row;
 
+  // What wants G by rows: sums over tokens.
+  bool by_rows() const { return a.dweight || a.dbias; }
+
   void pack_tokens() const {
     if (!a.logits) {
       for_tasks(a, padded / kGroup,
@@ -75,7 +78,7 @@ struct BackwardPass {
                 n % kDepth * static_cast<int64_t>(sizeof(P));
     char* column = gradient_columns + n / kGroup * v_stride + w / kDepth * kStepBytes + n % kGroup * 4;
     if constexpr (sizeof(P) == 4) {
-      if (a.dweight || a.logits) {
+      if (by_rows() || a.logits) {
         store(reinterpret_cast<float*>(row), g0);
         store(reinterpret_cast<float*>(row + kLine), g1);
       }
@@ -85,7 +88,7 @@ struct BackwardPass {
       }
     } else {
       const VecH low = narrow(g0), high = narrow(g1);
-      if (a.dweight) {
+      if (by_rows()) {
         *reinterpret_cast<VecHUnaligned*>(row) = low;
         *reinterpret_cast<VecHUnaligned*>(row + kLine) = high;
       }
@@ -110,14 +113,14 @@ struct BackwardPass {
     const Vec uniform = a.uniform ? load(a.uniform + n) : Vec{};
     const VecI target =
         *reinterpret_cast<const VecI*>(a.targets + n) - splat_int(static_cast<int32_t>(first + w));
-    const float per_cap = modified ? 1.0f / a.soft_cap : 0.0f;
+    const float per_cap = modified && a.soft_cap != 0 ? 1.0f / a.soft_cap : 0.0f;
     const auto gradient = [&](int64_t r) __attribute__((always_inline)) {
       if (r >= count) return Vec{};
       const Vec logit = load(logits + r * stride);
       Vec g = exp(logit * a.scale_left - lse) * factor - uniform;
       g = target == splat_int(static_cast<int32_t>(r)) ? g - share : g;
-      if constexpr (!modified) return g;
-      const Vec capped = logit * per_cap;  // tanh, whose slope is 1 - tanh^2
+      if (!modified || a.soft_cap == 0) return g;  // also where a bias of -inf bars a word
+      const Vec capped = logit * per_cap;          // tanh, whose slope is 1 - tanh^2
       return g * (1.0f - capped * capped);
     };
     for (int64_t r = 0; r < rows; r += 2) put(w + r, n, gradient(r), gradient(r + 1));
@@ -142,7 +145,7 @@ struct BackwardPass {
                              kLogitStride, false);
     }
     for (int64_t j = 0; j < width; j += kLanes) {
-      if (a.modified) modify(a, logits + j, kLogitStride, smaller(rows, count));
+      if (a.modified) modify(a, logits + j, kLogitStride, first + w, smaller(rows, count));
       differentiate(logits + j, kLogitStride, first, w, count, rows, n + j);
     }
   }
@@ -236,6 +239,23 @@ struct BackwardPass {
     }
   }
 
+  // dbias[word ..] += the sums of G over all tokens, kMostTokens after kMostTokens: forward with gradients has G of
+  // so many at a time and adds the same numbers in the same order.
+  void bias_task(int64_t word, int64_t w, int64_t rows) const {
+    constexpr int64_t kSteps = kMostTokens / kDepth;
+    for (int64_t r = 0; r < rows; ++r) {
+      const char* row = gradient_rows + (w + r) / kGroup * n_stride + (w + r) % kGroup * kLine;
+      for (int64_t step = 0; step < n_steps; step += kSteps) {
+        Vec sum = {};
+        for (int64_t i = step; i < smaller(step + kSteps, n_steps); ++i) {
+          const P* line = reinterpret_cast<const P*>(row + i * kStepBytes);
+          for (int64_t j = 0; j < kDepth; j += kLanes) sum += load(line + j);
+        }
+        a.dbias[word + r] += reduce_add(sum);
+      }
+    }
+  }
+
   // dx^T[row .., n ..] += weight^T G^T over the stretch.
   void token_task(int64_t row, int64_t n, int64_t steps, bool add) const {
     const int64_t rows = smaller(kBlockRows, ceil_div(a.c, kGroup) * kGroup - row);
@@ -252,24 +272,28 @@ struct BackwardPass {
     const int64_t columns = ceil_div(a.c, kColumnChunk);
     const int64_t weight_tasks = a.dweight ? ceil_div(count, kBlockRows) * columns : 0;
     const int64_t token_tasks = a.dx ? ceil_div(a.c, kBlockRows) * parts : 0;
-    for_tasks(a, token_tasks + weight_tasks, [&](int64_t t, int) {
+    const int64_t bias_tasks = a.dbias ? ceil_div(count, kBlockRows) : 0;
+    for_tasks(a, token_tasks + weight_tasks + bias_tasks, [&](int64_t t, int) {
       if (t < token_tasks) {
         token_task(t / parts * kBlockRows, t % parts * kColumnChunk, steps, first > 0);
-      } else {
-        t -= token_tasks;
+      } else if ((t -= token_tasks) < weight_tasks) {
         const int64_t w = t / columns * kBlockRows;
         weight_task(first + w, w, smaller(kBlockRows, count - w), t % columns * kColumnChunk);
+      } else {
+        const int64_t w = (t - weight_tasks) * kBlockRows;
+        bias_task(first + w, w, smaller(kBlockRows, count - w));
       }
     });
   }
 
-  // G and dweight of words [first + w, ...) of a stretch of `count`.
+  // G, dbias and dweight of words [first + w, ...) of a stretch of `count`.
   void kept_word_task(int64_t first, int64_t count, int64_t w) const {
     const int64_t rows = smaller(kKeptWords, count - w);
     for (int64_t g = w; g < w + rows; g += kGroup) {  // in place
       gradient_of_kept(first, g, count - g,
                        reinterpret_cast<const float*>(gradient_rows + g / kGroup * n_stride));
     }
+    if (a.dbias) bias_task(first + w, w, rows);
     for (int64_t column = 0; a.dweight && column < a.c; column += kColumnChunk) {
       weight_task(first + w, w, rows, column);
     }
@@ -404,7 +428,7 @@ void backward(const LinearCrossEntropyBackward& a) {
       tokens_deep(bytes(a.dweight, c_groups * n_stride));
   const Scratch packed(bytes(!a.logits, v_groups * c_stride)),
       packed_deep(bytes(apart && a.dx, c_groups * v_stride));
-  const Scratch rows(bytes(apart && a.dweight, v_groups * n_stride)),
+  const Scratch rows(bytes(apart && (a.dweight || a.dbias), v_groups * n_stride)),
       columns(bytes(apart && a.dx, panels * v_stride));
   const Scratch dx(bytes(a.dx, dx_lines * dx_row * 4));
   const BackwardPass<Policy> pass{a,

@@ -12,6 +12,10 @@ namespace gptcore {
 
 constexpr int64_t kRowPadding = 32;
 
+// Tokens whose logits are kept at a time: so many that passing over weight and dweight again for each chunk is a
+// twentieth of its products. torch keeps three matrices of the logits of all.
+constexpr int64_t kMostTokens = 512;
+
 // Floats from one group of 16 words of kept logits to the next. 512 bytes more than the tiles take: a stride
 // of some KiB would put the tiles of many words into the same few sets of L1.
 constexpr int64_t kept_stride(int64_t padded_tokens) { return 16 * padded_tokens + 128; }
@@ -24,6 +28,7 @@ struct LinearCrossEntropyInputs {
   const int32_t* targets;  // its class
   int64_t n, c, v;
   float scale, soft_cap;  // products to logits; no cap: 0
+  const float* bias;      // by word, scaled; null: none
   bool modified;          // more than a scale lies between them: modify() makes logits where the products are
   float scale_left;       // of logits thereafter: 1 where modified, else scale
   // Room for this call's logits (unscaled unless modified), written by forward and turned into gradients by
@@ -58,6 +63,7 @@ struct LinearCrossEntropyBackward : LinearCrossEntropyInputs {
   void* dweight;  // null: not wanted
   int64_t dweight_stride;
   DType dweight_dtype;
+  float* dbias;     // added to; null: not wanted
   bool accumulate;  // dweight is added to
   bool resume;      // dweight (f32) holds the sums over earlier tokens, which go on
 };

@@ -77,12 +77,17 @@ struct Partials {
   float* at(int64_t block, int quantity) const { return data + (block * quantities + quantity) * tokens; }
 };
 
-// Makes logits[words][kLanes tokens] of as many sums of products, in place. One copy for both directions: that is
-// how backward finds the bits of forward again.
-__attribute__((noinline)) void modify(const LinearCrossEntropyInputs& a, float* logits, int64_t stride,
-                                      int64_t words) {
-  const Vec scale = splat(a.scale / a.soft_cap), cap = splat(a.soft_cap);
-  for (int64_t w = 0; w < words; ++w, logits += stride) store(logits, cap * tanh(load(logits) * scale));
+// Makes logits of products[words][kLanes tokens], in place, of the words from `first` on. One copy for both
+// directions: so backward finds the bits of forward again.
+__attribute__((noinline)) void modify(const LinearCrossEntropyInputs& a, float* products, int64_t stride,
+                                      int64_t first, int64_t words) {
+  const bool capped = a.soft_cap != 0;
+  const Vec cap = splat(a.soft_cap), per_cap = splat(capped ? 1.0f / a.soft_cap : 0.0f);
+  for (int64_t w = 0; w < words; ++w, products += stride) {
+    Vec logit = load(products) * a.scale;
+    if (a.bias) logit += a.bias[first + w];
+    store(products, capped ? cap * tanh(logit * per_cap) : logit);
+  }
 }
 
 // Reduces logits[words][kLanes tokens] over words.
@@ -167,7 +172,7 @@ struct ForwardPass {
       multiply_block<Policy>(packed.as<char>(), stride, groups, tokens + n / kGroup * stride, stride,
                              width / kGroup, steps, logits, kLogitStride, false, [&] { fetch.some(); });
       for (int64_t j = 0; j < width; j += kLanes) {
-        if (a.modified) modify(a, logits + j, kLogitStride, words);
+        if (a.modified) modify(a, logits + j, kLogitStride, first, words);
         reduce_strip(logits + j, words, a.scale_left, partials.at(block, 0) + n + j,
                      partials.at(block, 1) + n + j, a.logit_sum ? partials.at(block, 2) + n + j : nullptr);
         if (!a.logits) continue;
