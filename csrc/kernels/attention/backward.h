@@ -247,7 +247,12 @@ class BackwardTask {
     const bool whole =
         s_.keys_of(last).begin <= base + key && s_.keys_of(first + rows.begin).end >= base + key + kStrip;
     if (p_.modified) {
-      score_gradients<false, true>(base, key, first, rows, modify(base + key, first, rows));
+      const float factor = modify(base + key, first, rows);
+      if (whole) {
+        score_gradients<true, true>(base, key, first, rows, factor);
+      } else {
+        score_gradients<false, true>(base, key, first, rows, factor);
+      }
       if (p_.dbias.data) add_bias_gradients(base + key, first, rows);
     } else if (whole) {
       score_gradients<true, false>(base, key, first, rows, p_.scale * kLog2e);
@@ -272,47 +277,40 @@ class BackwardTask {
   // A strip of products to scores in powers of two, in place, but for the factor that is returned.
   float modify(int64_t key, int64_t first, Range rows) {
     const RowTerms constants{places_ + first + rows.begin, slopes_ + first + rows.begin};
-    float factor = 1;
-    for (int64_t j = 0; j < kStrip; ++j) {
-      const int64_t at = j * kScoreRow + rows.begin;
-      factor = modify_key<Engine::kFine>(p_, constants, key + j, scores_ + at, cap_slopes_ + at,
-                                         rows.end - rows.begin);
-    }
-    if (!terms_.given()) return factor;
+    const float factor = modify_keys<Engine::kFine, kStrip>(
+        p_, constants, key, scores_ + rows.begin, cap_slopes_ + rows.begin, kScoreRow, rows.end - rows.begin);
+    if (!p_.bias.data && !p_.mask.data) return factor;
     add_terms(key, first, rows, factor);
     return 1;
   }
 
-  // Bias and mask lie along keys: a block of them is transposed.
+  // Bias and mask lie along keys: scores are transposed for them, in blocks, and back.
   void add_terms(int64_t key, int64_t first, Range rows, float factor) {
+    const int64_t keys = at_most(s_.keys - key, kStrip);
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
+      alignas(64) float lines[kLanes][kStrip];
+      for (int64_t j = 0; j < kStrip; j += kLanes)
+        transpose_block(scores_ + j * kScoreRow + r, kScoreRow, lines[0] + j, kStrip);
       const int64_t real = at_most(s_.rows() - first - r, kLanes);
-      ScoreTerms::Row row[kLanes];
-      for (int64_t i = 0; i < real; ++i) row[i] = terms_.row(first + r + i);
-      for (int64_t j = 0; j < kStrip; j += kLanes) {
-        const int64_t n = lanes_left(s_.keys, key + j);
-        Vec block[kLanes] = {};
-        for (int64_t i = 0; i < real; ++i) block[i] = row[i].at(key + j, n);
-        transpose(block);
-        float* x = scores_ + j * kScoreRow + r;
-        for (int i = 0; i < kLanes; ++i, x += kScoreRow) store(x, add_term(load(x), factor, block[i]));
-      }
+      for (int64_t i = 0; i < real; ++i) terms_.add(first + r + i, key, lines[i], keys, factor);
+      for (int64_t j = 0; j < kStrip; j += kLanes)
+        transpose_block(lines[0] + j, kStrip, scores_ + j * kScoreRow + r, kScoreRow);
     }
   }
 
   // The gradients of a strip's scores into those of the bias, row by row: heads of a token may share one.
   void add_bias_gradients(int64_t key, int64_t first, Range rows) {
+    const int64_t keys = at_most(s_.keys - key, kStrip);
     for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
       const int64_t real = at_most(s_.rows() - first - r, kLanes);
-      for (int64_t j = 0; j < kStrip; j += kLanes) {
-        const int64_t n = lanes_left(s_.keys, key + j);
-        Vec block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = load(bias_gradients_ + (j + i) * kScoreRow + r);
-        transpose(block);
-        for (int64_t i = 0; i < real && n > 0; ++i) {
-          float* sum = dbias_(first + r + i) + key + j;
-          store_some(sum, load_some(sum, n) + block[i], n);
-        }
+      alignas(64) float lines[kLanes][kStrip];
+      for (int64_t j = 0; j < kStrip; j += kLanes)
+        transpose_block(bias_gradients_ + j * kScoreRow + r, kScoreRow, lines[0] + j, kStrip);
+      for (int64_t i = 0; i < real; ++i) {
+        float* sum = dbias_(first + r + i) + key;
+        for_lanes(keys, [&](int64_t j, int64_t n) {
+          store_some(sum + j, load_some(sum + j, n) + load(lines[i] + j), n);
+        });
       }
     }
   }
@@ -321,6 +319,7 @@ class BackwardTask {
   template <bool kWhole, bool kModified>
   void score_gradients(int64_t base, int64_t key, int64_t first, Range rows, float factor) {
     const Vec scale = splat(factor);
+    const bool biased = kModified && p_.dbias.data, capped = kModified && p_.soft_cap > 0;
     for (int64_t j = 0; j < kStrip; j += 2) {
       float *s0 = scores_ + j * kScoreRow, *s1 = s0 + kScoreRow;
       float *g0 = gradients_ + j * kScoreRow, *g1 = g0 + kScoreRow;
@@ -335,11 +334,11 @@ class BackwardTask {
           y = visible(at + 1, first + r) ? y : Vec{};
         }
         Vec dx = x * (load(g0 + r) - delta), dy = y * (load(g1 + r) - delta);
-        if (kModified && p_.dbias.data) {
+        if (biased) {
           store(bias_gradients_ + j * kScoreRow + r, dx);
           store(bias_gradients_ + (j + 1) * kScoreRow + r, dy);
         }
-        if (kModified && p_.soft_cap > 0) {
+        if (capped) {
           dx *= load(cap_slopes_ + j * kScoreRow + r);
           dy *= load(cap_slopes_ + (j + 1) * kScoreRow + r);
         }

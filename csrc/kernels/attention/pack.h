@@ -38,6 +38,16 @@ GPTCORE_INLINE void transpose(Vec* rows) {
   }
 }
 
+// A kLanes x kLanes block of f32 from one place to another, transposed.
+GPTCORE_INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  Vec block[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) block[i] = load(from + i * from_row);
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * to_row, block[i]);
+}
+
 GPTCORE_INLINE int64_t lanes_left(int64_t size, int64_t offset) {
   return at_most(at_least(size - offset, 0), kLanes);
 }

@@ -34,44 +34,47 @@ class FlushDenormals {
 // usually far below their cap.
 constexpr float kSmallTanh = 0.5f;
 
-// tanh y for |y| <= kSmallTanh: y times a minimax polynomial in y^2 (relative error 1.4e-8, or 5.5e-7 where bf16
-// follows, as in exp2_of).
+// cap tanh y for |y| <= kSmallTanh: y times a minimax polynomial in y^2 (relative error 1.4e-8, or 5.5e-7 where bf16
+// follows, as in exp2_of). The cap is a factor of the coefficients, which costs nothing within a loop.
 template <bool kFine>
-GPTCORE_INLINE Vec small_tanh(Vec y) {
+GPTCORE_INLINE Vec small_tanh(Vec y, float cap) {
   const Vec z = y * y;
+  Vec p;
   if constexpr (kFine) {
-    Vec p = z * 0.01713529f - 0.05298623f;
-    p = p * z + 0.13324782f;
-    p = p * z - 0.3333307f;
-    return y + y * (p * z);
+    p = z * (0.01713529f * cap) - 0.05298623f * cap;
+    p = p * z + 0.13324782f * cap;
+    p = p * z - 0.3333307f * cap;
+    p = p * z + cap;
   } else {
-    Vec p = z * -0.04440312f + 0.13190336f;
-    p = p * z - 0.33326323f;
-    return y + y * (p * z);
+    p = z * (-0.04440312f * cap) + 0.13190336f * cap;
+    p = p * z - 0.33326323f * cap;
+    p = p * z + 0.99999946f * cap;
   }
+  return y * p;
 }
 
-// tanh y for any y: y P(y^2) / Q(y^2), minimax (relative error 1.5e-8, or 1.3e-6), constant from where tanh is 1
+// cap tanh y for any y: y P(y^2) / Q(y^2), minimax (relative error 1.5e-8, or 1.3e-6), constant from where tanh is 1
 // to that precision.
 template <bool kFine>
-GPTCORE_INLINE Vec tanh(Vec y) {
+GPTCORE_INLINE Vec any_tanh(Vec y, float cap) {
   y = clamp(y, kFine ? 8.7f : 7.2f);
   const Vec z = y * y;
   Vec p, q;
   if constexpr (kFine) {
-    p = z * 1.3897400e-8f + 2.0993662e-5f;
-    p = p * z + 0.0035187335f;
-    p = p * z + 0.13400458f;
+    p = z * (1.3897400e-8f * cap) + 2.0993662e-5f * cap;
+    p = p * z + 0.0035187335f * cap;
+    p = p * z + 0.13400458f * cap;
+    p = p * z + cap;
     q = z * 7.9964320e-7f + 0.00033236309f;
     q = q * z + 0.025964854f;
     q = q * z + 0.46733778f;
   } else {
-    p = z * 3.8877696e-6f + 0.0022704759f;
-    p = p * z + 0.12297025f;
+    p = z * (3.8877696e-6f * cap) + 0.0022704759f * cap;
+    p = p * z + 0.12297025f * cap;
+    p = p * z + 0.99999873f * cap;
     q = z * 0.00014151132f + 0.021046877f;
     q = q * z + 0.45629422f;
   }
-  p = p * z + (kFine ? 1.0f : 0.99999873f);
   q = q * z + 1.0f;
   return y * p * reciprocal(q);
 }
@@ -89,9 +92,9 @@ GPTCORE_INLINE bool any_above(Vec x, float limit) {
 #endif
 }
 
-// put(i, n, tanh(inner * x[i...])) for the first n lanes, over [0, count) by vectors.
+// put(i, n, cap * tanh(inner * x[i...])) for the first n lanes, over [0, count) by vectors.
 template <bool kFine, class Put>
-GPTCORE_INLINE void tanh_each(const float* x, int64_t count, float inner, const Put& put) {
+GPTCORE_INLINE void cap_each(const float* x, int64_t count, float inner, float cap, const Put& put) {
   constexpr int kVectors = 4;  // looked at together, so that the branch costs little
   int64_t i = 0;
   for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
@@ -103,15 +106,15 @@ GPTCORE_INLINE void tanh_each(const float* x, int64_t count, float inner, const 
     }
     if (any_above(top, kSmallTanh)) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) put(i + j * kLanes, int64_t{kLanes}, tanh<kFine>(y[j]));
+      for (int j = 0; j < kVectors; ++j) put(i + j * kLanes, int64_t{kLanes}, any_tanh<kFine>(y[j], cap));
     } else {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) put(i + j * kLanes, int64_t{kLanes}, small_tanh<kFine>(y[j]));
+      for (int j = 0; j < kVectors; ++j) put(i + j * kLanes, int64_t{kLanes}, small_tanh<kFine>(y[j], cap));
     }
   }
   for (; i < count; i += kLanes) {
     const int64_t n = at_most(count - i, kLanes);
-    put(i, n, tanh<kFine>(load_some(x + i, n) * inner));
+    put(i, n, any_tanh<kFine>(load_some(x + i, n) * inner, cap));
   }
 }
 
@@ -169,44 +172,46 @@ GPTCORE_INLINE VecI load_bytes(const uint8_t* p, int64_t n) {
 #endif
 }
 
-// What bias and mask of a problem add to scores, in powers of two; -inf where a key is hidden.
+// A bias and a mask of a row's keys, in powers of two. Hidden is hidden whatever the score, which may be NaN.
+GPTCORE_INLINE Vec add_bias(Vec x, float factor, Vec bias) {
+  return bias == splat(-kInfinity) ? bias : x * factor + bias * kLog2e;
+}
+GPTCORE_INLINE Vec hide(Vec x, float factor, VecI seen) {
+  return seen != VecI{} ? x * factor : splat(-kInfinity);
+}
+
+template <class T>
+GPTCORE_INLINE void add_bias(float* x, int64_t count, float factor, const T* bias) {
+  for_lanes(count, [&](int64_t i, int64_t n) {
+    store_some(x + i, add_bias(load_some(x + i, n), factor, load_some(bias + i, n)), n);
+  });
+}
+
+// The rows of bias and mask that a problem has.
 class ScoreTerms {
  public:
   ScoreTerms(const AttentionProblem& p, const Sequence& s)
-      : bf16_(p.bias_bf16), wide_(p.bias, s), narrow_(p.bias, s), mask_(p.mask, s) {}
+      : f32_({p.bias_bf16 ? nullptr : p.bias.data, p.bias.batch, p.bias.token, p.bias.head}, s),
+        bf16_({p.bias_bf16 ? p.bias.data : nullptr, p.bias.batch, p.bias.token, p.bias.head}, s),
+        mask_(p.mask, s) {}
 
-  bool given() const { return wide_.base || mask_.base; }
-
-  struct Row {
-    const float* wide;
-    const bf16* narrow;
-    const uint8_t* mask;
-
-    // For keys [key, key + n).
-    Vec at(int64_t key, int64_t n) const {
-      Vec x = {};
-      if (wide) x = load_some(wide + key, n) * kLog2e;
-      if (narrow) x = load_some(narrow + key, n) * kLog2e;
-      if (mask) x = load_bytes(mask + key, n) != VecI{} ? x : splat(-kInfinity);
-      return x;
-    }
-  };
-  Row row(int64_t r) const {
-    return {wide_.base && !bf16_ ? wide_(r) : nullptr, narrow_.base && bf16_ ? narrow_(r) : nullptr,
-            mask_.base ? mask_(r) : nullptr};
+  // To `count` scores of a row from `key` on, which lack `factor`.
+  void add(int64_t row, int64_t key, float* x, int64_t count, float factor) const {
+    if (f32_.base) add_bias(x, count, factor, f32_(row) + key);
+    if (bf16_.base) add_bias(x, count, factor, bf16_(row) + key);
+    if (!mask_.base) return;
+    const uint8_t* mask = mask_(row) + key;
+    const float left = f32_.base || bf16_.base ? 1 : factor;
+    for_lanes(count, [&](int64_t i, int64_t n) {
+      store_some(x + i, hide(load_some(x + i, n), left, load_bytes(mask + i, n)), n);
+    });
   }
 
  private:
-  bool bf16_;
-  QueryRows<const float> wide_;
-  QueryRows<const bf16> narrow_;
+  QueryRows<const float> f32_;
+  QueryRows<const bf16> bf16_;
   QueryRows<const uint8_t> mask_;
 };
-
-// Hidden is hidden, whatever the score, which may be NaN.
-GPTCORE_INLINE Vec add_term(Vec x, float factor, Vec term) {
-  return term == splat(-kInfinity) ? term : x * factor + term;
-}
 
 // The products of a row with the keys of a block, which begins at `base`; in place. Their scale lacks its sign:
 // that is in the queries.
@@ -219,9 +224,8 @@ __attribute__((noinline)) void modify_row(const AttentionProblem& p, const Seque
   const float scale = p.scale < 0 ? -p.scale : p.scale;
   float factor = scale * kLog2e;
   if (p.soft_cap > 0) {
-    const float cap = p.soft_cap * kLog2e;
-    tanh_each<kFine>(x, count, scale / p.soft_cap,
-                     [&](int64_t i, int64_t n, Vec t) { store_some(x + i, t * cap, n); });
+    cap_each<kFine>(x, count, scale / p.soft_cap, p.soft_cap * kLog2e,
+                    [&](int64_t i, int64_t n, Vec capped) { store_some(x + i, capped, n); });
     factor = 1;
   }
   if (p.slopes) {
@@ -229,12 +233,10 @@ __attribute__((noinline)) void modify_row(const AttentionProblem& p, const Seque
     subtract_distance(x, count, factor, slope_of(p, s, row), static_cast<float>(distance));
     factor = 1;
   }
-  if (p.bias.data || p.mask.data || factor != 1) {
-    const ScoreTerms::Row terms = ScoreTerms(p, s).row(row);
-    const int64_t key = base + visible.begin;
-    for_lanes(count, [&](int64_t i, int64_t n) {
-      store_some(x + i, add_term(load_some(x + i, n), factor, terms.at(key + i, n)), n);
-    });
+  if (p.bias.data || p.mask.data) {
+    ScoreTerms(p, s).add(row, base + visible.begin, x, count, factor);
+  } else if (factor != 1) {  // sinks alone
+    for_lanes(count, [&](int64_t i, int64_t n) { store_some(x + i, load_some(x + i, n) * factor, n); });
   }
 }
 
@@ -243,25 +245,29 @@ struct RowTerms {
   const float *place, *slope;
 };
 
-// The products of one key with `count` rows, in place; cap_slopes[i] becomes the soft cap's derivative. Returns
-// the factor that they still lack.
-template <bool kFine>
-__attribute__((noinline)) float modify_key(const AttentionProblem& p, const RowTerms& rows, int64_t key,
-                                           float* x, float* cap_slopes, int64_t count) {
+// The products of kKeys keys from `key` on with `count` rows, in place, a line each; cap_slopes becomes the soft
+// cap's derivative. Returns the factor that they still lack: 1 where anything was done.
+template <bool kFine, int kKeys>
+__attribute__((noinline)) float modify_keys(const AttentionProblem& p, const RowTerms& rows, int64_t key,
+                                            float* x, float* cap_slopes, int64_t line, int64_t count) {
   float factor = p.scale * kLog2e;
   if (p.soft_cap > 0) {
-    const float cap = p.soft_cap * kLog2e;
-    tanh_each<kFine>(x, count, p.scale / p.soft_cap, [&](int64_t i, int64_t n, Vec t) {
-      store_some(x + i, t * cap, n);
-      store_some(cap_slopes + i, 1.0f - t * t, n);
-    });
+    const float cap = p.soft_cap * kLog2e, inner = p.scale / p.soft_cap, inverse = 1 / cap;
+    for (int64_t j = 0; j < kKeys * line; j += line) {
+      cap_each<kFine>(x + j, count, inner, cap, [&](int64_t i, int64_t n, Vec capped) {
+        const Vec t = capped * inverse;
+        store_some(x + j + i, capped, n);
+        store_some(cap_slopes + j + i, 1.0f - t * t, n);
+      });
+    }
     factor = 1;
   }
   if (p.slopes) {
-    const float place = static_cast<float>(key);
     for (int64_t i = 0; i < count; i += kLanes) {
-      const Vec distance = abs(load(rows.place + i) - place);
-      store(x + i, load(x + i) * factor - load(rows.slope + i) * distance);
+      const Vec slope = load(rows.slope + i);
+      Vec distance = load(rows.place + i) - static_cast<float>(key);
+      for (int64_t j = i; j < kKeys * line; j += line, distance -= 1.0f)
+        store(x + j, load(x + j) * factor - slope * abs(distance));
     }
     factor = 1;
   }
