@@ -186,6 +186,8 @@ def linear_cross_entropy_forward(
     bias: Tensor | None = None,
     logit_soft_cap: float | None = None,
     dbias: Tensor | None = None,
+    entropy: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> None: ...
 def matmul(
     a: Tensor | None,

@@ -14,11 +14,12 @@ void forward(const TensorView& x, const TensorView& weight, const TensorView& ta
              double label_smoothing, double z_loss, double logit_scale, const std::string& reduction,
              const TensorView& loss, const TensorView& z, const TensorView& logprobs, const TensorView& lse,
              const TensorView& dx, const TensorView& dweight, const TensorView& token_weight,
-             const TensorView& bias, std::optional<double> logit_soft_cap, const TensorView& dbias) {
+             const TensorView& bias, std::optional<double> logit_soft_cap, const TensorView& dbias,
+             const TensorView& entropy, const TensorView& predicted) {
   const LinearCrossEntropyOptions options{ignore_index, label_smoothing, z_loss, logit_scale,
                                           reduction,    token_weight,    bias,   logit_soft_cap};
-  gptcore::linear_cross_entropy_forward(x, weight, targets, options, {loss, z, logprobs, lse},
-                                        {dx, dweight, dbias});
+  gptcore::linear_cross_entropy_forward(x, weight, targets, options,
+                                        {loss, z, logprobs, lse, entropy, predicted}, {dx, dweight, dbias});
 }
 
 void backward(const TensorView& grad_loss, const TensorView& grad_z, const TensorView& x,
@@ -42,6 +43,7 @@ void register_linear_cross_entropy(py::module_& m) {
       py::arg("reduction"), py::arg("loss"), py::arg("z"), py::arg("logprobs"), py::arg("lse"),
       py::arg("dx") = py::none(), py::arg("dweight") = py::none(), py::arg("token_weight") = py::none(),
       py::arg("bias") = py::none(), py::arg("logit_soft_cap") = py::none(), py::arg("dbias") = py::none(),
+      py::arg("entropy") = py::none(), py::arg("predicted") = py::none(),
       py::call_guard<py::gil_scoped_release_simple>(),
       "Cross-entropy of x weight^T without the logits in memory; dx, dweight and dbias take its gradients.");
   m.def("linear_cross_entropy_backward", &backward, py::arg("grad_loss"), py::arg("grad_z"), py::arg("x"),

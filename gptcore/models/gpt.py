@@ -184,14 +184,15 @@ class GPT(nn.Module):
     ) -> GPTLoss:
         x, shape = self._to_head(x), targets.shape
         flat, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        loss, z, logprobs, _ = ops.linear_cross_entropy(
+        out = ops.linear_cross_entropy(
             flat, self.head_weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
             logit_scale=self.config.logit_scale, reduction=reduction,
             logit_soft_cap=self.config.logit_soft_cap,
         )  # fmt: skip
+        loss, z = out.loss, out.z_loss
         if reduction == "none":
             loss, z = loss.view(shape), z.view(shape)
-        return GPTLoss(loss, z, logprobs.view(shape))
+        return GPTLoss(loss, z, out.logprobs.view(shape))
 
     def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, before: int) -> None:
         if tokens.dim() != 2 or tokens.numel() == 0:

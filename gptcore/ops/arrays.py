@@ -30,7 +30,7 @@ def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     """An uninitialised array of ``like``'s framework and device.
 
     Args:
-        dtype: one of that framework's, or ``"float32"`` / ``"int32"``, which all have; default: like's.
+        dtype: one of that framework's, or ``"float32"``, ``"int32"`` or ``"int64"``, which all have; default: like's.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 # The rows whose logits the kernel keeps at a time: kMostTokens of linear_cross_entropy.cpp, which refuses more of bf16.
 CHUNK_ROWS = 512
 
+# Places among the op's inputs, which are x, weight, targets and the options in the order of the signature: those that
+# every call passes, up to the reduction; then only where some are used the tensors, the soft cap, what else to return.
+_REDUCTION, _BIAS = 7, 9
+_ALWAYS, _TENSORS, _SOFT_CAP, _OBSERVED = slice(3, 8), slice(8, 10), slice(10, 11), slice(11, 13)
+
 
 class LinearCrossEntropyOptions(LossOptions, total=False):
     """The keyword options of :func:`linear_cross_entropy`, which says what they mean and their defaults."""
@@ -27,6 +32,8 @@ class LinearCrossEntropyOptions(LossOptions, total=False):
     token_weight: Array | None
     bias: Array | None
     logit_soft_cap: float | None
+    return_entropy: bool
+    return_predicted: bool
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -37,6 +44,25 @@ class LinearCrossEntropy(NamedTuple):
     z_loss: Any
     logprobs: Any
     lse: Any
+
+
+class LinearCrossEntropyDetails(NamedTuple):
+    """:class:`LinearCrossEntropy` with ``entropy`` f32 and ``predicted`` int64 per token, None where not asked for."""
+
+    loss: Any
+    z_loss: Any
+    logprobs: Any
+    lse: Any
+    entropy: Any
+    predicted: Any
+
+
+class TokenLogprobs(NamedTuple):
+    """``logprobs`` as :func:`token_logprobs` gives them alone; ``entropy`` and ``predicted``, None if not asked for."""
+
+    logprobs: Any
+    entropy: Any
+    predicted: Any
 
 
 def linear_cross_entropy(
@@ -52,7 +78,9 @@ def linear_cross_entropy(
     token_weight: Array | None = None,
     bias: Array | None = None,
     logit_soft_cap: float | None = None,
-) -> LinearCrossEntropy:
+    return_entropy: bool = False,
+    return_predicted: bool = False,
+) -> LinearCrossEntropy | LinearCrossEntropyDetails:
     """Cross-entropy of ``logits = logit_scale * (x @ weight.T + bias)`` against ``targets``.
 
     The logits are made for a block of the vocabulary and some tokens at a time.
@@ -71,9 +99,14 @@ def linear_cross_entropy(
             ignore_index saves its work. Weights that add up to 0 make the mean NaN or infinite, with its gradients.
         bias: (V,) f32 or bf16, differentiable; -inf bars a class.
         logit_soft_cap: the logits are ``cap * tanh(logits / cap)`` then (Gemma 2, section 2); above 0.
+        return_entropy: also the entropy in nats of each token's distribution.
+        return_predicted: also the class of each token's largest logit, the lowest such class; -1 where the target is
+            ignored.
 
     Returns:
-        :class:`LinearCrossEntropy` ``(loss, z_loss, logprobs, lse)``.
+        :class:`LinearCrossEntropy` ``(loss, z_loss, logprobs, lse)``, or :class:`LinearCrossEntropyDetails`
+        ``(loss, z_loss, logprobs, lse, entropy, predicted)`` if either of the last two is asked for; they come from
+        the same pass over the logits and are not differentiable.
 
     Gradients:
         Those of ``weight`` and ``bias`` are summed over all tokens in f32 and rounded once to their dtype. If
@@ -88,19 +121,43 @@ def linear_cross_entropy(
     flat = targets if targets.ndim == 1 else targets.reshape(-1)
     run = _op if is_torch(x) else _run
     more = _modifiers(token_weight, bias, logit_soft_cap)
+    if return_entropy or return_predicted:
+        more = (*(more or (None,) * 3), return_entropy, return_predicted)
     out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction, *more)
-    if targets.ndim != 1:
-        shape = targets.shape
-        out = [o if o.ndim == 0 else o.reshape(shape) for o in out]
-    return LinearCrossEntropy(*out)
+    shape = targets.shape
+    basic = out[:4] if targets.ndim == 1 else [o.reshape(shape) if o.ndim else o for o in out[:4]]
+    if not (return_entropy or return_predicted):
+        return LinearCrossEntropy(*basic)
+    loss, z, logprobs, lse = basic
+    entropy = out[4].reshape(shape) if return_entropy else None
+    predicted = out[5].reshape(shape) if return_predicted else None
+    return LinearCrossEntropyDetails(loss, z, logprobs, lse, entropy, predicted)
 
 
-def token_logprobs(x: Array, weight: Array, targets: Array, *, ignore_index: int = -100) -> Array:
-    """Log-probabilities (...) f32 of ``targets`` under ``softmax(x @ weight.T)``, differentiable.
+def token_logprobs(
+    x: Array,
+    weight: Array,
+    targets: Array,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    bias: Array | None = None,
+    logit_soft_cap: float | None = None,
+    return_entropy: bool = False,
+    return_predicted: bool = False,
+) -> Array | TokenLogprobs:
+    """Log-probabilities (...) f32 of ``targets`` under the softmax of the logits, differentiable.
 
-    Arguments as in :func:`linear_cross_entropy`; 0 where the target is ignored.
+    Arguments as in :func:`linear_cross_entropy`; 0 where the target is ignored. With ``return_entropy`` or
+    ``return_predicted`` :class:`TokenLogprobs` ``(logprobs, entropy, predicted)``, of which only the first is
+    differentiable.
     """
-    return -linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction="none").loss
+    out = linear_cross_entropy(
+        x, weight, targets, ignore_index=ignore_index, logit_scale=logit_scale, bias=bias,
+        logit_soft_cap=logit_soft_cap, reduction="none", return_entropy=return_entropy,
+        return_predicted=return_predicted,
+    )  # fmt: skip
+    return TokenLogprobs(-out.loss, *out[4:]) if len(out) > 4 else -out.loss
 
 
 def linear_cross_entropy_backward(
@@ -125,10 +182,12 @@ def linear_cross_entropy_backward(
         options: as they were in the forward call.
     """
     rows, lse, flat = as_rows(x), lse.reshape(-1), targets.reshape(-1)
-    *chosen, token_weight, bias, logit_soft_cap = with_defaults(linear_cross_entropy, options).values()
-    if chosen[-1] == "none":
+    chosen = with_defaults(linear_cross_entropy, options)
+    if chosen["reduction"] == "none":
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
-    more = _modifiers(token_weight, bias, logit_soft_cap) or (None,) * 3
+    inputs = (rows, weight, flat, *chosen.values())
+    bias = chosen["bias"] is not None
+    more = _modifiers(*inputs[_TENSORS], *inputs[_SOFT_CAP]) or (None,) * 3
     given: tuple[Any, ...] = (
         grad_loss,
         grad_z,
@@ -136,20 +195,20 @@ def linear_cross_entropy_backward(
         weight,
         flat,
         lse,
-        *chosen,
+        *inputs[_ALWAYS],
         True,
         True,
         *more,
-        bias is not None,
+        bias,
     )
     dx, dweight, dbias = _run_backward(*given, main_grad=main_grad)
     dx = dx.reshape(x.shape)
-    return (dx, dweight) if bias is None else (dx, dweight, dbias)
+    return (dx, dweight, dbias) if bias else (dx, dweight)
 
 
 def linear_cross_entropy_reference(
     x: Any, weight: Any, targets: Any, **options: Unpack[LinearCrossEntropyOptions]
-) -> LinearCrossEntropy:
+) -> LinearCrossEntropy | LinearCrossEntropyDetails:
     """The same in plain torch with the logits in memory; any floating dtype, differentiable any number of times.
 
     From the logits on it computes in f32 at least, as one would around ``torch.nn.functional.cross_entropy``.
@@ -176,7 +235,13 @@ def linear_cross_entropy_reference(
     if o.reduction != "none":
         count = shares.sum() if o.reduction == "mean" else 1
         loss, z = loss.sum() / count, z.sum() / count
-    return LinearCrossEntropy(loss, z, logprobs.detach(), lse.detach())
+    out = loss, z, logprobs.detach(), lse.detach()
+    if not (o.return_entropy or o.return_predicted):
+        return LinearCrossEntropy(*out)
+    p = torch.softmax(logits.detach(), -1)
+    entropy = torch.where(kept, torch.special.entr(p).sum(-1), 0.0) if o.return_entropy else None
+    predicted = torch.where(kept, logits.argmax(-1), -1) if o.return_predicted else None
+    return LinearCrossEntropyDetails(*out, entropy, predicted)
 
 
 def _modifiers(
@@ -200,14 +265,26 @@ def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
 def _run(
     x: Array, weight: Array, targets: Array, ignore_index: int, smoothing: float, z_loss: float,
     scale: float, reduction: str, token_weight: Array | None = None, bias: Array | None = None,
-    soft_cap: float | None = None, *, dx: Any = None, dweight: Any = None, dbias: Any = None,
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    soft_cap: float | None = None, want_entropy: bool = False, want_predicted: bool = False,
+    *, dx: Any = None, dweight: Any = None, dbias: Any = None,
+) -> tuple[Array, ...]:  # fmt: skip
     out = _results(x, reduction)
+    observed: tuple[Array, ...] = ()
+    if want_entropy or want_predicted:
+        observed = _observed(x, want_entropy, want_predicted)
     backend.extension().linear_cross_entropy_forward(
         last_contiguous(x), last_contiguous(weight), targets, ignore_index, smoothing, z_loss, scale,
         reduction, *out, dx, dweight, token_weight, bias, soft_cap, dbias,
+        observed[0] if want_entropy else None, observed[1] if want_predicted else None,
     )  # fmt: skip
-    return out
+    return (*out, *observed)
+
+
+def _observed(x: Array, want_entropy: bool, want_predicted: bool) -> tuple[Array, Array]:
+    """Room for entropy and predicted tokens, of no elements where not wanted."""
+    rows = x.shape[:1]
+    entropy = empty(x, rows if want_entropy else (0,), "float32")
+    return entropy, empty(x, rows if want_predicted else (0,), "int64")
 
 
 def _run_backward(
@@ -231,13 +308,14 @@ def _run_backward(
 # --- torch ------------------------------------------------------------------------------------------------------
 
 
-# The op's inputs: x, weight and targets, the options that every call passes, modifiers that are tensors, others.
-OPTIONS, TENSORS = slice(3, 8), slice(8, 10)
-BIAS = 9
+def _forward(*inputs: Any) -> tuple[Any, ...]:
+    out = _run(*inputs)
+    return out if len(out) > 4 else (*out, *_observed(inputs[0], False, False))
 
 
-def _fake(x: Any, *rest: Any) -> tuple[Any, ...]:
-    return _results(x, rest[OPTIONS.stop - 2])
+def _fake(*inputs: Any) -> tuple[Any, ...]:
+    wanted = (*inputs[_OBSERVED], False, False)[:2]  # the dispatcher leaves defaults out
+    return *_results(inputs[0], inputs[_REDUCTION]), *_observed(inputs[0], *wanted)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -245,10 +323,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], made: Any, main_grad: Any) -> None:
-    ctx.mark_non_differentiable(output[2], output[3])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: OPTIONS.start], output[3], *made, *inputs[TENSORS])
-    ctx.options, ctx.modifiers, ctx.main_grad = inputs[OPTIONS], inputs[TENSORS.stop :], main_grad
+    ctx.save_for_backward(*inputs[:3], output[3], *made, *inputs[_TENSORS])
+    ctx.options, ctx.modifiers, ctx.main_grad = inputs[_ALWAYS], inputs[_SOFT_CAP], main_grad
 
 
 def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> bool:
@@ -270,17 +348,17 @@ def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
     x, weight = inputs[:2]
     main_grad = getattr(weight, "main_grad", None)
     dx = dweight = dbias = None
-    if _gradients_at_once(x, weight, main_grad, inputs[7]):
+    if _gradients_at_once(x, weight, main_grad, inputs[_REDUCTION]):
         want_x, want_weight = ctx.needs_input_grad[:2]
         dx, dweight = empty_like(x) if want_x else None, empty_like(weight) if want_weight else None
-        dbias = empty_like(inputs[BIAS]) if _needs_bias(ctx) else None
+        dbias = empty_like(inputs[_BIAS]) if _needs_bias(ctx) else None
     output = _run(*inputs, dx=dx, dweight=dweight, dbias=dbias)
     _save(ctx, inputs, output, (dx, dweight, dbias), main_grad)
     return output
 
 
 def _needs_bias(ctx: Any) -> bool:
-    return len(ctx.needs_input_grad) > BIAS and ctx.needs_input_grad[BIAS]
+    return len(ctx.needs_input_grad) > _BIAS and ctx.needs_input_grad[_BIAS]
 
 
 def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tuple[Any, ...]:
@@ -302,7 +380,7 @@ def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tupl
 
 def _in_place(dx: Any, dweight: Any, dbias: Any) -> tuple[Any, ...]:
     """One gradient per input."""
-    return dx, dweight, *(None,) * (BIAS - 2), dbias, None
+    return dx, dweight, *(None,) * (_BIAS - 2), dbias, *(None,) * (_OBSERVED.stop - _BIAS - 1)
 
 
 def _common_factor(grad_loss: Any, grad_z: Any, z_loss: float) -> float | None:
@@ -367,9 +445,10 @@ _backward_op = TorchOp(
 _op = TorchOp(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, float label_smoothing, float z_loss,"
-    " float logit_scale, str reduction, Tensor? token_weight=None, Tensor? bias=None, float? logit_soft_cap=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    forward=_run,
+    " float logit_scale, str reduction, Tensor? token_weight=None, Tensor? bias=None, float? logit_soft_cap=None,"
+    " bool return_entropy=False, bool return_predicted=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    forward=_forward,
+    inference=_run,
     fake=_fake,
     setup_context=_setup,
     backward=_backward,

@@ -48,7 +48,7 @@ def step(function, x, weight, targets, options):
     grads = [torch.rand(out.loss.shape, generator=generator) + 0.5 for _ in range(2)]
     kind = out.loss.dtype
     gradients = torch.autograd.grad([out.loss, out.z_loss], leaves, [g.to(kind) for g in grads])
-    return [o.detach() for o in out], list(gradients)
+    return [o.detach() for o in out if o is not None], list(gradients)
 
 
 def largest_share(targets: torch.Tensor, lse: torch.Tensor, options: dict[str, Any]) -> float:
@@ -59,6 +59,21 @@ def largest_share(targets: torch.Tensor, lse: torch.Tensor, options: dict[str, A
     most = weights.abs().max().item() / divisor if kept.any() else 1.0
     z = 1 + 2 * options.get("z_loss", 0.0) * lse.abs().max().item()
     return 1.5 * most * options.get("logit_scale", 1.0) * z
+
+
+def check_predicted(x, weight, targets, predicted, options, error: float) -> None:
+    """The predicted class has the largest logit, within the error of two logits."""
+    plain = {k: v for k, v in options.items() if k in ("bias", "logit_scale", "logit_soft_cap")}
+    best = linear_cross_entropy_reference(
+        x.double(), weight.double(), targets, reduction="none", return_predicted=True, **plain
+    ).predicted
+    kept = targets >= 0
+    assert torch.equal(predicted < 0, ~kept) and predicted.dtype == torch.int64
+    for token, a, b in zip(x[kept].double(), predicted[kept], best[kept], strict=True):
+        pair = linear_cross_entropy_reference(
+            token.expand(2, -1), weight.double(), torch.stack([a, b]), reduction="none", **plain
+        ).logprobs
+        assert pair[1] - pair[0] <= 2 * error
 
 
 def check(x, weight, targets, **options) -> None:
@@ -81,9 +96,17 @@ def check(x, weight, targets, **options) -> None:
     # A loss is weighted, and where signs differ the sum is smaller than what is added up.
     tokens = options.get("token_weight", torch.ones(1)).abs()
     reach = (tokens.sum() if options.get("reduction") == "sum" else tokens.max()).item()
-    for i, name in enumerate(("loss", "z_loss", "logprobs", "lse")):
+    names = ["loss", "z_loss", "logprobs", "lse"]
+    names += (
+        ["entropy"] if options.get("return_entropy") else []
+    )  # errs by a probability's error times its logarithm
+    for i, name in enumerate(names):
         summand = logit * max(reach, 1.0) if i < 2 else logit
         assert_close_to_exact(got[i], exact[i], twin[i], terms=width, summand=summand, what=name)
+    if options.get("return_predicted"):
+        check_predicted(
+            x, weight, targets, got[-1], options, 2 * ROUNDOFF[torch.float32] * logit * width**0.5
+        )
     # Gradients add up to N (or V) products of a gradient of a logit (at most the largest factor of a row) with an
     # entry; a probability errs by its logit's error. bf16 products round each gradient of a logit once.
     share = largest_share(targets, got[3], options)

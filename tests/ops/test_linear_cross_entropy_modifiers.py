@@ -1,4 +1,4 @@
-"""Per-token weights, soft-capped logits and a bias: alone and with the other options."""
+"""Per-token weights, soft-capped logits, a bias, entropy and predicted tokens: alone and with the other options."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gptcore.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_backward,
     linear_cross_entropy_reference,
+    token_logprobs,
 )
 from tests.ops.linear_cross_entropy_cases import DTYPES, SHAPES, check, inputs, step
 from tests.tolerance import assert_same_for_threads, same_bits
@@ -58,8 +59,16 @@ def _biased_per_token(rows: int, classes: int) -> dict[str, Any]:
     return {"bias": torch.randn(classes), "logit_soft_cap": 20.0, **_per_token(rows, classes)}
 
 
-REDUCED = [_mask, _advantages, _capped, _biased, _biased_half]
-MODIFIERS = [*REDUCED, _per_token, _capped_mask, _biased_per_token]
+def _observed(rows: int, classes: int) -> dict[str, Any]:
+    return {"return_entropy": True, "return_predicted": True, "label_smoothing": 0.1, "z_loss": 1e-2}
+
+
+def _observed_modified(rows: int, classes: int) -> dict[str, Any]:
+    return {"return_entropy": True, "return_predicted": True, **_biased_per_token(rows, classes)}
+
+
+REDUCED = [_mask, _advantages, _capped, _biased, _biased_half, _observed]
+MODIFIERS = [*REDUCED, _per_token, _capped_mask, _biased_per_token, _observed_modified]
 Modifiers = Callable[[int, int], dict[str, Any]]
 
 
@@ -90,7 +99,8 @@ def test_gradients_made_in_the_forward_are_the_backwards_bits(isa: str, dtype, s
     if "bias" in options:
         options["bias"] = options["bias"].detach()
     plain = linear_cross_entropy(x, weight, targets, **options)
-    assert all(same_bits(a.detach(), b) for a, b in zip(out, plain, strict=True))
+    for a, b in zip(out, plain, strict=True):
+        assert (a is None and b is None) or same_bits(a.detach(), b)
     ones = torch.ones(()), torch.ones(())
     again = linear_cross_entropy_backward(*ones, x, weight, targets, out.lse, **options)
     assert all(same_bits(a, b) for a, b in zip(got, again, strict=True))
@@ -166,14 +176,17 @@ def test_compiles_into_one_graph(modifiers: Modifiers) -> None:
 
     def loss(a, b):
         out = linear_cross_entropy(a * 2, b, targets, **options)
-        return (out.loss + out.z_loss).sum()
+        return (out.loss + out.z_loss).sum(), [o for o in out[2:] if o is not None]
 
     eager = [t.clone().requires_grad_() for t in (x, weight)]
     compiled = [t.clone().requires_grad_() for t in (x, weight)]
-    loss(*eager).backward()
+    total, others = loss(*eager)
+    total.backward()
     torch.compiler.reset()  # each case is a graph of its own, and there is a limit
-    torch.compile(loss, fullgraph=True)(*compiled).backward()
+    total, compiled_others = torch.compile(loss, fullgraph=True)(*compiled)
+    total.backward()
     assert all(same_bits(a.grad, b.grad) for a, b in zip(eager, compiled, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(others, compiled_others, strict=True))
 
 
 def test_opcheck_and_gradcheck() -> None:
@@ -181,7 +194,20 @@ def test_opcheck_and_gradcheck() -> None:
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     torch.library.opcheck(
         torch.ops.gptcore.linear_cross_entropy.default,
-        (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean", torch.rand(4), torch.randn(9).requires_grad_(), 2.0),
+        (
+            *leaves,
+            targets,
+            -100,
+            0.1,
+            0.01,
+            1.0,
+            "mean",
+            torch.rand(4),
+            torch.randn(9).requires_grad_(),
+            2.0,
+            True,
+            True,
+        ),
     )
     for modifiers in MODIFIERS:
         options = modifiers(4, 9)
@@ -307,6 +333,66 @@ def test_only_wanted_gradients_are_made(dtype: torch.dtype) -> None:
             grads = torch.rand((), generator=torch.Generator().manual_seed(1)) + 0.5
             got = torch.autograd.grad(out.loss, [leaves[i] for i in wanted], grads)
             assert all(same_bits(g, whole[i]) for g, i in zip(got, wanted, strict=True))
+
+
+def test_entropy_and_predicted_change_no_other_bit(isa: str) -> None:
+    for dtype in DTYPES:
+        x, weight, targets = inputs(*MANY, dtype)
+        options = {"label_smoothing": 0.1, "z_loss": 1e-2}
+        plain = step(linear_cross_entropy, x, weight, targets, options)
+        asked = {"return_entropy": True, "return_predicted": True}
+        got = step(linear_cross_entropy, x, weight, targets, {**options, **asked})
+        for a, b in zip([*plain[0], *plain[1]], [*got[0][:4], *got[1]], strict=True):
+            assert same_bits(a, b)
+        for name in asked:
+            alone = linear_cross_entropy(x, weight, targets, **{name: True})
+            assert [alone.entropy is None, alone.predicted is None] == [name != a for a in asked]
+            value = alone.entropy if alone.predicted is None else alone.predicted
+            assert same_bits(value, got[0][4 if name == "return_entropy" else 5])
+
+
+def test_entropy_of_certain_even_and_barred_tokens(isa: str) -> None:
+    # 600 classes are three blocks of the vocabulary.
+    x, weight = torch.ones(1, 1), torch.zeros(600, 1)
+    even = linear_cross_entropy(x, weight, torch.tensor([0]), return_entropy=True, return_predicted=True)
+    assert abs(even.entropy.item() - np.log(600)) < 2e-6 and even.predicted.item() == 0
+    weight[500] = 200.0
+    sure = linear_cross_entropy(x, weight, torch.tensor([0]), return_entropy=True, return_predicted=True)
+    assert sure.entropy.item() == 0 and sure.predicted.item() == 500
+    bias = torch.full((600,), -float("inf"))
+    bias[[300, 550]] = 1.0
+    weight[500] = 0.0
+    two = linear_cross_entropy(
+        x, weight, torch.tensor([300]), bias=bias, return_entropy=True, return_predicted=True
+    )
+    assert abs(two.entropy.item() - np.log(2)) < 1e-6 and two.predicted.item() == 300
+
+
+def test_lowest_of_equal_classes_is_predicted(isa: str) -> None:
+    x = torch.ones(40, 1)
+    for classes, best in ((700, [3, 4, 650]), (700, [255, 256]), (5, [4]), (300, [256, 299])):
+        weight = torch.zeros(classes, 1)
+        weight[best] = 2.0
+        for dtype in DTYPES:
+            out = linear_cross_entropy(
+                x.to(dtype), weight.to(dtype), torch.zeros(40, dtype=torch.int64), return_predicted=True
+            )
+            assert (out.predicted == best[0]).all()
+
+
+def test_token_logprobs_with_entropy_and_predicted_tokens() -> None:
+    x, weight, targets = inputs(12, 16, 30, torch.float32)
+    x.requires_grad_()
+    options = {"logit_scale": 0.7, "bias": torch.randn(30), "logit_soft_cap": 5.0}
+    out = token_logprobs(x, weight, targets, return_entropy=True, return_predicted=True, **options)
+    logits = 0.7 * torch.nn.functional.linear(x, weight, options["bias"])
+    exact = torch.log_softmax(5.0 * torch.tanh(logits / 5.0), -1)
+    kept = targets >= 0
+    torch.testing.assert_close(out.logprobs, exact.gather(1, targets.clamp(min=0)[:, None])[:, 0] * kept)
+    torch.testing.assert_close(out.entropy, -(exact.exp() * exact).sum(-1).detach() * kept)
+    assert torch.equal(out.predicted, torch.where(kept, exact.argmax(-1), -1))
+    assert out.logprobs.requires_grad and not out.entropy.requires_grad and not out.predicted.requires_grad
+    assert same_bits(token_logprobs(x, weight, targets, **options), out.logprobs)
 
 
 def test_options_are_those_of_the_signature() -> None:

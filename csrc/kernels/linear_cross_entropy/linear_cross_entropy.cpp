@@ -71,6 +71,23 @@ void check_gradients(const Checker& check, const TensorView& x, const TensorView
   }
 }
 
+void check_outputs(const Checker& check, const LinearCrossEntropyOutputs& out, int64_t rows,
+                   const std::string& reduction) {
+  check_loss(check, out.loss, "loss", rows, reduction, {DType::f32});
+  check_loss(check, out.z, "z", rows, reduction, {DType::f32});
+  check_row_values(check, out.logprobs, "logprobs", rows);
+  check_row_values(check, out.lse, "lse", rows);
+  if (out.entropy) check_row_values(check, out.entropy, "entropy", rows);
+  if (out.predicted) {
+    check.input(out.predicted, "predicted", {DType::i64});
+    check.shape(out.predicted, "predicted", {rows});
+    check.contiguous(out.predicted, "predicted");
+  }
+  for (const TensorView* o : {&out.loss, &out.z, &out.logprobs, &out.lse, &out.entropy, &out.predicted}) {
+    check.writable(*o, "output");
+  }
+}
+
 // Those that forward makes at once.
 void check_gradients_at_once(const Checker& check, const TensorView& x, const TensorView& weight,
                              const LinearCrossEntropyOptions& options,
@@ -191,6 +208,7 @@ void run_with_gradients(const LinearCrossEntropyBodies& bodies, const LinearCros
     LinearCrossEntropyForward a = whole;
     a.rows += first, a.targets += first, a.lse += first, a.target_logit += first;
     if (a.logit_sum) a.logit_sum += first;
+    if (a.entropy) a.entropy += first, a.predicted += first;
     a.n = std::min(chunk, kept.count() - first);
     a.logits = logits.as<float>();
     bodies.forward(a);
@@ -219,6 +237,8 @@ void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyO
   for (const TensorView* o : {&out.logprobs, &out.lse}) {
     std::memset(o->data, 0, static_cast<size_t>(rows) * sizeof(float));
   }
+  if (out.entropy) std::memset(out.entropy.data, 0, static_cast<size_t>(rows) * sizeof(float));
+  if (out.predicted) std::fill_n(out.predicted.as<int64_t>(), rows, -1);
   for (int64_t n = 0; per_row && n < rows; ++n) {
     out.loss.as<float>()[n * out.loss.stride(0)] = 0.0f;
     out.z.as<float>()[n * out.z.stride(0)] = 0.0f;
@@ -234,6 +254,8 @@ void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyO
     const double row_z = shares.of(i) * options.z_loss * row_lse * row_lse;
     out.lse.as<float>()[n] = a.lse[i];
     out.logprobs.as<float>()[n] = a.target_logit[i] - a.lse[i];
+    if (out.entropy) out.entropy.as<float>()[n] = a.entropy[i];
+    if (out.predicted) out.predicted.as<int64_t>()[n] = a.predicted[i];
     loss_sum += row_loss, z_sum += row_z;
     if (!per_row) continue;
     out.loss.as<float>()[n * out.loss.stride(0)] = static_cast<float>(row_loss);
@@ -253,21 +275,21 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   const Checker check("linear_cross_entropy");
   check_inputs(check, x, weight, targets, options);
   const int64_t rows = x.size(0);
-  check_loss(check, out.loss, "loss", rows, options.reduction, {DType::f32});
-  check_loss(check, out.z, "z", rows, options.reduction, {DType::f32});
-  check_row_values(check, out.logprobs, "logprobs", rows);
-  check_row_values(check, out.lse, "lse", rows);
-  for (const TensorView* o : {&out.loss, &out.z, &out.logprobs, &out.lse}) check.writable(*o, "output");
+  check_outputs(check, out, rows, options.reduction);
   const bool at_once = gradients.dx || gradients.dweight || gradients.dbias;
   if (at_once) check_gradients_at_once(check, x, weight, options, gradients);
 
-  const KeptRows kept(targets, options.ignore_index, 6, kRowPadding);
+  const bool observed = out.entropy || out.predicted;
+  const KeptRows kept(targets, options.ignore_index, observed ? 8 : 6, kRowPadding);
   const Shares shares(kept, options);
   const ClassValues bias(options.bias, options.logit_scale);
   LinearCrossEntropyForward a{};
   fill(&a, kept, x, weight, options, bias);
   a.lse = kept.values(0), a.target_logit = kept.values(1);
   if (options.label_smoothing > 0) a.logit_sum = kept.values(2);
+  if (observed) {
+    a.entropy = kept.values(6), a.predicted = reinterpret_cast<int32_t*>(kept.values(7));
+  }
   zero_ignored(kept, rows, gradients, false);
   if (at_once) {
     const int64_t chunk = std::min((rows + kRowPadding - 1) / kRowPadding * kRowPadding, kMostTokens);
@@ -308,8 +330,8 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
     row_lse[i] = lse.as<float>()[n];
     factors.set(i, row_lse[i], loss_gradient(grad_loss, per_row, n), loss_gradient(grad_z, per_row, n));
   }
-  // What pads the rows has no products: with a large bias, exp(bias - 0) would be infinite, and its product with
-  // a factor of 0 no number.
+  // What pads the rows has no products: with a large bias, exp(bias - 0) would be infinite, and its product
+  // with a factor of 0 no number.
   std::fill(row_lse + kept.count(), row_lse + kept.padded(), std::numeric_limits<float>::infinity());
   const BiasSums bias_sums(gradients.dbias);
   LinearCrossEntropyBackward a = backward_of(inputs, gradients, bias_sums);

@@ -52,6 +52,8 @@ inline void for_tasks(const LinearCrossEntropyInputs& a, int64_t tasks, const F&
 struct LinearCrossEntropyForward : LinearCrossEntropyInputs {
   float *lse, *target_logit;
   float* logit_sum;  // null: not wanted
+  float* entropy;    // null: neither this nor predicted is wanted
+  int32_t* predicted;
 };
 
 // The gradient of the products: softmax_factor * p - uniform - (target_share at the target), times the slope of

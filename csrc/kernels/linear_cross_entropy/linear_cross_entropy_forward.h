@@ -68,12 +68,14 @@ inline Fetch fetch_weight(const Lines& weight, int64_t first, int64_t count, int
           smaller(width, weight.width - column) * element, weight.stride * element, calls};
 }
 
-// What a block of the vocabulary contributes to each token: the largest scaled logit, the sum of exponentials
-// relative to it and, for label smoothing, the sum of logits. Layout [block][quantity][token].
+// What a block of the vocabulary contributes to each token: the largest logit, the sum of exponentials relative to
+// it and, where wanted, the sum of logits (for label smoothing), the sum of exponentials times their exponents (for
+// the entropy) and the word of the largest logit. Layout [block][quantity][token].
 struct Partials {
   float* data;
   int64_t tokens;  // padded
   int quantities;
+  int total, moment;  // which quantities these are, 0: not wanted; the word follows the moment
   float* at(int64_t block, int quantity) const { return data + (block * quantities + quantity) * tokens; }
 };
 
@@ -90,30 +92,62 @@ __attribute__((noinline)) void modify(const LinearCrossEntropyInputs& a, float* 
   }
 }
 
-// Reduces logits[words][kLanes tokens] over words.
-GPTCORE_INLINE void reduce_strip(const float* logits, int64_t words, float scale, float* largest, float* sum,
-                                 float* total) {
+// Reduces logits[words][kLanes tokens] over words, into partial results of `block` for the tokens from n on.
+template <bool observed>
+GPTCORE_INLINE void reduce_strip(const float* logits, int64_t words, float scale, const Partials& partials,
+                                 int64_t block, int64_t n) {
   Vec top = splat(-__builtin_inff());
-  for (int64_t w = 0; w < words; ++w) top = max(top, load(logits + w * kLogitStride) * scale);
+  VecI word = {};
+  for (int64_t w = 0; w < words; ++w) {
+    const Vec logit = load(logits + w * kLogitStride) * scale;
+    if (observed) word = logit > top ? splat_int(static_cast<int32_t>(w)) : word;
+    top = max(top, logit);
+  }
   // All logits -inf: the exponentials are then zeros, not NaN.
   const Vec base = top == splat(-__builtin_inff()) ? splat(0.0f) : top;
-  Vec sums[2] = {};
+  Vec sums[2] = {}, moment = {};
+  const auto add = [&](int64_t w, Vec* sum) __attribute__((always_inline)) {
+    const Vec exponent = load(logits + w * kLogitStride) * scale - base, e = exp(exponent);
+    *sum += e;
+    if (observed) moment += e * at_least(exponent, -104.0f);  // where exp() ends; not 0 times -inf
+  };
   int64_t w = 0;
-  for (; w + 2 <= words; w += 2) {
-    sums[0] += exp(load(logits + w * kLogitStride) * scale - base);
-    sums[1] += exp(load(logits + (w + 1) * kLogitStride) * scale - base);
+  for (; w + 2 <= words; w += 2) add(w, sums), add(w + 1, sums + 1);
+  if (w < words) add(w, sums);
+  store(partials.at(block, 0) + n, base);
+  store(partials.at(block, 1) + n, sums[0] + sums[1]);
+  if (observed) {
+    store(partials.at(block, partials.moment) + n, moment);
+    store(partials.at(block, partials.moment + 1) + n, (Vec)word);
   }
-  if (w < words) sums[0] += exp(load(logits + w * kLogitStride) * scale - base);
-  store(largest, base);
-  store(sum, sums[0] + sums[1]);
-  if (!total) return;
+  if (!partials.total) return;
   Vec all = {};
   for (w = 0; w < words; ++w) all += load(logits + w * kLogitStride) * scale;
-  store(total, all);
+  store(partials.at(block, partials.total) + n, all);
+}
+
+// The entropy log S - sum_v e_v d_v / S of each token, with exponents d relative to `top`, e = exp d and their sum
+// S; and the first of the words with the largest logit.
+inline void join_observed(const LinearCrossEntropyForward& a, const Partials& partials, int64_t blocks,
+                          int64_t block_words, int64_t n, Vec top, Vec sum) {
+  Vec moment = {}, most = splat(-__builtin_inff());
+  VecI best = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Vec part = load(partials.at(b, 1) + n), from_top = load(partials.at(b, 0) + n) - top;
+    const Vec share = exp(from_top) * (load(partials.at(b, partials.moment) + n) + part * from_top);
+    moment += part == splat(0.0f) ? part : share;
+    const Vec largest = part == splat(0.0f) ? splat(-__builtin_inff()) : load(partials.at(b, 0) + n);
+    const VecI word = (VecI)load(partials.at(b, partials.moment + 1) + n);
+    best = largest > most ? word + static_cast<int32_t>(b * block_words) : best;
+    most = max(most, largest);
+  }
+  store(a.entropy + n, at_least(log(sum) - moment / sum, 0.0f));
+  *reinterpret_cast<VecI*>(a.predicted + n) = best;
 }
 
 // Joins the blocks' partial results in block order.
-inline void join_blocks(const LinearCrossEntropyForward& a, const Partials& partials, int64_t blocks) {
+inline void join_blocks(const LinearCrossEntropyForward& a, const Partials& partials, int64_t blocks,
+                        int64_t block_words) {
   parallel_ranges(partials.tokens / kLanes, 64, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kLanes; n < end * kLanes; n += kLanes) {
       Vec top = splat(-__builtin_inff());
@@ -128,10 +162,11 @@ inline void join_blocks(const LinearCrossEntropyForward& a, const Partials& part
         const Vec part = load(partials.at(b, 1) + n);
         const Vec share = part * exp(load(partials.at(b, 0) + n) - top);
         sum += part == splat(0.0f) ? part : share;
-        if (a.logit_sum) total += load(partials.at(b, 2) + n);
+        if (a.logit_sum) total += load(partials.at(b, partials.total) + n);
       }
       store(a.lse + n, top + log(sum));
       if (a.logit_sum) store(a.logit_sum + n, total);
+      if (a.entropy) join_observed(a, partials, blocks, block_words, n, top, sum);
     }
   });
 }
@@ -173,8 +208,11 @@ struct ForwardPass {
                              width / kGroup, steps, logits, kLogitStride, false, [&] { fetch.some(); });
       for (int64_t j = 0; j < width; j += kLanes) {
         if (a.modified) modify(a, logits + j, kLogitStride, first, words);
-        reduce_strip(logits + j, words, a.scale_left, partials.at(block, 0) + n + j,
-                     partials.at(block, 1) + n + j, a.logit_sum ? partials.at(block, 2) + n + j : nullptr);
+        if (a.entropy) {
+          reduce_strip<true>(logits + j, words, a.scale_left, partials, block, n + j);
+        } else {
+          reduce_strip<false>(logits + j, words, a.scale_left, partials, block, n + j);
+        }
         if (!a.logits) continue;
         const int64_t group_stride = kept_stride(partials.tokens);
         float* tile = a.logits + first / kGroup * group_stride + (n + j) / kGroup * kTile + j % kGroup;
@@ -194,7 +232,8 @@ void forward(const LinearCrossEntropyForward& a) {
   const int64_t steps = ceil_div(a.c, kStepDepth<P>), stride = steps * kStepBytes;
   const int64_t padded = ceil_div(a.n, kRowPadding) * kRowPadding;
   const int64_t block_words = words_per_block(a.c, sizeof(P)), blocks = ceil_div(a.v, block_words);
-  const int quantities = a.logit_sum ? 3 : 2;
+  const int total = a.logit_sum ? 2 : 0, moment = a.entropy ? 2 + (total > 0) : 0;
+  const int quantities = 2 + (total > 0) + (moment > 0 ? 2 : 0);
   const Scratch tokens(static_cast<size_t>(padded / kGroup * stride));
   const Scratch results(static_cast<size_t>(blocks * quantities * padded) * sizeof(float));
   const Lines x = token_lines(a);
@@ -207,7 +246,7 @@ void forward(const LinearCrossEntropyForward& a) {
                                  steps,
                                  stride,
                                  block_words,
-                                 {results.as<float>(), padded, quantities}};
+                                 {results.as<float>(), padded, quantities, total, moment}};
   const int64_t part = blocks >= kEnoughTasks ? padded : kTokenPart, parts = ceil_div(padded, part);
   const int64_t run = blocks / kEnoughTasks < 1 ? 1 : smaller(blocks / kEnoughTasks, kBlocksInOrder);
   for_tasks(a, ceil_div(blocks, run) * parts, [&](int64_t t, int) {
@@ -215,7 +254,7 @@ void forward(const LinearCrossEntropyForward& a) {
     const int64_t first = t / parts * run, last = smaller(first + run, blocks);
     for (int64_t block = first; block < last; ++block) pass.task(block, begin, end, block + 1 < last);
   });
-  join_blocks(a, pass.partials, blocks);
+  join_blocks(a, pass.partials, blocks, block_words);
 }
 
 }  // namespace
