@@ -164,6 +164,7 @@ def linear_cross_entropy_backward(
     accumulate: bool,
     token_weight: Tensor | None = None,
     bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
     logit_soft_cap: float | None = None,
     dbias: Tensor | None = None,
 ) -> None: ...
@@ -184,6 +185,7 @@ def linear_cross_entropy_forward(
     dweight: Tensor | None = None,
     token_weight: Tensor | None = None,
     bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
     logit_soft_cap: float | None = None,
     dbias: Tensor | None = None,
     entropy: Tensor | None = None,

@@ -108,9 +108,10 @@ float* KeptRows::values(int array) const {
   return values;
 }
 
-ClassValues::ClassValues(const TensorView& tensor, double factor)
-    : room_(tensor && (tensor.dtype != DType::f32 || factor != 1.0)
-                ? static_cast<size_t>(tensor.numel()) * sizeof(float)
+ClassValues::ClassValues(const TensorView& tensor, int64_t classes, double factor)
+    : classes_(classes),
+      room_(tensor && (tensor.dtype != DType::f32 || factor != 1.0)
+                ? static_cast<size_t>(classes) * sizeof(float)
                 : 0) {
   if (!tensor) return;
   values_ = room_.as<float>();
@@ -118,9 +119,16 @@ ClassValues::ClassValues(const TensorView& tensor, double factor)
     values_ = tensor.as<float>();
     return;
   }
-  for (int64_t v = 0; v < tensor.numel(); ++v) {
+  for (int64_t v = 0; v < classes; ++v) {
     room_.as<float>()[v] = static_cast<float>(factor * loss_gradient(tensor, true, v));
   }
+}
+
+double ClassValues::sum() const {
+  if (!values_) return static_cast<double>(classes_);
+  double total = 0;
+  for (int64_t v = 0; v < classes_; ++v) total += values_[v];
+  return total;
 }
 
 }  // namespace gptcore

@@ -57,13 +57,17 @@ class KeptRows {
   int32_t *rows_, *classes_;
 };
 
-// A tensor of one number per class as f32, each times `factor`. The tensor itself where it is f32 and the factor 1.
+// A tensor of one number per class as f32, each times `factor`; ones where it is None. The tensor itself
+// where it is f32 and the factor 1.
 class ClassValues {
  public:
-  ClassValues(const TensorView& tensor, double factor);
+  ClassValues(const TensorView& tensor, int64_t classes, double factor);
   const float* values() const { return values_; }  // null where the tensor is None
+  double at(int32_t v) const { return values_ ? values_[v] : 1.0; }
+  double sum() const;  // in f64, in order
 
  private:
+  const int64_t classes_;
   Scratch room_;
   const float* values_ = nullptr;
 };

@@ -6,8 +6,8 @@
 namespace gptcore {
 namespace GPTCORE_ISA_NS {
 
-// e^x - 1 within 3 ulp of f32 for x of 0 to 40; NaN stays. The reduction and polynomial of exp(), whose 1 is kept
-// apart: it would swallow the digits of a small x.
+// e^x - 1 within 3 ulp of f32 for x of 0 to 40; NaN stays. The reduction and polynomial of exp(), whose 1 is
+// kept apart: it would swallow the digits of a small x.
 GPTCORE_INLINE Vec expm1_positive(Vec x) {
   const Vec magic = splat(12582912.0f);
   const Vec n = (x * 1.44269504088896341f + magic) - magic;
@@ -23,8 +23,8 @@ GPTCORE_INLINE Vec expm1_positive(Vec x) {
   return power * p + (power - 1.0f);
 }
 
-// tanh x within 5 ulp of f32, never beyond 1; NaN stays. tanh |x| = E / (E + 2), E = e^(2 |x|) - 1, which is 1 in
-// f32 from |x| = 9.1 on.
+// tanh x within 5 ulp of f32, never beyond 1; NaN stays. tanh |x| = E / (E + 2), E = e^(2 |x|) - 1, which is
+// 1 in f32 from |x| = 9.1 on.
 GPTCORE_INLINE Vec tanh(Vec x) {
   const Vec e = expm1_positive(at_most(abs(x), 10.0f) * 2.0f);
   const VecU sign = (VecU)x & 0x80000000u;

@@ -21,7 +21,7 @@ CHUNK_ROWS = 512
 # Places among the op's inputs, which are x, weight, targets and the options in the order of the signature: those that
 # every call passes, up to the reduction; then only where some are used the tensors, the soft cap, what else to return.
 _REDUCTION, _BIAS = 7, 9
-_ALWAYS, _TENSORS, _SOFT_CAP, _OBSERVED = slice(3, 8), slice(8, 10), slice(10, 11), slice(11, 13)
+_ALWAYS, _TENSORS, _SOFT_CAP, _OBSERVED = slice(3, 8), slice(8, 11), slice(11, 12), slice(12, 14)
 
 
 class LinearCrossEntropyOptions(LossOptions, total=False):
@@ -31,6 +31,7 @@ class LinearCrossEntropyOptions(LossOptions, total=False):
     logit_scale: float
     token_weight: Array | None
     bias: Array | None
+    class_weight: Array | None
     logit_soft_cap: float | None
     return_entropy: bool
     return_predicted: bool
@@ -77,6 +78,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     token_weight: Array | None = None,
     bias: Array | None = None,
+    class_weight: Array | None = None,
     logit_soft_cap: float | None = None,
     return_entropy: bool = False,
     return_predicted: bool = False,
@@ -98,6 +100,9 @@ def linear_cross_entropy(
             and advantages, of any sign. It gets no gradient. A token of weight 0 costs as much as any other;
             ignore_index saves its work. Weights that add up to 0 make the mean NaN or infinite, with its gradients.
         bias: (V,) f32 or bf16, differentiable; -inf bars a class.
+        class_weight: (V,) f32 or bf16, the ``weight`` of ``torch.nn.functional.cross_entropy``: a token's loss, and its
+            count in the mean, times that of its target; the smoothed part class by class. z_loss has no part in it.
+            It gets no gradient.
         logit_soft_cap: the logits are ``cap * tanh(logits / cap)`` then (Gemma 2, section 2); above 0.
         return_entropy: also the entropy in nats of each token's distribution.
         return_predicted: also the class of each token's largest logit, the lowest such class; -1 where the target is
@@ -120,9 +125,9 @@ def linear_cross_entropy(
     """
     flat = targets if targets.ndim == 1 else targets.reshape(-1)
     run = _op if is_torch(x) else _run
-    more = _modifiers(token_weight, bias, logit_soft_cap)
+    more = _modifiers(token_weight, bias, class_weight, logit_soft_cap)
     if return_entropy or return_predicted:
-        more = (*(more or (None,) * 3), return_entropy, return_predicted)
+        more = (*(more or (None,) * 4), return_entropy, return_predicted)
     out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction, *more)
     shape = targets.shape
     basic = out[:4] if targets.ndim == 1 else [o.reshape(shape) if o.ndim else o for o in out[:4]]
@@ -187,7 +192,7 @@ def linear_cross_entropy_backward(
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
     inputs = (rows, weight, flat, *chosen.values())
     bias = chosen["bias"] is not None
-    more = _modifiers(*inputs[_TENSORS], *inputs[_SOFT_CAP]) or (None,) * 3
+    more = _modifiers(*inputs[_TENSORS], *inputs[_SOFT_CAP]) or (None,) * 4
     given: tuple[Any, ...] = (
         grad_loss,
         grad_z,
@@ -225,16 +230,16 @@ def linear_cross_entropy_reference(
     lse = torch.where(kept, torch.logsumexp(logits, -1), 0.0)
     picked = logits.gather(-1, torch.where(kept, targets, 0).unsqueeze(-1)).squeeze(-1)
     logprobs = torch.where(kept, picked, 0.0) - lse
-    loss = -logprobs
-    if o.label_smoothing:
-        flat = torch.where(kept, lse - logits.mean(-1), 0.0)
-        loss = (1.0 - o.label_smoothing) * loss + o.label_smoothing * flat
-    z = o.z_loss * lse * lse
+    classes = logits.new_ones(logits.shape[-1]) if o.class_weight is None else o.class_weight
     shares = torch.where(kept, torch.ones_like(lse) if o.token_weight is None else o.token_weight, 0.0)
-    loss, z = shares * loss, shares * z
+    counts = shares * classes[torch.where(kept, targets, 0)]
+    loss, z = -counts * logprobs, shares * o.z_loss * lse * lse
+    if o.label_smoothing:
+        smooth = torch.where(kept, ((lse.unsqueeze(-1) - logits) * classes).mean(-1), 0.0)
+        loss = (1.0 - o.label_smoothing) * loss + o.label_smoothing * shares * smooth
     if o.reduction != "none":
-        count = shares.sum() if o.reduction == "mean" else 1
-        loss, z = loss.sum() / count, z.sum() / count
+        mean = o.reduction == "mean"
+        loss, z = loss.sum() / (counts.sum() if mean else 1), z.sum() / (shares.sum() if mean else 1)
     out = loss, z, logprobs.detach(), lse.detach()
     if not (o.return_entropy or o.return_predicted):
         return LinearCrossEntropy(*out)
@@ -245,13 +250,13 @@ def linear_cross_entropy_reference(
 
 
 def _modifiers(
-    token_weight: Array | None, bias: Array | None, logit_soft_cap: float | None
+    token_weight: Array | None, bias: Array | None, class_weight: Array | None, logit_soft_cap: float | None
 ) -> tuple[Any, ...]:
     """What follows the options that every call passes; nothing where none is used, which costs nothing then."""
-    if token_weight is None and bias is None and logit_soft_cap is None:
+    if token_weight is None and bias is None and class_weight is None and logit_soft_cap is None:
         return ()
     flat = None if token_weight is None else last_contiguous(token_weight.reshape(-1))
-    return flat, last_contiguous(bias), logit_soft_cap
+    return flat, last_contiguous(bias), last_contiguous(class_weight), logit_soft_cap
 
 
 def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
@@ -265,8 +270,8 @@ def _results(x: Array, reduction: str) -> tuple[Array, Array, Array, Array]:
 def _run(
     x: Array, weight: Array, targets: Array, ignore_index: int, smoothing: float, z_loss: float,
     scale: float, reduction: str, token_weight: Array | None = None, bias: Array | None = None,
-    soft_cap: float | None = None, want_entropy: bool = False, want_predicted: bool = False,
-    *, dx: Any = None, dweight: Any = None, dbias: Any = None,
+    class_weight: Array | None = None, soft_cap: float | None = None, want_entropy: bool = False,
+    want_predicted: bool = False, *, dx: Any = None, dweight: Any = None, dbias: Any = None,
 ) -> tuple[Array, ...]:  # fmt: skip
     out = _results(x, reduction)
     observed: tuple[Array, ...] = ()
@@ -274,7 +279,7 @@ def _run(
         observed = _observed(x, want_entropy, want_predicted)
     backend.extension().linear_cross_entropy_forward(
         last_contiguous(x), last_contiguous(weight), targets, ignore_index, smoothing, z_loss, scale,
-        reduction, *out, dx, dweight, token_weight, bias, soft_cap, dbias,
+        reduction, *out, dx, dweight, token_weight, bias, class_weight, soft_cap, dbias,
         observed[0] if want_entropy else None, observed[1] if want_predicted else None,
     )  # fmt: skip
     return (*out, *observed)
@@ -290,8 +295,8 @@ def _observed(x: Array, want_entropy: bool, want_predicted: bool) -> tuple[Array
 def _run_backward(
     grad_loss: Any, grad_z: Any, x: Array, weight: Array, targets: Array, lse: Array, ignore_index: int,
     smoothing: float, z_loss: float, scale: float, reduction: str, want_x: bool, want_weight: bool,
-    token_weight: Any = None, bias: Any = None, soft_cap: float | None = None, want_bias: bool = False,
-    *, main_grad: Any = None,
+    token_weight: Any = None, bias: Any = None, class_weight: Any = None, soft_cap: float | None = None,
+    want_bias: bool = False, *, main_grad: Any = None,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     dx = empty(x, x.shape) if want_x else None
     dweight = main_grad
@@ -300,7 +305,7 @@ def _run_backward(
     dbias = empty_like(bias) if want_bias and bias is not None else None
     backend.extension().linear_cross_entropy_backward(
         grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, ignore_index, smoothing,
-        z_loss, scale, reduction, dx, dweight, main_grad is not None, token_weight, bias, soft_cap, dbias,
+        z_loss, scale, reduction, dx, dweight, main_grad is not None, token_weight, bias, class_weight, soft_cap, dbias,
     )  # fmt: skip
     return dx, None if main_grad is not None else dweight, dbias
 
@@ -426,7 +431,7 @@ def _backward_forward(*inputs: Any) -> tuple[Any, ...]:
 def _backward_fake(
     grad_loss: Any, grad_z: Any, x: Any, weight: Any, targets: Any, lse: Any, ignore_index: int, smoothing: float,
     z_loss: float, scale: float, reduction: str, want_x: bool, want_weight: bool, token_weight: Any = None,
-    bias: Any = None, soft_cap: Any = None, want_bias: bool = False,
+    bias: Any = None, class_weight: Any = None, soft_cap: Any = None, want_bias: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     wanted = ((x, want_x), (weight, want_weight), (bias, want_bias))
     return tuple(t.new_empty(t.shape) if want else x.new_empty((0,)) for t, want in wanted)
@@ -436,7 +441,8 @@ _backward_op = TorchOp(
     "linear_cross_entropy_backward",
     "(Tensor? grad_loss, Tensor? grad_z, Tensor x, Tensor weight, Tensor targets, Tensor lse, int ignore_index,"
     " float label_smoothing, float z_loss, float logit_scale, str reduction, bool want_x, bool want_weight,"
-    " Tensor? token_weight=None, Tensor? bias=None, float? logit_soft_cap=None, bool want_bias=False)"
+    " Tensor? token_weight=None, Tensor? bias=None, Tensor? class_weight=None, float? logit_soft_cap=None,"
+    " bool want_bias=False)"
     " -> (Tensor, Tensor, Tensor)",
     forward=_backward_forward,
     fake=_backward_fake,
@@ -445,8 +451,9 @@ _backward_op = TorchOp(
 _op = TorchOp(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor targets, int ignore_index, float label_smoothing, float z_loss,"
-    " float logit_scale, str reduction, Tensor? token_weight=None, Tensor? bias=None, float? logit_soft_cap=None,"
-    " bool return_entropy=False, bool return_predicted=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float logit_scale, str reduction, Tensor? token_weight=None, Tensor? bias=None, Tensor? class_weight=None,"
+    " float? logit_soft_cap=None, bool return_entropy=False, bool return_predicted=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward=_forward,
     inference=_run,
     fake=_fake,
@@ -455,5 +462,5 @@ _op = TorchOp(
     eager_forward=_eager_forward,
     eager_backward=_eager_backward,
     lower_precision=True,
-    full_precision=(8, 9),
+    full_precision=(8, 9, 10),
 )

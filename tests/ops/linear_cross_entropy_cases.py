@@ -54,9 +54,13 @@ def step(function, x, weight, targets, options):
 def largest_share(targets: torch.Tensor, lse: torch.Tensor, options: dict[str, Any]) -> float:
     """The most that a probability counts for in the gradient of its logit, for gradients of loss and z below 1.5."""
     kept = targets != options.get("ignore_index", -100)
+    if not kept.any():
+        return 0.0
     weights = options.get("token_weight", torch.ones(targets.shape))[kept].double()
-    divisor = weights.sum().item() if options.get("reduction", "mean") == "mean" and kept.any() else 1.0
-    most = weights.abs().max().item() / divisor if kept.any() else 1.0
+    classes = options.get("class_weight", torch.ones(1 + int(targets.max()))).double()
+    mean = options.get("reduction", "mean") == "mean"
+    divisor = (weights * classes[targets[kept]]).sum().item() if mean else 1.0
+    most = weights.abs().max().item() * max(classes.max().item(), 1.0) / divisor
     z = 1 + 2 * options.get("z_loss", 0.0) * lse.abs().max().item()
     return 1.5 * most * options.get("logit_scale", 1.0) * z
 
@@ -94,7 +98,9 @@ def check(x, weight, targets, **options) -> None:
     if "bias" in options:
         logit += options["bias"].abs().max().item()
     # A loss is weighted, and where signs differ the sum is smaller than what is added up.
-    tokens = options.get("token_weight", torch.ones(1)).abs()
+    tokens = (
+        options.get("token_weight", torch.ones(1)).abs() * options.get("class_weight", torch.ones(1)).max()
+    )
     reach = (tokens.sum() if options.get("reduction") == "sum" else tokens.max()).item()
     names = ["loss", "z_loss", "logprobs", "lse"]
     names += (

@@ -1,4 +1,4 @@
-"""Per-token weights, soft-capped logits, a bias, entropy and predicted tokens: alone and with the other options."""
+"""Weights of tokens and classes, soft-capped logits, a bias, entropy and predicted tokens, with the other options."""
 
 from __future__ import annotations
 
@@ -67,8 +67,37 @@ def _observed_modified(rows: int, classes: int) -> dict[str, Any]:
     return {"return_entropy": True, "return_predicted": True, **_biased_per_token(rows, classes)}
 
 
-REDUCED = [_mask, _advantages, _capped, _biased, _biased_half, _observed]
-MODIFIERS = [*REDUCED, _per_token, _capped_mask, _biased_per_token, _observed_modified]
+def _class_weights(rows: int, classes: int) -> dict[str, Any]:
+    return {
+        "class_weight": torch.rand(classes) + 0.1,
+        "label_smoothing": 0.2,
+        "z_loss": 1e-2,
+        "logit_scale": 0.7,
+    }
+
+
+def _class_and_token_weights(rows: int, classes: int) -> dict[str, Any]:
+    """Class weights without smoothing leave logits and slopes as they are: factors of rows, no more."""
+    weights = {"class_weight": (torch.rand(classes) + 0.1).bfloat16()}
+    return {**_mask(rows, classes), **weights}
+
+
+def _everything(rows: int, classes: int) -> dict[str, Any]:
+    weights = {"class_weight": torch.rand(classes) + 0.1, "label_smoothing": 0.2}
+    return {**_observed_modified(rows, classes), **weights}
+
+
+REDUCED = [
+    _mask,
+    _advantages,
+    _capped,
+    _biased,
+    _biased_half,
+    _observed,
+    _class_weights,
+    _class_and_token_weights,
+]
+MODIFIERS = [*REDUCED, _per_token, _capped_mask, _biased_per_token, _observed_modified, _everything]
 Modifiers = Callable[[int, int], dict[str, Any]]
 
 
@@ -192,23 +221,10 @@ def test_compiles_into_one_graph(modifiers: Modifiers) -> None:
 def test_opcheck_and_gradcheck() -> None:
     x, weight, targets = inputs(4, 6, 9, torch.float32)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    torch.library.opcheck(
-        torch.ops.gptcore.linear_cross_entropy.default,
-        (
-            *leaves,
-            targets,
-            -100,
-            0.1,
-            0.01,
-            1.0,
-            "mean",
-            torch.rand(4),
-            torch.randn(9).requires_grad_(),
-            2.0,
-            True,
-            True,
-        ),
-    )
+    bias = torch.randn(9).requires_grad_()
+    modifiers = (torch.rand(4), bias, torch.rand(9), 2.0, True, True)
+    op = torch.ops.gptcore.linear_cross_entropy.default
+    torch.library.opcheck(op, (*leaves, targets, -100, 0.1, 0.01, 1.0, "mean", *modifiers))
     for modifiers in MODIFIERS:
         options = modifiers(4, 9)
         doubles = [t.detach().double().requires_grad_() for t in leaves]
@@ -395,6 +411,34 @@ def test_token_logprobs_with_entropy_and_predicted_tokens() -> None:
     assert same_bits(token_logprobs(x, weight, targets, **options), out.logprobs)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_class_weights_are_those_of_torch(smoothing: float, reduction: str) -> None:
+    x, weight, targets = inputs(50, 24, 130, torch.float32)
+    w = torch.rand(130)
+    w[::7] = 0.0
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    results = []
+    for loss in (
+        lambda a, b: linear_cross_entropy(a, b, targets, class_weight=w, **options).loss,
+        lambda a, b: torch.nn.functional.cross_entropy(a @ b.T, targets, weight=w, **options),
+    ):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        value = loss(*leaves)
+        results.append([value.detach(), *torch.autograd.grad(value.sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_class_weights_of_one_change_the_losses_by_roundings_only() -> None:
+    x, weight, targets = inputs(*MANY, torch.float32)
+    for options in ({}, {"label_smoothing": 0.1}):
+        plain = step(linear_cross_entropy, x, weight, targets, options)
+        got = step(linear_cross_entropy, x, weight, targets, {**options, "class_weight": torch.ones(MANY[2])})
+        for a, b in zip((*got[0], *got[1]), (*plain[0], *plain[1]), strict=True):
+            assert same_bits(a, b) if not options else torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_options_are_those_of_the_signature() -> None:
     assert set(LinearCrossEntropyOptions.__annotations__) == set(linear_cross_entropy.__kwdefaults__)
     with pytest.raises(TypeError, match="linear_cross_entropy: got an unexpected keyword argument 'zloss'"):
@@ -407,6 +451,12 @@ BAD = [
     ({"token_weight": torch.ones(3).double()}, TypeError, "'token_weight': got float64, expected float32"),
     ({"bias": torch.ones(3)}, ValueError, r"'bias': got shape \(3,\), expected shape \(5,\)"),
     ({"bias": torch.ones(5).double()}, TypeError, "'bias': got float64, expected float32 or bfloat16"),
+    ({"class_weight": torch.ones(3)}, ValueError, r"'class_weight': got shape \(3,\), expected shape \(5,\)"),
+    (
+        {"class_weight": torch.ones(5).double()},
+        TypeError,
+        "'class_weight': got float64, expected float32 or bfloat16",
+    ),
     ({"logit_soft_cap": 0.0}, ValueError, "'logit_soft_cap': got 0.0.*, expected None or a number above 0"),
     ({"logit_soft_cap": -3.0}, ValueError, "'logit_soft_cap': got -3.0"),
     ({"logit_soft_cap": float("nan")}, ValueError, "'logit_soft_cap': got nan"),

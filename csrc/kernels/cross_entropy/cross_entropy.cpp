@@ -26,20 +26,7 @@ void check_inputs(const Checker& check, const TensorView& logits, const TensorVi
   check_targets(check, targets, logits.size(0), logits.size(1), ignore_index);
 }
 
-// Class weights as f32, read once; ones where there are none.
-class ClassWeights : public ClassValues {
- public:
-  explicit ClassWeights(const TensorView& tensor) : ClassValues(tensor, 1.0) {}
-  double at(int32_t v) const { return values() ? values()[v] : 1.0; }
-  double sum(int64_t classes) const {
-    if (!values()) return static_cast<double>(classes);
-    double total = 0;
-    for (int64_t v = 0; v < classes; ++v) total += values()[v];
-    return total;
-  }
-};
-
-double divisor_of(const KeptRows& kept, const ClassWeights& weights, const std::string& reduction) {
+double divisor_of(const KeptRows& kept, const ClassValues& weights, const std::string& reduction) {
   if (reduction != "mean") return 1.0;
   double total = 0;
   for (int64_t i = 0; i < kept.count(); ++i) total += weights.at(kept.classes()[i]);
@@ -62,7 +49,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
   }
 
   const KeptRows kept(targets, ignore_index, 3, 1);
-  const ClassWeights weights(class_weight);
+  const ClassValues weights(class_weight, classes, 1.0);
   CrossEntropyForward a{};
   a.logits = logits.data, a.stride = logits.stride(0), a.rows = kept.count(), a.classes = classes;
   a.index = kept.rows(), a.targets = kept.classes(), a.class_weight = weights.values();
@@ -74,7 +61,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
   if (lse) std::memset(lse.data, 0, static_cast<size_t>(rows) * sizeof(float));
   for (int64_t n = 0; per_row && n < rows; ++n) store_rounded(loss, n * loss.stride(0), 0.0);
   const double s = label_smoothing, share = s / static_cast<double>(classes);
-  const double all = s > 0 ? weights.sum(classes) : 0.0;
+  const double all = s > 0 ? weights.sum() : 0.0;
   double total = 0;  // in row order, rounded once
   for (int64_t i = 0; i < kept.count(); ++i) {
     const double row_lse = a.lse[i], w = weights.at(a.targets[i]);
@@ -100,11 +87,11 @@ void cross_entropy_backward(const TensorView& grad_loss, const TensorView& logit
   check.last_contiguous(dlogits, "dlogits");
 
   const KeptRows kept(targets, ignore_index, 4, 1);
-  const ClassWeights weights(class_weight);
+  const ClassValues weights(class_weight, classes, 1.0);
   float *row_lse = kept.values(0), *factor = kept.values(1), *share = kept.values(2),
         *uniform = kept.values(3);
   const double s = label_smoothing, even = s / static_cast<double>(classes);
-  const double all = s > 0 ? weights.sum(classes) : 0.0, divisor = divisor_of(kept, weights, reduction);
+  const double all = s > 0 ? weights.sum() : 0.0, divisor = divisor_of(kept, weights, reduction);
   for (int64_t i = 0; i < kept.count(); ++i) {
     const int64_t n = kept.row(i);
     const double g = loss_gradient(grad_loss, reduction == "none", n) / divisor;

@@ -46,8 +46,11 @@ void check_inputs(const Checker& check, const TensorView& x, const TensorView& w
                  "None or a number above 0 within f32's range");
     }
   }
-  if (options.bias)
-    check_class_values(check, options.bias, "bias", weight.size(0), {DType::f32, DType::bf16});
+  const auto check_by_class = [&](const TensorView& tensor, const char* name) {
+    if (tensor) check_class_values(check, tensor, name, weight.size(0), {DType::f32, DType::bf16});
+  };
+  check_by_class(options.bias, "bias");
+  check_by_class(options.class_weight, "class_weight");
   if (options.token_weight) check_row_values(check, options.token_weight, "token_weight", x.size(0));
   check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
 }
@@ -102,37 +105,54 @@ void check_gradients_at_once(const Checker& check, const TensorView& x, const Te
   check_gradients(check, x, weight, options, gradients);
 }
 
+// How much rows and classes count in the loss, and what sums over rows are divided by.
+class Shares {
+ public:
+  Shares(const KeptRows& kept, const LinearCrossEntropyOptions& options, int64_t classes)
+      : kept_(kept),
+        class_weight_(options.class_weight, classes, 1.0),
+        smoothing_(options.label_smoothing),
+        even_(smoothing_ / static_cast<double>(classes)) {
+    if (options.token_weight) token_weight_ = options.token_weight.as<float>();
+    if (class_weight_.values() && smoothing_ > 0) all_ = even_ * class_weight_.sum();
+    if (options.reduction != "mean") return;
+    loss_divisor_ = z_divisor_ = 0;
+    for (int64_t i = 0; i < kept.count(); ++i) {
+      z_divisor_ += of(i);
+      loss_divisor_ += of(i) * class_weight_.at(kept.classes()[i]);
+    }
+  }
+  double of(int64_t i) const { return token_weight_ ? token_weight_[kept_.row(i)] : 1.0; }
+  // Of a row's target, of each class per unit of its weight, and what the two add up to over the classes.
+  double target(int64_t i) const { return (1 - smoothing_) * class_weight_.at(kept_.classes()[i]); }
+  double even() const { return even_; }
+  double all(int64_t i) const { return class_weight_.values() ? target(i) + all_ : 1.0; }
+
+  double loss_divisor() const { return loss_divisor_; }
+  double z_divisor() const { return z_divisor_; }
+  const float* class_weight() const { return smoothing_ > 0 ? class_weight_.values() : nullptr; }
+
+ private:
+  const KeptRows& kept_;
+  const ClassValues class_weight_;
+  const float* token_weight_ = nullptr;
+  const double smoothing_, even_;
+  double all_ = 0, loss_divisor_ = 1, z_divisor_ = 1;
+};
+
 void fill(LinearCrossEntropyInputs* a, const KeptRows& kept, const TensorView& x, const TensorView& weight,
-          const LinearCrossEntropyOptions& options, const ClassValues& bias) {
+          const LinearCrossEntropyOptions& options, const ClassValues& bias, const Shares& shares) {
   a->x = x.data, a->x_dtype = x.dtype, a->x_stride = x.stride(0);
   a->weight = weight.data, a->weight_dtype = weight.dtype, a->weight_stride = weight.stride(0);
   a->rows = kept.rows(), a->targets = kept.classes();
   a->n = kept.count(), a->c = x.size(1), a->v = weight.size(0);
   a->scale = static_cast<float>(options.logit_scale);
   a->soft_cap = static_cast<float>(options.logit_soft_cap.value_or(0));
-  a->bias = bias.values();
+  a->bias = bias.values(), a->class_weight = shares.class_weight();
   a->modified = a->soft_cap != 0 || a->bias;
   a->scale_left = a->modified ? 1.0f : a->scale;
   a->parallel = a->n * a->c * a->v > kSerialProducts;
 }
-
-// How much each kept row counts, and what the sums over rows are divided by.
-class Shares {
- public:
-  Shares(const KeptRows& kept, const LinearCrossEntropyOptions& options) : kept_(kept) {
-    if (options.token_weight) token_weight_ = options.token_weight.as<float>();
-    if (options.reduction != "mean") return;
-    divisor_ = 0;
-    for (int64_t i = 0; i < kept.count(); ++i) divisor_ += of(i);
-  }
-  double of(int64_t i) const { return token_weight_ ? token_weight_[kept_.row(i)] : 1.0; }
-  double divisor() const { return divisor_; }
-
- private:
-  const KeptRows& kept_;
-  const float* token_weight_ = nullptr;
-  double divisor_ = 1;
-};
 
 // What backward wants of each kept row, in three of its value arrays.
 class Factors {
@@ -148,12 +168,11 @@ class Factors {
 
   // Under the gradients g of loss and gz of z.
   void set(int64_t i, double lse, double g, double gz) {
-    const double scale = options_.logit_scale * shares_.of(i) / shares_.divisor();
-    const double s = options_.label_smoothing;
-    g *= scale, gz *= scale * options_.z_loss;
-    softmax_[i] = static_cast<float>(g + 2 * gz * lse);
-    share_[i] = static_cast<float>(g * (1 - s));
-    uniform_[i] = static_cast<float>(g * s / classes_);
+    const double scale = options_.logit_scale * shares_.of(i);
+    g *= scale / shares_.loss_divisor(), gz *= scale / shares_.z_divisor() * options_.z_loss;
+    softmax_[i] = static_cast<float>(g * shares_.all(i) + 2 * gz * lse);
+    share_[i] = static_cast<float>(g * shares_.target(i));
+    uniform_[i] = static_cast<float>(g * options_.label_smoothing / classes_);
   }
   void give(LinearCrossEntropyBackward* a, int64_t first) const {
     a->softmax_factor = softmax_ + first, a->target_share = share_ + first;
@@ -243,13 +262,12 @@ void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyO
     out.loss.as<float>()[n * out.loss.stride(0)] = 0.0f;
     out.z.as<float>()[n * out.z.stride(0)] = 0.0f;
   }
-  const double s = options.label_smoothing, classes = static_cast<double>(a.v);
   double loss_sum = 0, z_sum = 0;  // in row order, rounded once
   for (int64_t i = 0; i < kept.count(); ++i) {
     const int64_t n = kept.row(i);
     const double row_lse = a.lse[i];
-    double row_loss = row_lse - (1 - s) * a.target_logit[i];
-    if (a.logit_sum) row_loss -= s / classes * a.logit_sum[i];
+    double row_loss = shares.all(i) * row_lse - shares.target(i) * a.target_logit[i];
+    if (a.logit_sum) row_loss -= shares.even() * a.logit_sum[i];
     row_loss *= shares.of(i);
     const double row_z = shares.of(i) * options.z_loss * row_lse * row_lse;
     out.lse.as<float>()[n] = a.lse[i];
@@ -262,8 +280,8 @@ void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyO
     out.z.as<float>()[n * out.z.stride(0)] = static_cast<float>(row_z);
   }
   if (per_row) return;
-  *out.loss.as<float>() = static_cast<float>(loss_sum / shares.divisor());
-  *out.z.as<float>() = static_cast<float>(z_sum / shares.divisor());
+  *out.loss.as<float>() = static_cast<float>(loss_sum / shares.loss_divisor());
+  *out.z.as<float>() = static_cast<float>(z_sum / shares.z_divisor());
 }
 
 }  // namespace
@@ -281,10 +299,10 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
 
   const bool observed = out.entropy || out.predicted;
   const KeptRows kept(targets, options.ignore_index, observed ? 8 : 6, kRowPadding);
-  const Shares shares(kept, options);
-  const ClassValues bias(options.bias, options.logit_scale);
+  const Shares shares(kept, options, weight.size(0));
+  const ClassValues bias(options.bias, weight.size(0), options.logit_scale);
   LinearCrossEntropyForward a{};
-  fill(&a, kept, x, weight, options, bias);
+  fill(&a, kept, x, weight, options, bias, shares);
   a.lse = kept.values(0), a.target_logit = kept.values(1);
   if (options.label_smoothing > 0) a.logit_sum = kept.values(2);
   if (observed) {
@@ -318,10 +336,10 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
   const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
   zero_ignored(kept, rows, gradients, accumulate);
   if (kept.count() == 0) return;
-  const Shares shares(kept, options);
-  const ClassValues bias(options.bias, options.logit_scale);
+  const Shares shares(kept, options, weight.size(0));
+  const ClassValues bias(options.bias, weight.size(0), options.logit_scale);
   LinearCrossEntropyInputs inputs{};
-  fill(&inputs, kept, x, weight, options, bias);
+  fill(&inputs, kept, x, weight, options, bias, shares);
   float* row_lse = kept.values(0);
   Factors factors(kept, 1, options, shares, weight.size(0));
   const bool per_row = options.reduction == "none";

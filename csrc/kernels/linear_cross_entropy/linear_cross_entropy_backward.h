@@ -102,8 +102,8 @@ struct BackwardPass {
   // From logits[rows][kLanes tokens] the gradient; rows beyond `count` (up to `rows`, even) become zeros.
   void differentiate(const float* logits, int64_t stride, int64_t first, int64_t w, int64_t count,
                      int64_t rows, int64_t n) const {
-    a.modified ? differentiate_as<true>(logits, stride, first, w, count, rows, n)
-               : differentiate_as<false>(logits, stride, first, w, count, rows, n);
+    a.modified || a.class_weight ? differentiate_as<true>(logits, stride, first, w, count, rows, n)
+                                 : differentiate_as<false>(logits, stride, first, w, count, rows, n);
   }
 
   template <bool modified>
@@ -117,7 +117,9 @@ struct BackwardPass {
     const auto gradient = [&](int64_t r) __attribute__((always_inline)) {
       if (r >= count) return Vec{};
       const Vec logit = load(logits + r * stride);
-      Vec g = exp(logit * a.scale_left - lse) * factor - uniform;
+      Vec even = uniform;
+      if (modified && a.class_weight) even *= a.class_weight[first + w + r];
+      Vec g = exp(logit * a.scale_left - lse) * factor - even;
       g = target == splat_int(static_cast<int32_t>(r)) ? g - share : g;
       if (!modified || a.soft_cap == 0) return g;  // also where a bias of -inf bars a word
       const Vec capped = logit * per_cap;          // tanh, whose slope is 1 - tanh^2
@@ -239,8 +241,8 @@ struct BackwardPass {
     }
   }
 
-  // dbias[word ..] += the sums of G over all tokens, kMostTokens after kMostTokens: forward with gradients has G of
-  // so many at a time and adds the same numbers in the same order.
+  // dbias[word ..] += the sums of G over all tokens, kMostTokens after kMostTokens: forward with gradients
+  // has G of so many at a time and adds the same numbers in the same order.
   void bias_task(int64_t word, int64_t w, int64_t rows) const {
     constexpr int64_t kSteps = kMostTokens / kDepth;
     for (int64_t r = 0; r < rows; ++r) {

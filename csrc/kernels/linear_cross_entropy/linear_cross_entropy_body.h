@@ -12,8 +12,8 @@ namespace gptcore {
 
 constexpr int64_t kRowPadding = 32;
 
-// Tokens whose logits are kept at a time: so many that passing over weight and dweight again for each chunk is a
-// twentieth of its products. torch keeps three matrices of the logits of all.
+// Tokens whose logits are kept at a time: so many that passing over weight and dweight again for each chunk
+// is a twentieth of its products. torch keeps three matrices of the logits of all.
 constexpr int64_t kMostTokens = 512;
 
 // Floats from one group of 16 words of kept logits to the next. 512 bytes more than the tiles take: a stride
@@ -28,12 +28,13 @@ struct LinearCrossEntropyInputs {
   const int32_t* targets;  // its class
   int64_t n, c, v;
   float scale, soft_cap;  // products to logits; no cap: 0
-  const float* bias;      // by word, scaled; null: none
-  bool modified;          // more than a scale lies between them: modify() makes logits where the products are
-  float scale_left;       // of logits thereafter: 1 where modified, else scale
+  const float *bias,
+      *class_weight;  // by word, bias scaled; null: none, weights also where nothing is smoothed
+  bool modified;      // more than a scale lies between them: modify() makes logits where the products are
+  float scale_left;   // of logits thereafter: 1 where modified, else scale
   // Room for this call's logits (unscaled unless modified), written by forward and turned into gradients by
-  // backward, f32 in place (null: backward makes the logits again). f32 tiles of 16 words x 16 tokens,
-  // [group of words][group of tokens], both padded to kRowPadding, groups of words kept_stride() apart. To the
+  // backward, f32 in place (null: backward makes the logits again). f32 tiles of 16 words x 16 tokens, [group
+  // of words][group of tokens], both padded to kRowPadding, groups of words kept_stride() apart. To the
   // product that gives dweight they are packed A by rows, to that which gives dx by columns.
   float* logits;
   bool parallel;  // worth more than one thread
@@ -51,13 +52,13 @@ inline void for_tasks(const LinearCrossEntropyInputs& a, int64_t tasks, const F&
 
 struct LinearCrossEntropyForward : LinearCrossEntropyInputs {
   float *lse, *target_logit;
-  float* logit_sum;  // null: not wanted
+  float* logit_sum;  // times class weights; null: not wanted
   float* entropy;    // null: neither this nor predicted is wanted
   int32_t* predicted;
 };
 
-// The gradient of the products: softmax_factor * p - uniform - (target_share at the target), times the slope of
-// the soft cap.
+// The gradient of the products: softmax_factor * p - uniform * (class_weight or 1) - (target_share at the
+// target), times the slope of the soft cap.
 struct LinearCrossEntropyBackward : LinearCrossEntropyInputs {
   const float *lse, *softmax_factor, *target_share, *uniform;
   void* dx;  // x's type; null: not wanted

@@ -68,9 +68,9 @@ inline Fetch fetch_weight(const Lines& weight, int64_t first, int64_t count, int
           smaller(width, weight.width - column) * element, weight.stride * element, calls};
 }
 
-// What a block of the vocabulary contributes to each token: the largest logit, the sum of exponentials relative to
-// it and, where wanted, the sum of logits (for label smoothing), the sum of exponentials times their exponents (for
-// the entropy) and the word of the largest logit. Layout [block][quantity][token].
+// What a block of the vocabulary contributes to each token: the largest logit, the sum of exponentials
+// relative to it and, where wanted, the sum of logits (for label smoothing), the sum of exponentials times
+// their exponents (for the entropy) and the word of the largest logit. Layout [block][quantity][token].
 struct Partials {
   float* data;
   int64_t tokens;  // padded
@@ -93,9 +93,10 @@ __attribute__((noinline)) void modify(const LinearCrossEntropyInputs& a, float* 
 }
 
 // Reduces logits[words][kLanes tokens] over words, into partial results of `block` for the tokens from n on.
+// The words' class weights count in the sum of logits only.
 template <bool observed>
 GPTCORE_INLINE void reduce_strip(const float* logits, int64_t words, float scale, const Partials& partials,
-                                 int64_t block, int64_t n) {
+                                 int64_t block, int64_t n, const float* class_weight) {
   Vec top = splat(-__builtin_inff());
   VecI word = {};
   for (int64_t w = 0; w < words; ++w) {
@@ -122,12 +123,14 @@ GPTCORE_INLINE void reduce_strip(const float* logits, int64_t words, float scale
   }
   if (!partials.total) return;
   Vec all = {};
-  for (w = 0; w < words; ++w) all += load(logits + w * kLogitStride) * scale;
+  for (w = 0; !class_weight && w < words; ++w) all += load(logits + w * kLogitStride) * scale;
+  for (w = 0; class_weight && w < words; ++w)
+    all += load(logits + w * kLogitStride) * scale * class_weight[w];
   store(partials.at(block, partials.total) + n, all);
 }
 
-// The entropy log S - sum_v e_v d_v / S of each token, with exponents d relative to `top`, e = exp d and their sum
-// S; and the first of the words with the largest logit.
+// The entropy log S - sum_v e_v d_v / S of each token, with exponents d relative to `top`, e = exp d and
+// their sum S; and the first of the words with the largest logit.
 inline void join_observed(const LinearCrossEntropyForward& a, const Partials& partials, int64_t blocks,
                           int64_t block_words, int64_t n, Vec top, Vec sum) {
   Vec moment = {}, most = splat(-__builtin_inff());
@@ -201,6 +204,7 @@ struct ForwardPass {
     }
     const Scratch room(static_cast<size_t>(groups * kGroup * kLogitStride) * sizeof(float));
     float* logits = room.as<float>();
+    const float* class_weight = a.class_weight ? a.class_weight + first : nullptr;
     [[maybe_unused]] const typename Policy::Scope scope;
     for (int64_t n = begin; n < end; n += kTokenChunk) {
       const int64_t width = smaller(kTokenChunk, end - n);
@@ -209,9 +213,9 @@ struct ForwardPass {
       for (int64_t j = 0; j < width; j += kLanes) {
         if (a.modified) modify(a, logits + j, kLogitStride, first, words);
         if (a.entropy) {
-          reduce_strip<true>(logits + j, words, a.scale_left, partials, block, n + j);
+          reduce_strip<true>(logits + j, words, a.scale_left, partials, block, n + j, class_weight);
         } else {
-          reduce_strip<false>(logits + j, words, a.scale_left, partials, block, n + j);
+          reduce_strip<false>(logits + j, words, a.scale_left, partials, block, n + j, class_weight);
         }
         if (!a.logits) continue;
         const int64_t group_stride = kept_stride(partials.tokens);
