@@ -126,12 +126,13 @@ def linear_cross_entropy(
     flat = targets if targets.ndim == 1 else targets.reshape(-1)
     run = _op if is_torch(x) else _run
     more = _modifiers(token_weight, bias, class_weight, logit_soft_cap)
-    if return_entropy or return_predicted:
+    observed = return_entropy or return_predicted
+    if observed:
         more = (*(more or (None,) * 4), return_entropy, return_predicted)
     out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction, *more)
     shape = targets.shape
     basic = out[:4] if targets.ndim == 1 else [o.reshape(shape) if o.ndim else o for o in out[:4]]
-    if not (return_entropy or return_predicted):
+    if not observed:
         return LinearCrossEntropy(*basic)
     loss, z, logprobs, lse = basic
     entropy = out[4].reshape(shape) if return_entropy else None
@@ -191,21 +192,9 @@ def linear_cross_entropy_backward(
     if chosen["reduction"] == "none":
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
     inputs = (rows, weight, flat, *chosen.values())
-    bias = chosen["bias"] is not None
+    always, bias = inputs[_ALWAYS], chosen["bias"] is not None
     more = _modifiers(*inputs[_TENSORS], *inputs[_SOFT_CAP]) or (None,) * 4
-    given: tuple[Any, ...] = (
-        grad_loss,
-        grad_z,
-        rows,
-        weight,
-        flat,
-        lse,
-        *inputs[_ALWAYS],
-        True,
-        True,
-        *more,
-        bias,
-    )
+    given: tuple[Any, ...] = (grad_loss, grad_z, rows, weight, flat, lse, *always, True, True, *more, bias)
     dx, dweight, dbias = _run_backward(*given, main_grad=main_grad)
     dx = dx.reshape(x.shape)
     return (dx, dweight, dbias) if bias else (dx, dweight)
@@ -282,7 +271,7 @@ def _run(
         reduction, *out, dx, dweight, token_weight, bias, class_weight, soft_cap, dbias,
         observed[0] if want_entropy else None, observed[1] if want_predicted else None,
     )  # fmt: skip
-    return (*out, *observed)
+    return (*out, *observed) if observed else out
 
 
 def _observed(x: Array, want_entropy: bool, want_predicted: bool) -> tuple[Array, Array]:

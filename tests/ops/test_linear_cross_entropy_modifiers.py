@@ -148,6 +148,37 @@ def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, shape
     assert_same_for_threads(run)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
+    x, weight, targets = inputs(200, 50, 700, dtype)
+    options = _everything(200, 700)
+    tokens = options.pop("token_weight")
+
+    def rows(pick: list[int]) -> list[torch.Tensor]:
+        leaf = x[pick].requires_grad_()
+        out = linear_cross_entropy(leaf, weight, targets[pick], token_weight=tokens[pick], **options)
+        (dx,) = torch.autograd.grad((out.loss + out.z_loss).sum(), leaf)
+        return [*out, dx]
+
+    whole = rows(list(range(200)))
+    for pick in ([0], [7, 3], [199, *range(100)]):
+        for a, b in zip(rows(pick), whole, strict=True):
+            assert same_bits(a, b[pick])
+
+
+def test_ignored_tokens_alone_give_gradients_of_zero() -> None:
+    for dtype in DTYPES:
+        x, weight, _ = inputs(10, 8, 20, dtype)
+        for rows in (10, 0):
+            targets = torch.full((rows,), -100)
+            for modifiers in (_biased, _everything):
+                options = modifiers(rows, 20)
+                out, gradients = step(linear_cross_entropy, x[:rows], weight, targets, options)
+                assert out[0].isnan() if "reduction" not in options else (out[0] == 0).all()
+                assert all((g == 0).all() for g in gradients)
+                assert len(out) == 4 or ((out[4] == 0).all() and (out[5] == -1).all())
+
+
 @pytest.mark.parametrize("modifiers", MODIFIERS)
 def test_main_grad_takes_the_unrounded_gradient(modifiers: Modifiers) -> None:
     for dtype in DTYPES:

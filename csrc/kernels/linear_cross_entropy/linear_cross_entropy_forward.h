@@ -84,10 +84,11 @@ struct Partials {
 __attribute__((noinline)) void modify(const LinearCrossEntropyInputs& a, float* products, int64_t stride,
                                       int64_t first, int64_t words) {
   const bool capped = a.soft_cap != 0;
-  const Vec cap = splat(a.soft_cap), per_cap = splat(capped ? 1.0f / a.soft_cap : 0.0f);
+  const Vec scale = splat(a.scale), cap = splat(a.soft_cap), per_cap = splat(capped ? 1.0f / a.soft_cap : 0);
+  const float* bias = a.bias ? a.bias + first : nullptr;
   for (int64_t w = 0; w < words; ++w, products += stride) {
-    Vec logit = load(products) * a.scale;
-    if (a.bias) logit += a.bias[first + w];
+    Vec logit = load(products) * scale;
+    if (bias) logit += bias[w];
     store(products, capped ? cap * tanh(logit * per_cap) : logit);
   }
 }
