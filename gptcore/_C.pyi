@@ -7,6 +7,29 @@ Tensor = Any
 
 __version__: str
 
+def adafactor(
+    params: list[Tensor],
+    grads: list[Tensor],
+    row_vars: list[Tensor],
+    col_vars: list[Tensor],
+    variances: list[Tensor],
+    exp_avgs: list[Tensor],
+    copies: list[Tensor],
+    weight_decay: Sequence[float],
+    step_size: float,
+    beta2: float,
+    beta1: float,
+    eps1: float,
+    eps2: float,
+    eps_added: bool,
+    clip_threshold: float | None,
+    scale_parameter: bool,
+    scaled_decay: bool,
+    maximize: bool,
+    max_norm: float | None,
+    grad_scale: float,
+    grad_norm: float | None,
+) -> tuple[float, bool]: ...
 def adamw(
     params: list[Tensor],
     lows: list[Tensor],

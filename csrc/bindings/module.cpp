@@ -14,6 +14,7 @@ void register_linear_cross_entropy(py::module_& m);
 void register_matmul(py::module_& m);
 void register_gated_activation(py::module_& m);
 void register_adamw(py::module_& m);
+void register_adafactor(py::module_& m);
 void register_grad_norm(py::module_& m);
 void register_sgd(py::module_& m);
 void register_rotary(py::module_& m);
@@ -69,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
   register_matmul(m);
   register_gated_activation(m);
   register_adamw(m);
+  register_adafactor(m);
   register_grad_norm(m);
   register_sgd(m);
   register_rotary(m);

@@ -8,6 +8,7 @@ A module and its function share their name: after ``import gptcore.ops``, ``gptc
 function, and ``from gptcore.ops.layer_norm import ...`` still reaches the module.
 """
 
+from gptcore.ops.adafactor import adafactor_
 from gptcore.ops.adamw import adamw_
 from gptcore.ops.attention import attention, attention_backward, attention_qkv
 from gptcore.ops.cross_entropy import cross_entropy, cross_entropy_backward
@@ -36,6 +37,7 @@ from gptcore.ops.rotary import rotary, rotary_tables
 from gptcore.ops.sgd import sgd_
 
 __all__ = [
+    "adafactor_",
     "adamw_",
     "attention",
     "attention_backward",

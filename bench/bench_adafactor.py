@@ -1,0 +1,102 @@
+"""adafactor_: the whole optimizer step of GPT-2 124M, against torch.optim.Adafactor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from bench.bench_adamw import gpt2_shapes
+from bench.case import Callables, Case, Cost, Target
+
+LR, EPS = 1e-2, (1e-7, 1e-3)
+
+
+def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
+    """float32: gradients in f32. bfloat16: gradients in bf16, f32 masters, bf16 copies written back.
+
+    Ours also checks the gradients for infinities, which torch's does not. Each call is one step of the
+    participant's own parameters; the harness compares the first of them after the first step.
+    """
+
+    def setup(target: Target) -> Callables:
+        import torch
+
+        low = target.dtype != "float32"
+        grads = [target.randn(*shape, scale=1e-3) for shape in shapes]
+        start = [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes]
+        calls = {"gptcore": _our_step(start, grads, low)}
+        for name, foreach in (("torch_eager", False), ("torch_foreach", True)):
+            params = [torch.nn.Parameter(p.clone()) for p in start]
+            optimizer = torch.optim.Adafactor(params, lr=LR, eps=EPS, foreach=foreach)
+            calls[name] = _torch_step(params, grads, optimizer, low)
+        return calls
+
+    return setup
+
+
+def _our_step(start: list, grads: list, low: bool) -> Callable[[], list]:
+    import torch
+
+    from gptcore.ops.adafactor import adafactor_
+
+    params = [p.clone() for p in start]
+    copies = [p.bfloat16() for p in start] if low else None
+    matrix = [p.ndim > 1 for p in params]
+    rows = [torch.zeros(*p.shape[:-1], 1) if m else None for p, m in zip(params, matrix, strict=True)]
+    cols = [
+        torch.zeros(*p.shape[:-2], 1, p.shape[-1]) if m else None for p, m in zip(params, matrix, strict=True)
+    ]
+    variances = [None if m else torch.zeros_like(p) for p, m in zip(params, matrix, strict=True)]
+    steps = iter(range(1, 1 << 62))
+
+    def step() -> list[torch.Tensor]:
+        t = next(steps)
+        adafactor_(
+            params, grads, rows, cols, variances, step_size=min(LR, t**-0.5), beta2=1 - t**-0.8, eps=EPS,
+            eps_added=False, copies=copies,
+        )  # fmt: skip
+        return params[:8]
+
+    return step
+
+
+def _torch_step(params: list, grads: list, optimizer, low: bool) -> Callable[[], list]:
+    """torch doing the same, with casts where the dtype asks for them."""
+    import torch
+
+    copies = [p.detach().bfloat16() for p in params] if low else None
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad.to(torch.float32)
+    held = [p.grad for p in params]
+
+    def step() -> list:
+        if copies is not None:
+            torch._foreach_copy_(held, grads)
+        optimizer.step()
+        if copies is not None:
+            torch._foreach_copy_(copies, [p.detach() for p in params])
+        return [p.detach() for p in params[:8]]
+
+    return step
+
+
+def _cost(shapes: Sequence[tuple[int, ...]]) -> Callable[[int], Cost]:
+    """The gradient twice (statistics, update), p read and written; its RMS reads it from the caches."""
+    count = sum(math.prod(shape) for shape in shapes)
+
+    def cost(element: int) -> Cost:
+        copy = 2 if element == 2 else 0
+        return Cost(12.0 * count, (4 + 2 * element) * count, (4 + copy) * count, in_place=True)
+
+    return cost
+
+
+_GPT2 = gpt2_shapes()
+_MANY = [(64, 64)] * 1000
+_FEW = [(64, 64)] * 4
+
+CASES = [
+    Case("adafactor/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2)),
+    Case("adafactor/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
+    Case("adafactor/4_tensors_64x64/step", _setup(_FEW), _cost(_FEW), small=True),
+]
