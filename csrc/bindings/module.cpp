@@ -35,8 +35,9 @@ void register_machine(py::module_& m) {
       "available_isas",
       [] {
         py::list names;
-        for (int i = 0; i <= static_cast<int>(gptcore::best_isa()); ++i) {
-          names.append(gptcore::name_of(static_cast<gptcore::Isa>(i)));
+        for (int i = 0; i < gptcore::kIsaCount; ++i) {
+          const auto isa = static_cast<gptcore::Isa>(i);
+          if (gptcore::has_isa(isa)) names.append(gptcore::name_of(isa));
         }
         return names;
       },

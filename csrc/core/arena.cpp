@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -10,7 +12,9 @@ namespace gptcore {
 namespace {
 
 std::atomic<int64_t> held{0};
+constexpr size_t kAlign = 64;
 
+#if !defined(__SANITIZE_ADDRESS__)
 // Blocks never move, so outer frames stay valid while inner ones grow the stack by a further block.
 struct Block {
   char* base;
@@ -18,7 +22,6 @@ struct Block {
   size_t used;
 };
 
-constexpr size_t kAlign = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
 
 struct Stack {
@@ -56,9 +59,24 @@ struct Stack {
 };
 
 thread_local Stack stack;
+#endif
 
 }  // namespace
 
+#if defined(__SANITIZE_ADDRESS__)
+// Every frame is an allocation of just its size, so that stepping out of it shows, and holds NaN, so that
+// results show what was read before it was written.
+Scratch::Scratch(size_t bytes) : mark_(bytes), block_(0) {
+  if (posix_memalign(&data_, kAlign, bytes) != 0) throw std::bad_alloc();
+  std::memset(data_, 0xff, bytes);
+  held += static_cast<int64_t>(bytes);
+}
+
+Scratch::~Scratch() {
+  std::free(data_);
+  held -= static_cast<int64_t>(mark_);
+}
+#else
 Scratch::Scratch(size_t bytes) {
   bytes = bytes ? (bytes + kAlign - 1) / kAlign * kAlign
                 : kAlign;  // an empty first frame maps no memory otherwise
@@ -82,6 +100,7 @@ Scratch::~Scratch() {
   stack.blocks[stack.top].used = mark_;
   stack.top = block_;
 }
+#endif
 
 int64_t scratch_bytes() { return held.load(); }
 

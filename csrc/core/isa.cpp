@@ -17,6 +17,9 @@ namespace gptcore {
 namespace {
 
 constexpr const char* kNames[kIsaCount] = {"v2", "v3", "v4", "v4_bf16", "amx"};
+constexpr bool kBuilt[kIsaCount] = {GPTCORE_IF_v2(true, false), GPTCORE_IF_v3(true, false),
+                                    GPTCORE_IF_v4(true, false), GPTCORE_IF_v4_bf16(true, false),
+                                    GPTCORE_IF_amx(true, false)};
 
 #if defined(__x86_64__)
 // AMX state is 8 KB a thread, so Linux hands it out on request only (since 5.16).
@@ -49,10 +52,17 @@ Isa detect() {
 Isa detect() { return Isa::v2; }
 #endif
 
+Isa offered() {
+  static const Isa isa = detect();
+  return isa;
+}
+
 Isa parse(const char* name) {
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(name, kNames[i]) != 0) continue;
-    if (i > static_cast<int>(best_isa())) {
+    if (!kBuilt[i])
+      throw ValueError(std::string("GPTCORE_ISA: got '") + name + "', which this build leaves out");
+    if (!has_isa(static_cast<Isa>(i))) {
       throw ValueError(std::string("GPTCORE_ISA: got '") + name +
                        "', which this machine lacks; the best here is '" + name_of(best_isa()) + "'");
     }
@@ -67,9 +77,14 @@ std::atomic<int> current{-1};
 
 const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
+bool has_isa(Isa isa) { return kBuilt[static_cast<int>(isa)] && isa <= offered(); }
+
 Isa best_isa() {
-  static const Isa best = detect();
-  return best;
+  for (int i = static_cast<int>(offered()); i >= 0; --i) {
+    if (kBuilt[i]) return static_cast<Isa>(i);
+  }
+  throw ValueError(std::string("this build has no kernels for '") + name_of(offered()) +
+                   "', the best set here");
 }
 
 Isa current_isa() {

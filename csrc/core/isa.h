@@ -17,7 +17,10 @@ constexpr int kIsaCount = 5;
 
 const char* name_of(Isa isa);
 
-// The best set that processor and operating system offer.
+// Whether processor and operating system offer a set and this build has it.
+bool has_isa(Isa isa);
+
+// The best of those.
 Isa best_isa();
 
 // The set in use: best_isa(), or what GPTCORE_ISA names (ValueError if unknown or not available here).
@@ -26,7 +29,8 @@ Isa current_isa();
 // Switches the set in use, for tests and comparisons; ValueError if not available here.
 void set_isa(const char* name);
 
-// A kernel's variants by ISA. Missing entries (null) fall to the next lower one; every op has a v2 body.
+// A kernel's variants by ISA. Missing entries (null) fall to the next lower one; every op has a body for the
+// lowest set of the build.
 template <class Bodies>
 struct IsaTable {
   const Bodies* entries[kIsaCount];
@@ -40,30 +44,47 @@ struct IsaTable {
 
 // GPTCORE_BODIES(Bodies, name): declares `const Bodies name`, which <op>_cpu.cpp defines once per ISA
 // namespace, and the table `name##_table` over them. Bodies is a struct of function pointers. Use in
-// <op>.cpp, at the scope of namespace gptcore. The _AMX form adds the one in <op>_amx.cpp.
+// <op>.cpp, at the scope of namespace gptcore. The _AMX form adds the one in <op>_amx.cpp. The build defines
+// GPTCORE_WITH_<isa> for the sets it compiles: all of a machine's kind, or fewer (GPTCORE_ISAS).
 #define GPTCORE_BODY(isa, Bodies, name) \
   namespace isa {                       \
   extern const Bodies name;             \
   }
-#if defined(GPTCORE_X86)
-#define GPTCORE_BODIES(Bodies, name)  \
-  GPTCORE_BODY(v2, Bodies, name)      \
-  GPTCORE_BODY(v3, Bodies, name)      \
-  GPTCORE_BODY(v4, Bodies, name)      \
-  GPTCORE_BODY(v4_bf16, Bodies, name) \
-  static const IsaTable<Bodies> name##_table{{&v2::name, &v3::name, &v4::name, &v4_bf16::name, nullptr}};
-#define GPTCORE_BODIES_AMX(Bodies, name) \
-  GPTCORE_BODY(v2, Bodies, name)         \
-  GPTCORE_BODY(v3, Bodies, name)         \
-  GPTCORE_BODY(v4, Bodies, name)         \
-  GPTCORE_BODY(v4_bf16, Bodies, name)    \
-  GPTCORE_BODY(amx, Bodies, name)        \
-  static const IsaTable<Bodies> name##_table{{&v2::name, &v3::name, &v4::name, &v4_bf16::name, &amx::name}};
+#if defined(GPTCORE_WITH_v2)
+#define GPTCORE_IF_v2(then, otherwise) then
 #else
-#define GPTCORE_BODIES(Bodies, name) \
-  GPTCORE_BODY(v2, Bodies, name)     \
-  static const IsaTable<Bodies> name##_table{{&v2::name, nullptr, nullptr, nullptr, nullptr}};
-#define GPTCORE_BODIES_AMX GPTCORE_BODIES
+#define GPTCORE_IF_v2(then, otherwise) otherwise
 #endif
+#if defined(GPTCORE_WITH_v3)
+#define GPTCORE_IF_v3(then, otherwise) then
+#else
+#define GPTCORE_IF_v3(then, otherwise) otherwise
+#endif
+#if defined(GPTCORE_WITH_v4)
+#define GPTCORE_IF_v4(then, otherwise) then
+#else
+#define GPTCORE_IF_v4(then, otherwise) otherwise
+#endif
+#if defined(GPTCORE_WITH_v4_bf16)
+#define GPTCORE_IF_v4_bf16(then, otherwise) then
+#else
+#define GPTCORE_IF_v4_bf16(then, otherwise) otherwise
+#endif
+#if defined(GPTCORE_WITH_amx)
+#define GPTCORE_IF_amx(then, otherwise) then
+#else
+#define GPTCORE_IF_amx(then, otherwise) otherwise
+#endif
+#define GPTCORE_BODIES_OF(Bodies, name, amx_entry)                                                          \
+  GPTCORE_IF_v2(GPTCORE_BODY(v2, Bodies, name), ) GPTCORE_IF_v3(GPTCORE_BODY(v3, Bodies, name), )           \
+      GPTCORE_IF_v4(GPTCORE_BODY(v4, Bodies, name), )                                                       \
+          GPTCORE_IF_v4_bf16(GPTCORE_BODY(v4_bf16, Bodies, name), ) static const IsaTable<Bodies>           \
+              name##_table{{GPTCORE_IF_v2(&v2::name, nullptr), GPTCORE_IF_v3(&v3::name, nullptr),           \
+                            GPTCORE_IF_v4(&v4::name, nullptr), GPTCORE_IF_v4_bf16(&v4_bf16::name, nullptr), \
+                            amx_entry}};
+#define GPTCORE_BODIES(Bodies, name) GPTCORE_BODIES_OF(Bodies, name, nullptr)
+#define GPTCORE_BODIES_AMX(Bodies, name)            \
+  GPTCORE_IF_amx(GPTCORE_BODY(amx, Bodies, name), ) \
+      GPTCORE_BODIES_OF(Bodies, name, GPTCORE_IF_amx(&amx::name, nullptr))
 
 }  // namespace gptcore

@@ -14,6 +14,11 @@
 #include <immintrin.h>
 #endif
 
+// Sanitizers follow plain loads and stores, not intrinsics with masks or hints.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define GPTCORE_MASKS 1
+#endif
+
 #define GPTCORE_INLINE static inline __attribute__((always_inline, unused))
 
 namespace gptcore {
@@ -121,7 +126,7 @@ GPTCORE_INLINE void store(bf16* p, Vec x) { *reinterpret_cast<VecHUnaligned*>(p)
 
 // The first n lanes (0 <= n <= kLanes); the others load as zero and are not stored.
 GPTCORE_INLINE Vec load_n(const float* p, int64_t n) {
-#if defined(__AVX512F__)
+#if defined(GPTCORE_MASKS)
   return (Vec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
 #else
   Vec x = {};
@@ -130,7 +135,7 @@ GPTCORE_INLINE Vec load_n(const float* p, int64_t n) {
 #endif
 }
 GPTCORE_INLINE Vec load_n(const bf16* p, int64_t n) {
-#if defined(__AVX512F__)
+#if defined(GPTCORE_MASKS)
   return widen((VecH)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
 #else
   VecH x = {};
@@ -139,7 +144,7 @@ GPTCORE_INLINE Vec load_n(const bf16* p, int64_t n) {
 #endif
 }
 GPTCORE_INLINE void store_n(float* p, Vec x, int64_t n) {
-#if defined(__AVX512F__)
+#if defined(GPTCORE_MASKS)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)x);
 #else
   __builtin_memcpy(p, &x, static_cast<size_t>(n) * 4);
@@ -147,7 +152,7 @@ GPTCORE_INLINE void store_n(float* p, Vec x, int64_t n) {
 }
 GPTCORE_INLINE void store_n(bf16* p, Vec x, int64_t n) {
   const VecH h = narrow(x);
-#if defined(__AVX512F__)
+#if defined(GPTCORE_MASKS)
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), (__m256i)h);
 #else
   __builtin_memcpy(p, &h, static_cast<size_t>(n) * 2);

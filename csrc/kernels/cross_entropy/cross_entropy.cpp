@@ -58,7 +58,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
   if (kept.count() > 0) cross_entropy_bodies_table.pick().forward[logits.dtype == DType::bf16](a);
 
   const bool per_row = reduction == "none";
-  if (lse) std::memset(lse.data, 0, static_cast<size_t>(rows) * sizeof(float));
+  if (lse && rows > 0) std::memset(lse.data, 0, static_cast<size_t>(rows) * sizeof(float));
   for (int64_t n = 0; per_row && n < rows; ++n) store_rounded(loss, n * loss.stride(0), 0.0);
   const double s = label_smoothing, share = s / static_cast<double>(classes);
   const double all = s > 0 ? weights.sum() : 0.0;

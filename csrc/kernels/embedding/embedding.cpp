@@ -70,6 +70,7 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
   check.output(out, "out", {weight.dtype});
   const int64_t count = ids.numel();
   const Rows rows = check_rows(check, out, "out", count, weight.size(1));
+  if (count == 0 || rows.width == 0) return;
   const int64_t size = size_of(weight.dtype);
   EmbeddingForward a{};
   a.ids = ids.data, a.table = weight.as<char>(), a.out = out.as<char>();

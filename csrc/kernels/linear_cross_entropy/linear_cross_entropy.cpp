@@ -254,7 +254,7 @@ void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyO
                    const LinearCrossEntropyOutputs& out) {
   const bool per_row = options.reduction == "none";
   for (const TensorView* o : {&out.logprobs, &out.lse}) {
-    std::memset(o->data, 0, static_cast<size_t>(rows) * sizeof(float));
+    if (rows > 0) std::memset(o->data, 0, static_cast<size_t>(rows) * sizeof(float));
   }
   if (out.entropy) std::memset(out.entropy.data, 0, static_cast<size_t>(rows) * sizeof(float));
   if (out.predicted) std::fill_n(out.predicted.as<int64_t>(), rows, -1);
