@@ -146,6 +146,7 @@ def _kernels() -> list[str]:
         "csrc/bindings/{}.cpp",
         "gptcore/ops/{}.py",
         "tests/ops/test_{}.py",
+        "tests/cpp/{}.cpp",
         "bench/bench_{}.py",
         "docs/kernels/{}.md",
     ],

@@ -3,6 +3,7 @@ nothing loaded at import."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ def _python(code: str) -> str:
 
 def _tool(name: str) -> str:
     if shutil.which(name) is None:
-        pytest.skip(f"{name} (binutils) is not on this machine")
+        pytest.skip(f"{name} is not on this machine")
     return name
 
 
@@ -58,6 +59,15 @@ def test_no_symbol_of_one_isa_can_serve_another() -> None:
 def test_a_leak_would_be_seen() -> None:
     listing = "0000 W _ZSt3maxIfERKT_S2_S2_\n0000 W _ZN7gptcore2v43expEv\n0000 T _ZN7gptcore2v41fEv\n"
     assert leaking_symbols(listing, "v4") == ["_ZSt3maxIfERKT_S2_S2_"]
+
+
+def test_the_driver_for_thread_sanitizer_fits_the_contracts() -> None:
+    # CI builds it; here only its calls are checked, all files at once.
+    compiler, folder = _tool(os.environ.get("CXX", "c++")), ROOT / "tests" / "cpp"
+    source = "".join(f'#include "{path}"\n' for path in sorted(folder.glob("*.cpp")))
+    options = ["-std=c++20", "-fsyntax-only", "-DGPTCORE_STD_THREADS=1", "-I", ROOT / "csrc", "-I", folder]
+    result = subprocess.run([compiler, *options, "-xc++", "-"], input=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_openmp_symbols_are_old_enough_for_torchs_copy() -> None:

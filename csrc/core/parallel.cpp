@@ -17,6 +17,9 @@ namespace gptcore {
 namespace {
 
 std::atomic<int> requested{0};
+#if defined(GPTCORE_STD_THREADS)
+std::atomic<int64_t> started{0};
+#endif
 thread_local bool inside_task = false;
 
 int affinity_cpus() {
@@ -84,6 +87,10 @@ const char* num_threads_reason() {
   return granted().reason;
 }
 
+#if defined(GPTCORE_STD_THREADS)
+int64_t threads_started() { return started.load(); }
+#endif
+
 void run_tasks(int64_t tasks, TaskBody body, void* context) {
   if (tasks <= 0) return;
   int threads = inside_task ? 1 : num_threads();
@@ -105,6 +112,7 @@ void run_tasks(int64_t tasks, TaskBody body, void* context) {
   };
 #if defined(GPTCORE_STD_THREADS)
   std::vector<std::thread> pool;
+  started += threads - 1;
   for (int thread = 1; thread < threads; ++thread) pool.emplace_back(worker, thread, threads);
   worker(0, threads);
   for (auto& thread : pool) thread.join();

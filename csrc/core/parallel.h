@@ -15,6 +15,11 @@ void set_num_threads(int count);  // 0 returns to the default
 // Why num_threads() is what it is, in words.
 const char* num_threads_reason();
 
+#if defined(GPTCORE_STD_THREADS)
+// Threads that run_tasks has started so far: whether a call's work was divided.
+int64_t threads_started();
+#endif
+
 using TaskBody = void (*)(void* context, int64_t task, int thread);
 
 // Runs body(context, t, thread) for t in [0, tasks), dynamically over threads; returns when all are done.

@@ -1,0 +1,10 @@
+# kernel_threads: every kernel called from C++ on core/parallel.h's std::thread backend, for ThreadSanitizer.
+find_package(Threads REQUIRED)
+file(GLOB GPTCORE_CASE_SOURCES CONFIGURE_DEPENDS tests/cpp/*.cpp)
+add_executable(kernel_threads ${GPTCORE_CASE_SOURCES})
+target_include_directories(kernel_threads PRIVATE csrc)
+add_compile_definitions(GPTCORE_STD_THREADS=1)
+target_link_libraries(kernel_threads PRIVATE Threads::Threads)
+set_target_properties(kernel_threads PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
+set(GPTCORE_TARGET kernel_threads)
+set(GPTCORE_THREADS Threads::Threads)
