@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptcore.ops.cross_entropy import cross_entropy, cross_entropy_backward, cross_entropy_reference
+from tests.strides import EDGES, within_larger
 from tests.tolerance import assert_close_to_exact, assert_same_for_threads, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -30,10 +31,16 @@ def _double(options: dict) -> dict:
     return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
-def _check(logits, targets, **options) -> None:
-    got = _step(cross_entropy, logits, targets, **options)
-    exact = _step(cross_entropy_reference, logits.double(), targets, **_double(options))
-    twin = _step(torch.nn.functional.cross_entropy, logits, targets, **options)
+def _check(logits, targets, edges: tuple[int, int] = (0, 0), **options) -> None:
+    def step(function, logits, options) -> list[torch.Tensor]:
+        def of_targets(x, _, **keywords):
+            return within_larger(lambda x: function(x, targets, **keywords), edges)(x)
+
+        return _step(of_targets, logits, targets, **options)
+
+    got = step(cross_entropy, logits, options)
+    exact = step(cross_entropy_reference, logits.double(), _double(options))
+    twin = step(torch.nn.functional.cross_entropy, logits, options)
     # The loss is a difference of numbers of the logits' size, over V terms; a probability errs relatively as they do.
     size = logits.double().abs().max().item() + 3
     classes = logits.shape[1]
@@ -56,12 +63,25 @@ def test_matches_float64_at_every_width_on_every_isa(isa: str, dtype: torch.dtyp
 @given(
     rows=st.integers(1, 40), classes=st.integers(1, 90), dtype=st.sampled_from(DTYPES),
     smoothing=st.sampled_from([0.0, 0.1, 1.0]), weighted=st.booleans(),
-    reduction=st.sampled_from(["mean", "sum", "none"]), seed=st.integers(0, 2**16),
+    reduction=st.sampled_from(["mean", "sum", "none"]), edges=EDGES, seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_any_shape_and_option(rows, classes, dtype, smoothing, weighted, reduction, seed) -> None:
+def test_any_shape_stride_and_option(
+    rows, classes, dtype, smoothing, weighted, reduction, edges, seed
+) -> None:
     torch.manual_seed(seed)
     weight = (torch.rand(classes) + 0.5).to(dtype) if weighted else None
-    _check(*_inputs(rows, classes, dtype), weight=weight, label_smoothing=smoothing, reduction=reduction)
+    logits, targets = _inputs(rows, classes, dtype)
+    _check(logits, targets, edges, weight=weight, label_smoothing=smoothing, reduction=reduction)
+
+
+def test_no_rows_give_what_torch_gives() -> None:
+    logits, targets = torch.empty(0, 5, requires_grad=True), torch.empty(0, dtype=torch.int64)
+    for reduction in ("mean", "sum", "none"):
+        loss = cross_entropy(logits, targets, reduction=reduction)
+        expected = torch.nn.functional.cross_entropy(logits, targets, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert gradient.shape == (0, 5)
 
 
 def test_agrees_with_torch_in_value_dtype_and_ignored_rows() -> None:

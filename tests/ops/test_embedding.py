@@ -8,18 +8,19 @@ from hypothesis import strategies as st
 
 from gptcore import backend, ops
 from gptcore.ops.embedding import embedding, embedding_backward, embedding_reference
+from tests.strides import EDGES, within_larger
 from tests.tolerance import assert_close_to_exact, assert_same_for_threads, same_bits, value_and_gradients
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def _check(ids: torch.Tensor, weight: torch.Tensor) -> None:
-    grad = torch.randn(*ids.shape, weight.shape[1]).to(weight.dtype)
-    (out,), (got,) = value_and_gradients(lambda w: embedding(ids, w), [weight], [grad])
-    assert same_bits(out, embedding_reference(ids, weight))  # a copy: exact
-    _, (exact,) = value_and_gradients(
-        lambda w: embedding_reference(ids, w), [weight.double()], [grad.double()]
-    )
+def _check(ids: torch.Tensor, weight: torch.Tensor, edges: tuple[int, int] = (0, 0)) -> None:
+    grad = torch.randn(*ids.shape, weight.shape[1] + sum(edges)).to(weight.dtype)
+    kernel = within_larger(lambda w: embedding(ids, w), edges)
+    reference = within_larger(lambda w: embedding_reference(ids, w), edges)
+    (out,), (got,) = value_and_gradients(kernel, [weight], [grad])
+    assert same_bits(out, reference(weight))  # a copy: exact
+    _, (exact,) = value_and_gradients(reference, [weight.double()], [grad.double()])
     # f32 sums of as many terms as the most frequent id has, then one rounding.
     most = ids.flatten().bincount().max().item() if ids.numel() else 1
     assert_close_to_exact(got, exact, terms=most, what="dweight")
@@ -28,7 +29,7 @@ def _check(ids: torch.Tensor, weight: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_at_every_width_on_every_isa(isa: str, dtype: torch.dtype) -> None:
     ids = torch.tensor([3, 0, 3, 6, 3, 1])
-    for width in [*range(1, 34), 63, 64, 65, 127, 128, 129, 300]:
+    for width in [*range(34), 63, 64, 65, 127, 128, 129, 300]:
         _check(ids, torch.randn(7, width).to(dtype))
 
 
@@ -36,15 +37,44 @@ def test_matches_float64_at_every_width_on_every_isa(isa: str, dtype: torch.dtyp
 @given(
     shape=st.lists(st.integers(0, 12), max_size=3),
     vocabulary=st.integers(1, 200),
-    width=st.integers(1, 70),
+    width=st.integers(0, 70),
     dtype=st.sampled_from(DTYPES),
     long=st.booleans(),
+    edges=EDGES,
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_type(shape, vocabulary: int, width: int, dtype, long: bool, seed: int) -> None:
+def test_any_shape_stride_and_type(
+    shape, vocabulary: int, width: int, dtype, long: bool, edges, seed: int
+) -> None:
     torch.manual_seed(seed)
     ids = torch.randint(vocabulary, shape, dtype=torch.int64 if long else torch.int32)
-    _check(ids, torch.randn(vocabulary, width).to(dtype))
+    _check(ids, torch.randn(vocabulary, width).to(dtype), edges)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 600),
+    vocabulary=st.integers(1, 40),
+    width=st.integers(0, 70),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(DTYPES),
+    accumulate=st.booleans(),
+    edges=EDGES,
+    seed=st.integers(0, 2**16),
+)
+def test_any_gradient_type_and_accumulation(
+    tokens: int, vocabulary: int, width: int, dtype, kind, accumulate: bool, edges, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    ids = (torch.rand(tokens) ** 2 * vocabulary).long()  # some far more often than others
+    larger = torch.randn(tokens, width + sum(edges)).to(dtype)
+    grad = larger[:, edges[0] : edges[0] + width]
+    got = torch.randn(vocabulary, width).to(kind)
+    exact = got.double() if accumulate else torch.zeros(vocabulary, width, dtype=torch.float64)
+    exact = exact.index_add(0, ids, grad.double())
+    backend.extension().embedding_backward(ids, grad, got, accumulate)
+    most = int(ids.bincount().max()) + 1 if tokens else 1
+    assert_close_to_exact(got, exact, terms=most, summand=5.0, what="dweight")  # 5 deviations
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

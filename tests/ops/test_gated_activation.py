@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ from hypothesis import strategies as st
 
 from gptcore import backend, ops
 from gptcore.ops import gated_activation as op
+from tests.strides import EDGES, within_larger
 from tests.tolerance import assert_same_for_threads, check_against_float64, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
-# Every width from one lane to beyond two AVX-512 vectors.
-WIDTHS = [*range(1, 34), 63, 64, 65]
+# Every width from none to beyond two AVX-512 vectors.
+WIDTHS = [*range(34), 63, 64, 65]
 
 
 def _packed(reference):
@@ -59,26 +62,31 @@ def test_matches_float64_at_every_width_on_every_isa(isa: str, form: str, dtype:
         check_against_float64(kernel, reference, inputs, [torch.randn(3, width)], terms=3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     form=st.sampled_from(sorted(FORMS)),
-    rows=st.integers(0, 90),
-    width=st.integers(1, 90),
+    lead=st.lists(st.integers(0, 9), max_size=3),
+    width=st.integers(0, 90),
     bias=st.sampled_from(["none", "same", "float32"]),
     dtype=st.sampled_from(DTYPES),
+    edges=EDGES,
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_option(form: str, rows: int, width: int, bias: str, dtype, seed: int) -> None:
+def test_any_shape_stride_and_option(form: str, lead, width: int, bias: str, dtype, edges, seed: int) -> None:
     torch.manual_seed(seed)
-    kernel, reference, count, _ = FORMS[form]
+    kernel, reference, count, factor = FORMS[form]
+    rows = math.prod(lead)
     inputs = _inputs(form, rows, width, dtype, bias != "none")
+    inputs = [x.view(*lead, factor * width) for x in inputs[:count]] + inputs[count:]
     if bias == "float32":
         inputs = [*inputs[:count], *(b.float() for b in inputs[count:])]
 
     def in_dtype(*arguments):
         return reference(*arguments).to(arguments[0].dtype)
 
-    check_against_float64(kernel, in_dtype, inputs, [torch.randn(rows, width)], terms=max(rows, 1))
+    kernel, in_dtype = within_larger(kernel, edges), within_larger(in_dtype, edges)
+    grads = [torch.randn(*lead, width + sum(edges))]
+    check_against_float64(kernel, in_dtype, inputs, grads, terms=max(rows, 1))
 
 
 @pytest.mark.parametrize("name", ["gelu_tanh", "gelu_erf", "silu", "relu"])

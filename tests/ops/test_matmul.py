@@ -52,6 +52,16 @@ def test_matches_float64_for_every_shape_and_layout(isa: str, dtype: torch.dtype
             _check(a, b, torch.randn(m, n), accumulate=True, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_float64_at_every_size_on_every_isa(isa: str, dtype: torch.dtype) -> None:
+    # Each dimension from none to beyond two AVX-512 vectors, the others small; both bodies of few rows.
+    for size in range(34):
+        for shape in [(size, 7, 9), (5, size, 9), (5, 7, size), (70, size, 3), (70, 3, size)]:
+            for transpose_b in (False, True):
+                a, b = _operands(*shape, dtype, False, transpose_b)
+                _check(a, b, transpose_b=transpose_b)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(0, 80), n=st.integers(0, 80), k=st.integers(0, 80),

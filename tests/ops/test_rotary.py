@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gptcore import backend, ops
 from gptcore.ops.rotary import rotary, rotary_reference, rotary_tables
+from tests.strides import EDGES, within_larger
 from tests.tolerance import assert_same_for_threads, check_against_float64, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -43,17 +44,21 @@ def test_matches_float64_at_every_width_on_every_isa(isa: str, dtype: torch.dtyp
     inverse=st.booleans(),
     position=st.sampled_from(["offset", "shared", "own"]),
     dtype=st.sampled_from(DTYPES),
+    edges=EDGES,
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_option(shape, packed, fraction, interleaved, inverse, position, dtype, seed) -> None:
+def test_any_shape_stride_and_option(
+    shape, packed, fraction, interleaved, inverse, position, dtype, edges, seed
+) -> None:
     torch.manual_seed(seed)
     batch, length, _, size = shape
     x = torch.randn(shape[1:] if packed else shape).to(dtype)
     cos, sin = rotary_tables(20, max(2, int(size * fraction) // 2 * 2), base=100.0)
     own = (length,) if packed or position == "shared" else (batch, length)
     where = 7 if position == "offset" else torch.randint(20, own, dtype=torch.int32)
-    kernel, reference = _both(cos, sin, interleaved=interleaved, inverse=inverse, position=where)
-    check_against_float64(kernel, reference, [x], [torch.randn(x.shape)])
+    both = _both(cos, sin, interleaved=interleaved, inverse=inverse, position=where)
+    kernel, reference = (within_larger(function, edges) for function in both)
+    check_against_float64(kernel, reference, [x], [torch.randn(*x.shape[:-1], size + sum(edges))])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
