@@ -26,6 +26,26 @@ def _setup(rows: int, width: int, *, backward: bool) -> Callable[[Target], Calla
     return setup
 
 
+def _setup_zero_centred(rows: int, width: int, *, backward: bool) -> Callable[[Target], Callables]:
+    def setup(target: Target) -> Callables:
+        import torch
+
+        from gptcore.ops.rms_norm import rms_norm
+
+        def eager(x: Any, w: Any) -> Any:
+            # 1 + weight in bf16 is not the same function, but the cheaper one.
+            return torch.nn.functional.rms_norm(x, (width,), 1 + w, EPS)
+
+        inputs = [target.randn(rows, width, grad=True), target.randn(width, grad=True)]
+        functions: dict[str, Callable[..., Any]] = {
+            "gptcore": lambda x, w: rms_norm(x, w, EPS, weight_offset=1.0),
+            "torch_eager": eager,
+        }
+        return both_directions(functions, inputs, target.randn(rows, width), backward=backward)
+
+    return setup
+
+
 def _setup_residual(rows: int, width: int, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
@@ -78,6 +98,9 @@ def _cases() -> list[Case]:
         setup = _setup_residual(2048, 4096, backward=backward)
         cost = _cost(2048, 4096, backward=backward, residual=True)
         cases.append(Case(f"rms_norm/2048x4096_residual/{direction}", setup, cost, quick=False))
+        setup = _setup_zero_centred(4096, 768, backward=backward)
+        cost = _cost(4096, 768, backward=backward)
+        cases.append(Case(f"rms_norm/4096x768_zero_centred/{direction}", setup, cost, quick=False))
     return cases
 
 

@@ -153,19 +153,23 @@ def layer_norm_backward(
     grad_h: Tensor | None,
     h: Tensor | None,
     weight: Tensor | None,
+    weight_offset: float,
     stats: Tensor | None,
     dx: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None: ...
 def layer_norm_eager_backward(ctx: object, grad_y: object) -> object: ...
-def layer_norm_eager_forward(ctx: object, x: object, weight: object, bias: object, eps: float) -> object: ...
+def layer_norm_eager_forward(
+    ctx: object, x: object, weight: object, bias: object, eps: float, weight_offset: float
+) -> object: ...
 def layer_norm_forward(
     x: Tensor | None,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    weight_offset: float,
     y: Tensor | None,
     h: Tensor | None,
     stats: Tensor | None,
@@ -231,6 +235,7 @@ def rms_norm_backward(
     grad_h: Tensor | None,
     h: Tensor | None,
     weight: Tensor | None,
+    weight_offset: float,
     rstd: Tensor | None,
     dx: Tensor | None,
     dweight: Tensor | None,
@@ -240,6 +245,7 @@ def rms_norm_forward(
     residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
+    weight_offset: float,
     y: Tensor | None,
     h: Tensor | None,
     rstd: Tensor | None,

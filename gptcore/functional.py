@@ -87,36 +87,61 @@ def _flat(x: Tensor | None, dims: int) -> Tensor | None:
     return x if x is None or dims == 1 else x.flatten(-dims)
 
 
+def _shifted(call: str, weight: Tensor | None, offset: float) -> Tensor | None:
+    """``weight + offset``, for torch's norms, which take no offset."""
+    if not offset:
+        return weight
+    if weight is None:
+        raise ValueError(f"{call}: argument 'weight_offset': got {offset} without 'weight', expected 0")
+    return weight + offset
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: list[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    weight_offset: float = 0.0,
 ) -> Tensor:
-    """As ``torch.nn.functional.layer_norm``; f32 and bf16 on the CPU run on gptcore's kernel."""
+    """As ``torch.nn.functional.layer_norm``; f32 and bf16 on the CPU run on gptcore's kernel.
+
+    ``weight_offset`` is added to ``weight``: 1 for a zero-centred weight.
+    """
     reason = _uncovered_norm(input, normalized_shape, weight, bias) or (eps < 0 and "negative eps")
     if reason:
+        weight = _shifted("layer_norm", weight, weight_offset)
         return _to_torch("layer_norm", reason, input, normalized_shape, weight, bias, eps)
     dims = len(normalized_shape)
-    y = ops.layer_norm(_flat(input, dims), _flat(weight, dims), _flat(bias, dims), eps)
+    y = ops.layer_norm(
+        _flat(input, dims), _flat(weight, dims), _flat(bias, dims), eps, weight_offset=weight_offset
+    )
     return y if dims == 1 else y.view(input.shape)
 
 
 def rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
 ) -> Tensor:
-    """As ``torch.nn.functional.rms_norm``; f32 and bf16 on the CPU run on gptcore's kernel."""
+    """As ``torch.nn.functional.rms_norm``; f32 and bf16 on the CPU run on gptcore's kernel.
+
+    ``weight_offset`` is added to ``weight``: 1 for a zero-centred weight.
+    """
     reason = _uncovered_norm(input, normalized_shape, weight) or (
         eps is not None and eps < 0 and "negative eps"
     )
     if reason:
+        weight = _shifted("rms_norm", weight, weight_offset)
         return _to_torch("rms_norm", reason, input, normalized_shape, weight, eps)
     dims = len(normalized_shape)
     # torch's default is the epsilon of the type it computes in, which is f32 for bf16 too.
-    y = ops.rms_norm(
-        _flat(input, dims), _flat(weight, dims), torch.finfo(torch.float32).eps if eps is None else eps
-    )
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    y = ops.rms_norm(_flat(input, dims), _flat(weight, dims), eps, weight_offset=weight_offset)
     return y if dims == 1 else y.view(input.shape)
 
 

@@ -20,7 +20,7 @@ def test_torch_numpy_and_ml_dtypes_reach_the_same_memory() -> None:
     x = torch.randn(4, 6)
     for dtype, array in [(torch.float32, x.numpy()), (torch.bfloat16, x.numpy().astype(ml_dtypes.bfloat16))]:
         out = np.zeros_like(array)
-        native.layer_norm_forward(array, None, None, None, 1e-5, out, None, None)
+        native.layer_norm_forward(array, None, None, None, 1e-5, 0.0, out, None, None)
         expected = ops.layer_norm(x.to(dtype))
         assert np.array_equal(
             out.view(np.uint8), expected.view(torch.uint8).numpy().reshape(out.view(np.uint8).shape)
@@ -52,7 +52,7 @@ class _CapsuleOnly:
 def test_capsules_serve_where_there_is_no_exchange_api(versioned: bool) -> None:
     x, out = torch.randn(4, 6), torch.empty(4, 6)
     native.layer_norm_forward(
-        _CapsuleOnly(x, versioned), None, None, None, 1e-5, _CapsuleOnly(out, versioned), None, None
+        _CapsuleOnly(x, versioned), None, None, None, 1e-5, 0.0, _CapsuleOnly(out, versioned), None, None
     )
     assert same_bits(out, ops.layer_norm(x))
 
@@ -87,9 +87,9 @@ def test_read_only_arrays_are_inputs_but_not_outputs() -> None:
     x = np.ones((2, 3), np.float32)
     x.flags.writeable = False
     out = np.empty((2, 3), np.float32)
-    native.layer_norm_forward(x, None, None, None, 1e-5, out, None, None)
+    native.layer_norm_forward(x, None, None, None, 1e-5, 0.0, out, None, None)
     with pytest.raises(ValueError, match="'out': got a read-only array, expected a writable one"):
-        native.layer_norm_forward(out, None, None, None, 1e-5, x, None, None)
+        native.layer_norm_forward(out, None, None, None, 1e-5, 0.0, x, None, None)
     assert (x == 1).all()
 
 
@@ -113,7 +113,7 @@ def test_the_gil_is_released_while_a_kernel_runs() -> None:
     start, calls = time.perf_counter(), []
     while time.perf_counter() - start < 0.3:
         begin = time.perf_counter()
-        native.layer_norm_forward(x, None, None, None, 1e-5, out, None, None)
+        native.layer_norm_forward(x, None, None, None, 1e-5, 0.0, out, None, None)
         calls.append((begin, time.perf_counter()))
     stop.set()
     thread.join()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import gptcore.functional as F
 from gptcore import backend
-from tests.tolerance import assert_close_to_exact
+from tests.tolerance import assert_close_to_exact, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -72,6 +72,22 @@ def test_norms(dtype: torch.dtype, shape: tuple[int, ...], dims: int) -> None:
         exact = T.rms_norm(x.double(), normalized, weight.double(), eps)
         assert_close_to_exact(got.detach(), exact, T.rms_norm(x, normalized, weight, eps), terms=64)
     assert backend.report() == {}
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_norms_add_an_offset_to_their_weight(name: str) -> None:
+    ours, theirs = getattr(F, name), getattr(T, name)
+    for shape in [(24,), (4, 6)]:
+        x, weight = torch.randn(5, *shape), torch.randn(shape)
+        assert same_bits(ours(x, shape, weight, weight_offset=1.0), ours(x, shape, weight + 1))
+        wide = ours(x.double(), shape, weight.double(), weight_offset=1.0)  # by torch
+        assert same_bits(wide, theirs(x.double(), shape, weight.double() + 1))
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(
+                ValueError, match=f"{name}: argument 'weight_offset': got 1.*without 'weight'"
+            ):
+                ours(x.to(dtype), shape, weight_offset=1.0)
+    backend.reset_report()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,19 +7,26 @@ using gptcore::bindings::Operand;
 
 namespace {
 
-// (ctx, x, weight, bias, eps)
+PyObject* weight_offset() {
+  static PyObject* const name = gptcore::bindings::interned("weight_offset");
+  return name;
+}
+
+// (ctx, x, weight, bias, eps, weight_offset)
 py::object layer_norm_eager_forward(PyObject* const* arguments) {
   const Operand x = gptcore::bindings::as_rows(arguments[1]),
                 weight = gptcore::bindings::operand(arguments[2]),
                 bias = gptcore::bindings::operand(arguments[3]), y = x.empty_like();
-  const double eps = py::cast<double>(arguments[4]);
+  const float eps = py::cast<float>(arguments[4]), offset = py::cast<float>(arguments[5]);
   const int64_t width = x.view().ndim ? x.view().size(-1) : 0;
   const int64_t sizes[] = {2, width ? x.view().numel() / width : 0};
   const Operand stats = x.new_empty(sizes, 2, true);
   gptcore::bindings::save_for_backward(arguments[0], x.tensor(), weight.tensor(), stats.tensor());
+  gptcore::bindings::set_attribute(arguments[0], weight_offset(), arguments[5]);
   {
     const py::gil_scoped_release_simple release;
-    gptcore::layer_norm_forward(x.view(), {}, weight.view(), bias.view(), eps, y.view(), {}, stats.view());
+    gptcore::layer_norm_forward(x.view(), {}, weight.view(), bias.view(), eps, offset, y.view(), {},
+                                stats.view());
   }
   return y.tensor();
 }
@@ -29,6 +36,7 @@ py::object layer_norm_eager_backward(PyObject* const* arguments) {
   static PyObject* const needs_input_grad = gptcore::bindings::interned("needs_input_grad");
   const py::tuple saved = gptcore::bindings::saved_tensors(arguments[0]);
   const py::tuple needed = gptcore::bindings::attribute(arguments[0], needs_input_grad);
+  const float offset = py::cast<float>(gptcore::bindings::attribute(arguments[0], weight_offset()));
   const Operand gradient = gptcore::bindings::as_rows(arguments[1]), h = gptcore::bindings::as_rows(saved[0]),
                 weight(saved[1]), stats(saved[2]), dx = h.empty_like(), dweight = weight.empty_like();
   const int64_t width = h.view().size(-1);
@@ -37,23 +45,24 @@ py::object layer_norm_eager_backward(PyObject* const* arguments) {
                                                    : h.new_empty(&width, 1);
   {
     const py::gil_scoped_release_simple release;
-    gptcore::layer_norm_backward(gradient.view(), {}, h.view(), weight.view(), stats.view(), dx.view(),
-                                 dweight.view(), dbias.view());
+    gptcore::layer_norm_backward(gradient.view(), {}, h.view(), weight.view(), offset, stats.view(),
+                                 dx.view(), dweight.view(), dbias.view());
   }
-  return py::make_tuple(dx.tensor(), dweight.tensor(), dbias.tensor(), py::none());
+  return py::make_tuple(dx.tensor(), dweight.tensor(), dbias.tensor(), py::none(), py::none());
 }
 
 }  // namespace
 
 void register_layer_norm(py::module_& m) {
   m.def("layer_norm_forward", &gptcore::layer_norm_forward, py::arg("x"), py::arg("residual"),
-        py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("y"), py::arg("h"), py::arg("stats"),
-        py::call_guard<py::gil_scoped_release_simple>(),
+        py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("weight_offset"), py::arg("y"),
+        py::arg("h"), py::arg("stats"), py::call_guard<py::gil_scoped_release_simple>(),
         "y = layer_norm(x + residual) over (N, C); writes h and stats where given.");
   m.def("layer_norm_backward", &gptcore::layer_norm_backward, py::arg("grad_y"), py::arg("grad_h"),
-        py::arg("h"), py::arg("weight"), py::arg("stats"), py::arg("dx"), py::arg("dweight"),
-        py::arg("dbias"), py::call_guard<py::gil_scoped_release_simple>(),
+        py::arg("h"), py::arg("weight"), py::arg("weight_offset"), py::arg("stats"), py::arg("dx"),
+        py::arg("dweight"), py::arg("dbias"), py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of layer_norm_forward, overwritten.");
-  gptcore::bindings::define_hooks<layer_norm_eager_forward, 4, layer_norm_eager_backward>(
-      m, "layer_norm", "x: object, weight: object, bias: object, eps: float", "grad_y: object");
+  gptcore::bindings::define_hooks<layer_norm_eager_forward, 5, layer_norm_eager_backward>(
+      m, "layer_norm", "x: object, weight: object, bias: object, eps: float, weight_offset: float",
+      "grad_y: object");
 }

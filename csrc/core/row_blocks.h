@@ -31,12 +31,15 @@ GPTCORE_INLINE void for_two_sums(int64_t width, const F& take) {
   if (c < width) take(c, width - c, 1);
 }
 
-// Weights or biases as f32, widened once into `room` where they are bf16, so that bodies are compiled for one
-// type of them; null stays null.
-inline const float* as_f32(const void* weight, bool is_bf16, int64_t width, float* room) {
-  if (!weight || !is_bf16) return static_cast<const float*>(weight);
+// Weights or biases as f32, plus an offset: written once into `room` where they are bf16 or there is an offset, so
+// that bodies are compiled for one kind of them; null stays null.
+inline const float* as_f32(const void* weight, bool is_bf16, int64_t width, float* room,
+                           float offset = 0.0f) {
+  if (!weight || (!is_bf16 && offset == 0.0f)) return static_cast<const float*>(weight);
   for_lanes(width, [&](int64_t c, int64_t n) {
-    store_some(room + c, load_some(static_cast<const bf16*>(weight) + c, n), n);
+    const Vec value = is_bf16 ? load_some(static_cast<const bf16*>(weight) + c, n)
+                              : load_some(static_cast<const float*>(weight) + c, n);
+    store_some(room + c, offset == 0.0f ? value : value + offset, n);  // adding 0 would lose the sign of -0
   });
   return room;
 }

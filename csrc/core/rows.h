@@ -2,6 +2,8 @@
 // dimensions, so that Python need not reshape (a microsecond a tensor).
 #pragma once
 
+#include <cmath>
+
 #include "core/check.h"
 
 namespace gptcore {
@@ -49,6 +51,14 @@ inline void check_vector(const Checker& check, const TensorView& tensor, const c
   check.input(tensor, argument, types);
   check.shape(tensor, argument, {size});
   check.contiguous(tensor, argument);
+}
+
+// What a norm adds to its weight.
+inline void check_weight_offset(const Checker& check, float offset, const TensorView& weight) {
+  if (!std::isfinite(offset)) check.fail("weight_offset", std::to_string(offset), "a finite number");
+  if (offset != 0 && !weight) {
+    check.fail("weight_offset", std::to_string(offset) + " without 'weight'", "0, or a weight to add it to");
+  }
 }
 
 }  // namespace gptcore

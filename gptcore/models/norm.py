@@ -17,24 +17,23 @@ class Norm(nn.Module):
         self.kind = kind or spec.kind
         self.eps = spec.eps
         self.zero_centred = spec.zero_centred
+        self.weight_offset = 1.0 if spec.zero_centred else 0.0
         self.weight = nn.Parameter(torch.empty(width))
         bias = self.kind == "layer_norm" and spec.has_bias
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
-    def gain(self) -> Tensor:
-        """The factor applied: the weight, or 1 + weight in f32, where bf16 would lose the small weight."""
-        return self.weight.float() + 1.0 if self.zero_centred else self.weight
-
     def forward(self, x: Tensor) -> Tensor:
         """norm(x) for x (..., width)."""
+        offset = self.weight_offset
         if self.kind == "rms_norm":
-            return ops.rms_norm(x, self.gain(), self.eps)
-        return ops.layer_norm(x, self.gain(), self.bias, self.eps)
+            return ops.rms_norm(x, self.weight, self.eps, weight_offset=offset)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, weight_offset=offset)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(h), h) with h = x + residual, in one pass."""
         if residual is None:
             return self(x), x
+        offset = self.weight_offset
         if self.kind == "rms_norm":
-            return ops.rms_norm(x, self.gain(), self.eps, residual=residual)
-        return ops.layer_norm(x, self.gain(), self.bias, self.eps, residual=residual)
+            return ops.rms_norm(x, self.weight, self.eps, weight_offset=offset, residual=residual)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, weight_offset=offset, residual=residual)

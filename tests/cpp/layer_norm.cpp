@@ -12,8 +12,8 @@ const ForBothTypes layer_norm_cases("layer_norm", [](DType dtype) -> Outputs {
                weight = uniform(dtype, width, 5), bias = uniform(dtype, width, 6);
   const Tensor y(dtype, sizes), h(dtype, sizes), stats(DType::f32, {2, 700}), dx(dtype, sizes),
       dweight(DType::f32, width), dbias(DType::f32, width);
-  layer_norm_forward(x, residual, weight, bias, 1e-5f, y, h, stats);
-  layer_norm_backward(dy, dh, h, weight, stats, dx, dweight, dbias);
+  layer_norm_forward(x, residual, weight, bias, 1e-5f, 1.0f, y, h, stats);
+  layer_norm_backward(dy, dh, h, weight, 1.0f, stats, dx, dweight, dbias);
   return {y, h, stats, dx, dweight, dbias};
 });
 

@@ -12,8 +12,8 @@ const ForBothTypes rms_norm_cases("rms_norm", [](DType dtype) -> Outputs {
                weight = uniform(dtype, width, 5);
   const Tensor y(dtype, sizes), h(dtype, sizes), rstd(DType::f32, {700}), dx(dtype, sizes),
       dweight(DType::f32, width);
-  rms_norm_forward(x, residual, weight, 1e-6f, y, h, rstd);
-  rms_norm_backward(dy, dh, h, weight, rstd, dx, dweight);
+  rms_norm_forward(x, residual, weight, 1e-6f, 1.0f, y, h, rstd);
+  rms_norm_backward(dy, dh, h, weight, 1.0f, rstd, dx, dweight);
   return {y, h, rstd, dx, dweight};
 });
 

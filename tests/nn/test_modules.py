@@ -110,6 +110,26 @@ def test_embedding(dtype: torch.dtype, padding_idx: int | None):
         assert not ours.weight.grad[padding_idx].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_zero_centred_norms_start_as_the_plain_ones_and_add_one(kind: str, dtype: torch.dtype):
+    ours = getattr(nn, kind)((4, 6), eps=1e-5, zero_centred=True, dtype=dtype)
+    theirs = getattr(torch.nn, kind)((4, 6), eps=1e-5, dtype=dtype)
+    assert not ours.weight.any() and list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(3, 4, 6).to(dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours(x), theirs(x), rtol=4 * eps, atol=4 * eps)
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(4, 6))
+        theirs = theirs.double()
+        theirs.weight.copy_(ours.weight.double() + 1)
+    # One rounding of the result, a few of f32 before; a factor of at most 5.
+    torch.testing.assert_close(ours(x).double(), theirs(x.double()), rtol=4 * eps, atol=4 * eps)
+    with pytest.raises(ValueError, match="zero_centred.*without a weight"):
+        getattr(nn, kind)(6, elementwise_affine=False, zero_centred=True)
+    backend.reset_report()
+
+
 def test_what_no_kernel_covers_goes_to_torch_and_is_reported():
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "layer_norm": lambda: nn.LayerNorm(6, dtype=torch.float64)(torch.ones(2, 6, dtype=torch.float64)),

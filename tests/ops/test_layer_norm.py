@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from gptcore import backend, ops
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_reference, layer_norm_stats
+from tests.strides import EDGES, within_larger
 from tests.tolerance import assert_same_for_threads, check_against_float64, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -57,31 +60,67 @@ def test_residual_returns_sum_and_both_gradients(isa: str, dtype: torch.dtype) -
     assert same_bits(h, x + residual)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    rows=st.integers(0, 70),
+    lead=st.lists(st.integers(0, 9), max_size=3),
     width=st.integers(1, 90),
     affine=st.sampled_from(["none", "weight", "both"]),
     dtype=st.sampled_from(DTYPES),
     f32_weight=st.booleans(),
+    residual=st.booleans(),
+    edges=EDGES,
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_option(rows: int, width: int, affine: str, dtype, f32_weight: bool, seed: int) -> None:
+def test_any_shape_stride_and_option(
+    lead, width: int, affine: str, dtype, f32_weight: bool, residual: bool, edges, seed: int
+) -> None:
     torch.manual_seed(seed)
-    x, weight, bias = _inputs(rows, width, dtype)
-    if f32_weight:
-        weight, bias = weight.float(), bias.float()
-    inputs = [x, *{"none": [], "weight": [weight], "both": [weight, bias]}[affine]]
-    grad = torch.randn(rows, width)
-    summand = _summand(x, weight, grad)
+    shape, rows = (*lead, width), math.prod(lead)
+    # Sums of two such numbers are exact in bf16: rounding h is the residual test's business.
+    x, added = (torch.randint(-40, 41, (2, *shape)) / 16).to(dtype)
+    kind = torch.float32 if f32_weight else dtype
+    vectors = [torch.randn(width).to(kind) for _ in range({"none": 0, "weight": 1, "both": 2}[affine])]
+    offset = float(seed % 2) if vectors else 0.0
+    grads = [torch.randn(*lead, width + sum(edges)) for _ in range(1 + residual)]
+
+    def of(norm):
+        def function(x, added, *vectors):
+            y = norm(x, *vectors, residual=added if residual else None, weight_offset=offset)
+            # The gradient of an unused residual must exist.
+            return tuple(t.to(x.dtype) for t in y) if residual else (y + 0 * added).to(x.dtype)
+
+        return within_larger(function, edges)
+
+    factor = vectors[0] + offset if vectors else torch.ones(1)
+    h = (x + added if residual else x).reshape(rows, width)
+    largest = torch.tensor(max(g.abs().max().item() if g.numel() else 0.0 for g in grads))
+    summand = _summand(h, factor, largest)
     check_against_float64(
-        lambda *a: layer_norm(*a),
-        lambda *a: layer_norm_reference(*a).to(a[0].dtype),
-        inputs,
-        [grad],
+        of(layer_norm),
+        of(layer_norm_reference),
+        [x, added, *vectors],
+        grads,
         terms=max(rows, width),
         summand=summand,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_centred_weight_at_every_width_on_every_isa(isa: str, dtype: torch.dtype) -> None:
+    for width in WIDTHS:
+        x, weight, bias = _inputs(5, width, dtype)
+        grad = torch.randn(5, width)
+        check_against_float64(
+            lambda *a: layer_norm(*a, weight_offset=1.0),
+            lambda *a: layer_norm_reference(*a, weight_offset=1.0),
+            [x, weight, bias],
+            [grad],
+            terms=width,
+            summand=_summand(x, weight + 1, grad),
+        )
+        # A small bf16 weight would be lost in 1 + weight of its own type.
+        small = torch.full((width,), 2.0**-10).to(dtype)
+        assert same_bits(layer_norm(x, small, weight_offset=1.0), layer_norm(x, small.float() + 1))
 
 
 def test_ill_conditioned_rows_keep_their_variance() -> None:
@@ -146,6 +185,12 @@ def test_numpy_arrays_and_explicit_backward() -> None:
     expected = torch.autograd.grad(layer_norm(*leaves), leaves, grad)
     for a, b in zip(gradients, expected, strict=True):
         assert same_bits(torch.from_numpy(a), b)
+    centred = layer_norm(*(t.numpy() for t in (x, weight, bias)), weight_offset=1.0)
+    assert same_bits(torch.from_numpy(centred), layer_norm(x, weight + 1, bias))
+    gradients = layer_norm_backward(grad.numpy(), x.numpy(), weight.numpy(), stats, weight_offset=1.0)
+    whole = layer_norm_backward(grad.numpy(), x.numpy(), (weight + 1).numpy(), stats)
+    for a, b in zip(gradients, whole, strict=True):
+        assert same_bits(torch.from_numpy(a), torch.from_numpy(b))
     half = x.numpy().astype(ml_dtypes.bfloat16)
     assert layer_norm(half).dtype == ml_dtypes.bfloat16
     assert np.array_equal(
@@ -157,9 +202,10 @@ def test_opcheck_and_gradcheck() -> None:
     x, weight, bias = (t.requires_grad_() for t in _inputs(3, 8, torch.float32))
     residual = torch.randn(3, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.gptcore.layer_norm.default, (x, weight, bias, 1e-5))
-    torch.library.opcheck(torch.ops.gptcore.add_layer_norm.default, (x, residual, weight, bias, 1e-5))
+    torch.library.opcheck(torch.ops.gptcore.add_layer_norm.default, (x, residual, weight, bias, 1e-5, 1.0))
     doubles = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     torch.autograd.gradcheck(layer_norm_reference, doubles)
+    torch.autograd.gradcheck(lambda *a: layer_norm_reference(*a, weight_offset=1.0), doubles)
 
 
 def test_compiles_into_one_graph() -> None:
@@ -167,7 +213,7 @@ def test_compiles_into_one_graph() -> None:
 
     def block(x, w, b, r):
         y, h = ops.layer_norm(x, w, b, residual=r)
-        return y * 2 + h
+        return y * 2 + ops.layer_norm(h, w, b, weight_offset=1.0)
 
     eager = [t.clone().requires_grad_() for t in inputs]
     compiled = [t.clone().requires_grad_() for t in inputs]
@@ -199,6 +245,16 @@ BAD = [
     (lambda: layer_norm(torch.randn(3, 4), residual=torch.randn(3, 5)), ValueError, "'residual'"),
     (lambda: layer_norm(torch.randn(3, 0)), ValueError, "at least 1 element"),
     (lambda: layer_norm(torch.randn(3, 4), eps=-1.0), ValueError, "'eps'.*0 or more"),
+    (
+        lambda: layer_norm(torch.randn(3, 4), weight_offset=1.0),
+        ValueError,
+        "'weight_offset'.*without 'weight'",
+    ),
+    (
+        lambda: layer_norm(torch.randn(3, 4), torch.ones(4), weight_offset=float("nan")),
+        ValueError,
+        "'weight_offset': got nan, expected a finite",
+    ),
     (lambda: layer_norm(torch.randn(3, 4, dtype=torch.complex64)), TypeError, "complex"),
     (lambda: layer_norm(torch.empty(3, 4, device="meta")), TypeError, "cannot read .*meta"),
     (lambda: layer_norm(torch.eye(4).to_sparse()), TypeError, "sparse_coo.*expected a dense one"),

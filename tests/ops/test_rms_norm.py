@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from gptcore import backend, ops
 from gptcore.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_reference, rms_norm_stats
+from tests.strides import EDGES, within_larger
 from tests.tolerance import assert_same_for_threads, check_against_float64, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -43,31 +46,65 @@ def test_residual_returns_sum_and_both_gradients(isa: str, dtype: torch.dtype) -
     assert same_bits(h, x + residual)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    rows=st.integers(0, 70),
+    lead=st.lists(st.integers(0, 9), max_size=3),
     width=st.integers(1, 90),
     weighted=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     f32_weight=st.booleans(),
+    residual=st.booleans(),
+    edges=EDGES,
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_option(rows: int, width: int, weighted: bool, dtype, f32_weight: bool, seed) -> None:
+def test_any_shape_stride_and_option(
+    lead, width: int, weighted: bool, dtype, f32_weight: bool, residual: bool, edges, seed: int
+) -> None:
     torch.manual_seed(seed)
-    x, weight = _inputs(rows, width, dtype)
-    inputs = [x, weight.float() if f32_weight else weight][: 1 + weighted]
-    grad = torch.randn(rows, width)
+    shape, rows = (*lead, width), math.prod(lead)
+    # Sums of two such numbers are exact in bf16: rounding h is the residual test's business.
+    x, added = (torch.randint(-40, 41, (2, *shape)) / 16).to(dtype)
+    vectors = [torch.randn(width).to(torch.float32 if f32_weight else dtype)][: int(weighted)]
+    offset = float(seed % 2) if vectors else 0.0
+    grads = [torch.randn(*lead, width + sum(edges)) for _ in range(1 + residual)]
+
+    def of(norm):
+        def function(x, added, *vectors):
+            y = norm(x, *vectors, residual=added if residual else None, weight_offset=offset)
+            # The gradient of an unused residual must exist.
+            return tuple(t.to(x.dtype) for t in y) if residual else (y + 0 * added).to(x.dtype)
+
+        return within_larger(function, edges)
+
     # Rows of few elements give gradients that cancel to almost nothing: what is added up is grad * weight * rstd.
-    square = x.double().square().mean(-1) + 1e-6
-    summand = (grad.abs().max() * weight.abs().max() * square.min() ** -0.5).item() if rows else 0.0
+    factor = (vectors[0] + offset).abs().max().item() if vectors else 1.0
+    h = (x + added if residual else x).double()
+    largest = max(g.abs().max().item() if g.numel() else 0.0 for g in grads)
+    rstd = (h.square().mean(-1) + 1e-6).min().item() ** -0.5 if rows else 0.0
     check_against_float64(
-        lambda *a: rms_norm(*a),
-        lambda *a: rms_norm_reference(*a).to(a[0].dtype),
-        inputs,
-        [grad],
+        of(rms_norm),
+        of(rms_norm_reference),
+        [x, added, *vectors],
+        grads,
         terms=max(rows, width),
-        summand=summand,
+        summand=largest * max(factor, 1.0) * rstd,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_centred_weight_at_every_width_on_every_isa(isa: str, dtype: torch.dtype) -> None:
+    for width in WIDTHS:
+        x, weight = _inputs(5, width, dtype)
+        check_against_float64(
+            lambda *a: rms_norm(*a, weight_offset=1.0),
+            lambda *a: rms_norm_reference(*a, weight_offset=1.0),
+            [x, weight],
+            [torch.randn(5, width)],
+            terms=width,
+        )
+        # A small bf16 weight would be lost in 1 + weight of its own type.
+        small = torch.full((width,), 2.0**-10).to(dtype)
+        assert same_bits(rms_norm(x, small, weight_offset=1.0), rms_norm(x, small.float() + 1))
 
 
 def test_special_values_stay_in_their_row() -> None:
@@ -126,6 +163,13 @@ def test_numpy_arrays_and_explicit_backward() -> None:
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
     for a, b in zip(gradients, torch.autograd.grad(rms_norm(*leaves), leaves, grad), strict=True):
         assert same_bits(torch.from_numpy(a), b)
+    centred = rms_norm(x.numpy(), weight.numpy(), weight_offset=1.0)
+    assert same_bits(torch.from_numpy(centred), rms_norm(x, weight + 1))
+    rstd = rms_norm_stats(x.numpy())
+    gradients = rms_norm_backward(grad.numpy(), x.numpy(), weight.numpy(), rstd, weight_offset=1.0)
+    whole = rms_norm_backward(grad.numpy(), x.numpy(), (weight + 1).numpy(), rstd)
+    for a, b in zip(gradients, whole, strict=True):
+        assert same_bits(torch.from_numpy(a), torch.from_numpy(b))
     half = x.numpy().astype(ml_dtypes.bfloat16)
     expected = rms_norm(x.bfloat16()).view(torch.int16)
     assert same_bits(torch.from_numpy(rms_norm(half).view(np.int16)), expected)
@@ -135,9 +179,10 @@ def test_opcheck_and_gradcheck() -> None:
     x, weight = (t.requires_grad_() for t in _inputs(3, 8, torch.float32))
     residual = torch.randn(3, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.gptcore.rms_norm.default, (x, weight, 1e-6))
-    torch.library.opcheck(torch.ops.gptcore.add_rms_norm.default, (x, residual, weight, 1e-6))
+    torch.library.opcheck(torch.ops.gptcore.add_rms_norm.default, (x, residual, weight, 1e-6, 1.0))
     doubles = [t.detach().double().requires_grad_() for t in (x, weight)]
     torch.autograd.gradcheck(rms_norm_reference, doubles)
+    torch.autograd.gradcheck(lambda *a: rms_norm_reference(*a, weight_offset=1.0), doubles)
 
 
 def test_compiles_into_one_graph() -> None:
@@ -145,7 +190,7 @@ def test_compiles_into_one_graph() -> None:
 
     def block(x, w, r):
         y, h = ops.rms_norm(x, w, residual=r)
-        return y * 2 + h
+        return y * 2 + ops.rms_norm(h, w, weight_offset=1.0)
 
     eager = [t.clone().requires_grad_() for t in inputs]
     compiled = [t.clone().requires_grad_() for t in inputs]
@@ -173,6 +218,12 @@ BAD = [
     (lambda: rms_norm(torch.randn(3, 4), residual=torch.randn(3, 4).bfloat16()), TypeError, "'residual'"),
     (lambda: rms_norm(torch.randn(3, 0)), ValueError, "at least 1 element"),
     (lambda: rms_norm(torch.randn(3, 4), eps=-1.0), ValueError, "'eps'.*0 or more"),
+    (lambda: rms_norm(torch.randn(3, 4), weight_offset=1.0), ValueError, "'weight_offset'.*without 'weight'"),
+    (
+        lambda: rms_norm(torch.randn(3, 4), torch.ones(4), weight_offset=float("inf")),
+        ValueError,
+        "'weight_offset': got inf, expected a finite",
+    ),
     (lambda: rms_norm(torch.empty(3, 4, device="meta")), TypeError, "cannot read .*meta"),
 ]
 

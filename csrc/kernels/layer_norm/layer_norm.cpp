@@ -19,8 +19,8 @@ void check_stats(const Checker& check, const TensorView& stats, int64_t rows) {
 }  // namespace
 
 void layer_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight,
-                        const TensorView& bias, float eps, const TensorView& y, const TensorView& h,
-                        const TensorView& stats) {
+                        const TensorView& bias, float eps, float weight_offset, const TensorView& y,
+                        const TensorView& h, const TensorView& stats) {
   const Checker check("layer_norm");
   check.input(x, "x", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, x, "x");
@@ -41,18 +41,20 @@ void layer_norm_forward(const TensorView& x, const TensorView& residual, const T
     check.writable(stats, "stats");
   }
   if (!(eps >= 0)) check.fail("eps", std::to_string(eps), "0 or more");
+  check_weight_offset(check, weight_offset, weight);
 
   a.x = x.data, a.residual = residual.data, a.weight = weight.data, a.bias = bias.data;
   a.y = y.data, a.h = residual ? h.data : nullptr;
   a.mean = stats.as<float>(), a.rstd = stats ? a.mean + rows.count : nullptr;
   a.rows = rows.count, a.width = rows.width, a.x_stride = rows.stride, a.eps = eps;
+  a.weight_offset = weight_offset;
   a.bf16_weight = is_bf16(weight ? weight : bias);
   layer_norm_bodies_table.pick().forward[is_bf16(x)](a);
 }
 
 void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
-                         const TensorView& weight, const TensorView& stats, const TensorView& dx,
-                         const TensorView& dweight, const TensorView& dbias) {
+                         const TensorView& weight, float weight_offset, const TensorView& stats,
+                         const TensorView& dx, const TensorView& dweight, const TensorView& dbias) {
   const Checker check("layer_norm_backward");
   check.input(h, "h", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, h, "h");
@@ -61,6 +63,7 @@ void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, con
   a.grad_y_stride = checked_stride(check, grad_y, "grad_y", h, "h");
   if (grad_h) a.grad_h_stride = checked_stride(check, grad_h, "grad_h", h, "h");
   if (weight) check_vector(check, weight, "weight", rows.width, {DType::f32, DType::bf16});
+  check_weight_offset(check, weight_offset, weight);
   check_stats(check, stats, rows.count);
   a.dx_stride = checked_stride(check, dx, "dx", h, "h");
   check.writable(dx, "dx");
@@ -77,6 +80,7 @@ void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, con
   a.dx = dx.data, a.dweight = dweight.data, a.dbias = dbias.data;
   a.bf16_weight = is_bf16(weight), a.bf16_dweight = is_bf16(dweight ? dweight : dbias);
   a.rows = rows.count, a.width = rows.width, a.h_stride = rows.stride;
+  a.weight_offset = weight_offset;
   layer_norm_bodies_table.pick().backward[is_bf16(h)](a);
 }
 

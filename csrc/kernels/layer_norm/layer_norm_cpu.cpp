@@ -81,8 +81,9 @@ GPTCORE_INLINE void forward_rows(const LayerNormForward& a, const float* weight,
 
 template <class T>
 void forward(const LayerNormForward& a) {
-  const Scratch converted(a.bf16_weight ? static_cast<size_t>(2 * a.width) * sizeof(float) : 0);
-  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
+  const Scratch converted(
+      a.bf16_weight || a.weight_offset != 0 ? static_cast<size_t>(2 * a.width) * sizeof(float) : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>(), a.weight_offset);
   const float* bias = as_f32(a.bias, a.bf16_weight, a.width, converted.as<float>() + a.width);
   const int64_t element = sizeof(T);
   const bool streams = can_stream(a.y, a.y_stride * element, a.rows * a.width * element);
@@ -149,8 +150,9 @@ GPTCORE_INLINE void backward_rows(const LayerNormBackward& a, const float* weigh
 
 template <class T>
 void backward(const LayerNormBackward& a) {
-  const Scratch converted(a.bf16_weight ? static_cast<size_t>(a.width) * sizeof(float) : 0);
-  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
+  const Scratch converted(a.bf16_weight || a.weight_offset != 0 ? static_cast<size_t>(a.width) * sizeof(float)
+                                                                : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>(), a.weight_offset);
   const bool wants_sums = a.dweight || a.dbias;
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
   const Scratch scratch(wants_sums ? static_cast<size_t>(blocks * 2 * a.width) * sizeof(float) : 0);

@@ -9,7 +9,7 @@ namespace gptcore {
 GPTCORE_BODIES(RmsNormBodies, rms_norm_bodies)
 
 void rms_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight, float eps,
-                      const TensorView& y, const TensorView& h, const TensorView& rstd) {
+                      float weight_offset, const TensorView& y, const TensorView& h, const TensorView& rstd) {
   const Checker check("rms_norm");
   check.input(x, "x", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, x, "x");
@@ -28,17 +28,19 @@ void rms_norm_forward(const TensorView& x, const TensorView& residual, const Ten
     check.writable(rstd, "rstd");
   }
   if (!(eps >= 0)) check.fail("eps", std::to_string(eps), "0 or more");
+  check_weight_offset(check, weight_offset, weight);
 
   a.x = x.data, a.residual = residual.data, a.weight = weight.data;
   a.bf16_weight = is_bf16(weight);
   a.y = y.data, a.h = residual ? h.data : nullptr, a.rstd = rstd.as<float>();
   a.rows = rows.count, a.width = rows.width, a.x_stride = rows.stride, a.eps = eps;
+  a.weight_offset = weight_offset;
   rms_norm_bodies_table.pick().forward[is_bf16(x)](a);
 }
 
 void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
-                       const TensorView& weight, const TensorView& rstd, const TensorView& dx,
-                       const TensorView& dweight) {
+                       const TensorView& weight, float weight_offset, const TensorView& rstd,
+                       const TensorView& dx, const TensorView& dweight) {
   const Checker check("rms_norm_backward");
   check.input(h, "h", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, h, "h");
@@ -47,6 +49,7 @@ void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const
   a.grad_y_stride = checked_stride(check, grad_y, "grad_y", h, "h");
   if (grad_h) a.grad_h_stride = checked_stride(check, grad_h, "grad_h", h, "h");
   if (weight) check_vector(check, weight, "weight", rows.width, {DType::f32, DType::bf16});
+  check_weight_offset(check, weight_offset, weight);
   check_vector(check, rstd, "rstd", rows.count, {DType::f32});
   a.dx_stride = checked_stride(check, dx, "dx", h, "h");
   check.writable(dx, "dx");
@@ -60,6 +63,7 @@ void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const
   a.rstd = rstd.as<float>(), a.dx = dx.data, a.dweight = dweight.data;
   a.bf16_weight = is_bf16(weight), a.bf16_dweight = is_bf16(dweight);
   a.rows = rows.count, a.width = rows.width, a.h_stride = rows.stride;
+  a.weight_offset = weight_offset;
   rms_norm_bodies_table.pick().backward[is_bf16(h)](a);
 }
 

@@ -12,7 +12,7 @@ struct RmsNormForward {
   float* rstd;  // may be null
   int64_t rows, width;
   int64_t x_stride, residual_stride, y_stride, h_stride;
-  float eps;
+  float eps, weight_offset;
 };
 
 struct RmsNormBackward {
@@ -23,6 +23,7 @@ struct RmsNormBackward {
   bool bf16_weight, bf16_dweight;
   int64_t rows, width;
   int64_t grad_y_stride, grad_h_stride, h_stride, dx_stride;
+  float weight_offset;
 };
 
 // [activations bf16?]

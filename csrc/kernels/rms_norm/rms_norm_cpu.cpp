@@ -55,8 +55,9 @@ GPTCORE_INLINE void forward_rows(const RmsNormForward& a, const float* weight, i
 
 template <class T>
 void forward(const RmsNormForward& a) {
-  const Scratch converted(a.bf16_weight ? static_cast<size_t>(a.width) * sizeof(float) : 0);
-  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
+  const Scratch converted(a.bf16_weight || a.weight_offset != 0 ? static_cast<size_t>(a.width) * sizeof(float)
+                                                                : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>(), a.weight_offset);
   const int64_t element = sizeof(T);
   const bool streams = can_stream(a.y, a.y_stride * element, a.rows * a.width * element);
   parallel_ranges(a.rows, kGrainElements / a.width + 1, [&](int64_t row, int64_t last) {
@@ -107,8 +108,9 @@ GPTCORE_INLINE void backward_rows(const RmsNormBackward& a, const float* weight,
 
 template <class T>
 void backward(const RmsNormBackward& a) {
-  const Scratch converted(a.bf16_weight ? static_cast<size_t>(a.width) * sizeof(float) : 0);
-  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>());
+  const Scratch converted(a.bf16_weight || a.weight_offset != 0 ? static_cast<size_t>(a.width) * sizeof(float)
+                                                                : 0);
+  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>(), a.weight_offset);
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
   const Scratch scratch(a.dweight ? static_cast<size_t>(blocks * a.width) * sizeof(float) : 0);
   float* partials = scratch.as<float>();
