@@ -30,6 +30,26 @@ def adafactor(
     grad_scale: float,
     grad_norm: float | None,
 ) -> tuple[float, bool]: ...
+def adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_sq_scales: list[Tensor],
+    copies: list[Tensor],
+    weight_decay: Sequence[float],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool,
+    max_norm: float | None,
+    grad_scale: float,
+    grad_norm: float | None,
+    seed: int,
+) -> tuple[float, bool]: ...
 def adamw(
     params: list[Tensor],
     lows: list[Tensor],

@@ -15,6 +15,7 @@ void register_matmul(py::module_& m);
 void register_gated_activation(py::module_& m);
 void register_adamw(py::module_& m);
 void register_adafactor(py::module_& m);
+void register_adamw_8bit(py::module_& m);
 void register_grad_norm(py::module_& m);
 void register_sgd(py::module_& m);
 void register_rotary(py::module_& m);
@@ -72,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
   register_gated_activation(m);
   register_adamw(m);
   register_adafactor(m);
+  register_adamw_8bit(m);
   register_grad_norm(m);
   register_sgd(m);
   register_rotary(m);

@@ -47,6 +47,10 @@ constexpr DType dtype_of<int16_t>() {
   return DType::i16;
 }
 template <>
+constexpr DType dtype_of<uint8_t>() {
+  return DType::u8;
+}
+template <>
 constexpr DType dtype_of<int32_t>() {
   return DType::i32;
 }

@@ -10,6 +10,7 @@ function, and ``from gptcore.ops.layer_norm import ...`` still reaches the modul
 
 from gptcore.ops.adafactor import adafactor_
 from gptcore.ops.adamw import adamw_
+from gptcore.ops.adamw_8bit import adamw_8bit_
 from gptcore.ops.attention import attention, attention_backward, attention_qkv
 from gptcore.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from gptcore.ops.embedding import embedding, embedding_backward
@@ -39,6 +40,7 @@ from gptcore.ops.sgd import sgd_
 __all__ = [
     "adafactor_",
     "adamw_",
+    "adamw_8bit_",
     "attention",
     "attention_backward",
     "attention_qkv",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from gptcore.optim import schedule
 from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.adamw import Adam, AdamW
+from gptcore.optim.adamw_8bit import AdamW8bit
 from gptcore.optim.groups import decay_groups
 from gptcore.optim.sgd import SGD
 
-__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "decay_groups", "schedule"]
+__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "AdamW8bit", "decay_groups", "schedule"]

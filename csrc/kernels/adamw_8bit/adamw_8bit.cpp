@@ -1,0 +1,93 @@
+#include "kernels/adamw_8bit/adamw_8bit.h"
+
+#include <cmath>
+
+#include "core/isa.h"
+#include "core/tensor_lists.h"
+#include "kernels/adamw_8bit/adamw_8bit_body.h"
+
+namespace gptcore {
+
+GPTCORE_BODIES(Adamw8bitBodies, adamw_8bit_bodies)
+
+namespace {
+
+static_assert(kChunkElements % kQuantBlock == 0);
+
+using Views = std::vector<TensorView>;
+
+void check_options(const Checker& check, const Adamw8bitOptions& o) {
+  if (o.step < 1) check.fail("step", std::to_string(o.step), "1 or more");
+  check.number(o.lr >= 0 && std::isfinite(o.lr), "lr", o.lr, "a finite number, 0 or more");
+  check.number(o.beta1 >= 0 && o.beta1 < 1, "beta1", o.beta1, "a number in [0, 1)");
+  check.number(o.beta2 >= 0 && o.beta2 < 1, "beta2", o.beta2, "a number in [0, 1)");
+  check.number(o.eps >= 0 && std::isfinite(o.eps), "eps", o.eps, "a finite number, 0 or more");
+  check.number(o.grad_scale > 0 && std::isfinite(o.grad_scale), "grad_scale", o.grad_scale,
+               "a finite number above 0");
+  if (o.max_norm) check.number(*o.max_norm > 0, "max_norm", *o.max_norm, "a number above 0, or None");
+}
+
+// One f32 for each block of params[i].
+void check_scales(const Checker& check, const Views& list, const char* name, size_t i,
+                  const TensorView& param) {
+  const int64_t count = (param.numel() + kQuantBlock - 1) / kQuantBlock;
+  TensorView like = param;
+  like.sizes = &count;
+  like.strides = nullptr;
+  like.ndim = 1;
+  check.item(list, name, i, like, {DType::f32}, true);
+}
+
+std::vector<Adamw8bitTensor> checked_tensors(const Checker& check, const Adamw8bitLists& l,
+                                             const Adamw8bitOptions& o) {
+  const size_t count = l.params.size();
+  std::vector<Adamw8bitTensor> tensors(count);
+  const bool low = count > 0 && l.params[0].dtype == DType::bf16;
+  if (low && !l.copies.empty()) check.fail("copies", "a list", "None: the parameters are bf16 themselves");
+  for (size_t i = 0; i < count; ++i) {
+    check.item(l.params, "params", i, l.params[i], {low ? DType::bf16 : DType::f32}, true);
+    tensors[i].param = l.params[i].data;
+    tensors[i].bf16_param = low;
+  }
+  take_gradients(check, l.grads, l.params, l.weight_decay, &tensors);
+  take_list(check, l.exp_avgs, "exp_avgs", l.params, &Adamw8bitTensor::exp_avg, &tensors);
+  take_list(check, l.exp_avg_sqs, "exp_avg_sqs", l.params, &Adamw8bitTensor::exp_avg_sq, &tensors);
+  if (!l.copies.empty()) take_list(check, l.copies, "copies", l.params, &Adamw8bitTensor::copy, &tensors);
+  check.length(l.exp_avg_scales.size(), "exp_avg_scales", count);
+  check.length(l.exp_avg_sq_scales.size(), "exp_avg_sq_scales", count);
+  for (size_t i = 0; i < count; ++i) {
+    check_scales(check, l.exp_avg_scales, "exp_avg_scales", i, l.params[i]);
+    check_scales(check, l.exp_avg_sq_scales, "exp_avg_sq_scales", i, l.params[i]);
+    tensors[i].exp_avg_scale = l.exp_avg_scales[i].as<float>();
+    tensors[i].exp_avg_sq_scale = l.exp_avg_sq_scales[i].as<float>();
+    tensors[i].keep = static_cast<float>(1.0 - o.lr * l.weight_decay[i]);
+  }
+  return tensors;
+}
+
+}  // namespace
+
+void adamw_8bit(const Adamw8bitLists& lists, const Adamw8bitOptions& o, double norm) {
+  const Checker check("adamw_8bit_");
+  check_options(check, o);
+  check.number(norm >= 0 && std::isfinite(norm), "grad_norm", norm, "a finite number, 0 or more");
+  const std::vector<Adamw8bitTensor> tensors = checked_tensors(check, lists, o);
+  const std::vector<Chunk> chunks = chunks_of(lists.params);
+  const double clip = o.max_norm && *o.max_norm < norm + 1e-6 ? *o.max_norm / (norm + 1e-6) : 1.0;
+  const double step = static_cast<double>(o.step);
+  Adamw8bitNumbers numbers;
+  const double factor = (o.maximize ? -clip : clip) / o.grad_scale;
+  numbers.beta1 = static_cast<float>(o.beta1);
+  numbers.beta2 = static_cast<float>(o.beta2);
+  numbers.mean_factor = static_cast<float>(factor * (1.0 - o.beta1));
+  numbers.square_root = static_cast<float>(factor * std::sqrt(1.0 - o.beta2));
+  numbers.step_size = static_cast<float>(o.lr / (1.0 - std::pow(o.beta1, step)));
+  numbers.root_factor = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)));
+  numbers.eps = static_cast<float>(o.eps);
+  numbers.seed = o.seed;
+  numbers.step = static_cast<uint32_t>(o.step);
+  adamw_8bit_bodies_table.pick().update(tensors.data(), chunks.data(), static_cast<int64_t>(chunks.size()),
+                                        numbers);
+}
+
+}  // namespace gptcore

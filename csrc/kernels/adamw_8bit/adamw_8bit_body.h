@@ -1,0 +1,37 @@
+// What adamw_8bit.cpp hands to the per-ISA bodies: pointers and numbers, already checked.
+#pragma once
+
+#include "core/chunks.h"
+#include "core/dtype.h"
+
+namespace gptcore {
+
+// Elements that share a scale: 2 KiB of moments in f32, which stay in registers and the first level of cache.
+constexpr int64_t kQuantBlock = 256;
+
+struct Adamw8bitTensor {
+  void* param = nullptr;
+  const void* grad = nullptr;
+  uint8_t *exp_avg = nullptr, *exp_avg_sq = nullptr;
+  float *exp_avg_scale = nullptr, *exp_avg_sq_scale = nullptr;
+  bf16* copy = nullptr;
+  bool bf16_grad = false, bf16_param = false;
+  float keep = 1;  // 1 - lr * weight_decay
+};
+
+struct Adamw8bitNumbers {
+  float beta1, beta2;
+  float mean_factor, square_root;  // of g in m: k (1 - beta1), and in the root
+                                   // of what v gains: k sqrt(1 - beta2)
+  float step_size;                 // lr / (1 - beta1^step)
+  float root_factor, eps;          // 1 / sqrt(1 - beta2^step)
+  uint64_t seed;
+  uint32_t step;
+};
+
+struct Adamw8bitBodies {
+  void (*update)(const Adamw8bitTensor* tensors, const Chunk* chunks, int64_t count,
+                 const Adamw8bitNumbers& numbers);
+};
+
+}  // namespace gptcore

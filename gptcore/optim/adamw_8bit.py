@@ -1,0 +1,137 @@
+"""AdamW with 8-bit moments over the fused kernel ``gptcore.ops.adamw_8bit_``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from gptcore.optim.fused import Call, FusedOptimizer
+
+# Smaller tensors (biases, gains of norms) keep f32 moments: Dettmers et al. 2022 and bitsandbytes do so.
+_QUANTISED_FROM = 4096
+_BLOCK = 256
+
+
+class AdamW8bit(FusedOptimizer):
+    """AdamW whose moments take one byte each, with a scale for every 256 (Dettmers et al. 2022).
+
+    The update is that of :class:`gptcore.optim.AdamW`; between steps m and v are the nearest values of a dynamic map
+    of 256, times the largest magnitude of their block. State is 2 + 8/256 bytes a parameter where AdamW has 8, and
+    beside it for bf16 parameters either an f32 master (4 bytes), or with ``master_weights=False`` nothing: then the
+    new value is rounded to bf16 up or down, with odds by its distance to either, so that small steps add up.
+    Tensors of fewer than 4,096 elements keep f32 moments and masters.
+
+    Args:
+        params: as for torch's optimizers, named or not; groups may have settings of their own.
+        lr: learning rate, >= 0; a number or a tensor of one. Set ``group["lr"]`` for a schedule.
+        betas: decay of the moments, each in [0, 1).
+        eps: added to the denominator after the root, >= 0.
+        weight_decay: decoupled, >= 0; :func:`gptcore.optim.decay_groups` makes the usual two groups.
+        maximize: ascend.
+        master_weights: keep f32 masters of bf16 parameters. f32 parameters have none in either case.
+        seed: of the random rounding without masters, 0 to 2^64 - 1. The bits depend on it, on the step and on the
+            parameter's place, so a resumed run goes on as it would have.
+        max_norm: the norm of all gradients together, after unscaling, is clipped to this; None for none.
+
+    After ``step``: ``last_grad_norm`` is that norm before clipping (nan or inf if a gradient was), and
+    ``found_inf`` tells whether a gradient was not finite, in which case nothing was written.
+
+    Raises:
+        ValueError: a setting out of its range.
+        TypeError: parameters that are neither f32 nor bf16, in ``step``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        master_weights: bool = True,
+        seed: int = 0,
+        max_norm: float | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "master_weights": master_weights,
+            "seed": seed,
+        }
+        super().__init__(params, defaults, max_norm)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            self._check_number(group, name)
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+            raise self._bad("betas", betas, "two numbers in [0, 1)")
+        if not 0 <= group["seed"] < 2**64:
+            raise self._bad("seed", group["seed"], "a number from 0 to 2^64 - 1")
+
+    def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        beta1, beta2 = group["betas"]
+        numbers = (float(value) for value in (group["lr"], beta1, beta2, group["eps"]))
+        return (*numbers, group["maximize"], group["master_weights"], group["seed"])
+
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> int:
+        small = p.numel() < _QUANTISED_FROM
+        if "step" not in state:
+            if small or group["master_weights"] or p.dtype != torch.bfloat16:
+                self._begin_master(p, state)
+            state["step"] = torch.tensor(0.0)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if small:
+                    state[name] = torch.zeros(p.shape, device=p.device)
+                else:
+                    state[name] = torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
+                    state[name + "_scale"] = torch.zeros(-(-p.numel() // _BLOCK), device=p.device)
+        return 2 * (int(state["step"]) + 1) + small
+
+    def _update(
+        self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
+    ) -> tuple[float, bool]:
+        step, small = divmod(call.number, 2)
+        lr, beta1, beta2, eps, maximize, _, seed = call.settings
+        shared: dict[str, Any] = {
+            "step": step,
+            "lr": lr,
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": eps,
+            "weight_decay": call.weight_decay,
+            "maximize": maximize,
+            "max_norm": max_norm,
+            "grad_scale": grad_scale,
+            "grad_norm": grad_norm,
+        }
+        norm, found_inf = (
+            self._update_small(call, shared) if small else self._update_codes(call, shared, seed)
+        )
+        if not found_inf:
+            torch._foreach_add_(call.list_of("step"), 1.0)
+        return norm, found_inf
+
+    @staticmethod
+    def _update_small(call: Call, shared: dict[str, Any]) -> tuple[float, bool]:
+        from gptcore.ops.adamw import adamw_
+
+        weights, copies = call.weights()
+        moments = [call.list_of(name) for name in ("exp_avg", "exp_avg_sq")]
+        return adamw_(weights, call.grads, *moments, copies=copies, **shared)
+
+    @staticmethod
+    def _update_codes(call: Call, shared: dict[str, Any], seed: int) -> tuple[float, bool]:
+        from gptcore.ops.adamw_8bit import adamw_8bit_
+
+        weights, copies = call.weights() if "master" in call.states[0] else (call.params, None)
+        names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        moments = [call.list_of(name) for name in names]
+        return adamw_8bit_(weights, call.grads, *moments, copies=copies, seed=seed, **shared)
