@@ -176,8 +176,8 @@ class RowDropout : public Dropout {
     for (int64_t k = 0; k < kKeys; k += 2, bits += line, p += 2 * p_line) {
       for (int64_t r = rows.begin; r < rows.end; r += kLanes) {
         const VecU words = (VecU)load(reinterpret_cast<const float*>(bits + r));
-        store(p + r, kept_first(words) ? load(p + r) : Vec{});
-        store(p + p_line + r, kept_second(words) ? load(p + p_line + r) : Vec{});
+        drop_lanes(words << 16, p + r);
+        drop_lanes(words, p + p_line + r);
       }
     }
   }
@@ -186,6 +186,21 @@ class RowDropout : public Dropout {
   PhiloxPair outer_of(int64_t key) const {
     return philox_outer(key_, (VecL)splat_unsigned(key / 8), splat_long(offset_));
   }
+
+  // Zeroes the lanes of p whose upper 16 bits of `words` are not below `keep`.
+#if defined(__AVX512F__)
+  __mmask16 dropped_of(VecU words) const {
+    return _mm512_cmpge_epu32_mask((__m512i)words, (__m512i)splat_unsigned(int64_t{keep_} << 16));
+  }
+  void drop_lanes(VecU words, float* p) const {
+    _mm512_mask_storeu_ps(p, dropped_of(words), _mm512_setzero_ps());
+  }
+  void drop_lanes(VecU words, bf16* p) const {
+    _mm256_mask_storeu_epi16(p, dropped_of(words), _mm256_setzero_si256());
+  }
+#else
+  void drop_lanes(VecU words, float* p) const { store(p, kept_second(words) ? load(p) : Vec{}); }
+#endif
 
   VecI kept_first(VecU words) const { return words << 16 < splat_unsigned(int64_t{keep_} << 16); }
   VecI kept_second(VecU words) const { return words < splat_unsigned(int64_t{keep_} << 16); }
