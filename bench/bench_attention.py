@@ -1,9 +1,9 @@
-"""attention: causal, full, windowed, grouped heads, packed documents, decoding, fused projection."""
+"""attention: causal, full, windowed, grouped heads, packed documents, decoding, fused projection, dropout, patterns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.case import Callables, Case, Cost, Target, compiled, with_gradient
@@ -24,6 +24,9 @@ class Shape:
     documents: int = 1
     soft_cap: float | None = None
     alibi: bool = False
+    dropout: float = 0.0
+    prefix: int = 0
+    sparse: tuple[int, int] | None = None  # stride and summary
 
     @property
     def keys(self) -> int:
@@ -41,6 +44,10 @@ class Shape:
         parts += [f"packed{self.documents}"] if self.documents > 1 else []
         parts += [f"softcap{self.soft_cap:g}"] if self.soft_cap else []
         parts += ["alibi"] * self.alibi
+        parts += [f"dropout{self.dropout:g}"] * bool(self.dropout) + [f"prefix{self.prefix}"] * bool(
+            self.prefix
+        )
+        parts += ["sparse{}_{}".format(*self.sparse)] if self.sparse else []
         return "_".join([*parts, "causal" if self.causal else "full"])
 
     def scores(self) -> float:
@@ -49,6 +56,13 @@ class Shape:
             pairs = float(self.T * self.keys)
         elif self.window is not None:
             pairs = float(sum(min(t + 1, self.window + 1) for t in range(self.T)))
+        elif self.prefix:
+            pairs = float(sum(max(t + 1, self.prefix) for t in range(self.T)))
+        elif self.sparse is not None:
+            stride, summary = self.sparse
+            fixed = sum(t % stride + 1 + t // stride * summary for t in range(self.T))
+            strided = sum(min(t, stride) + 1 + max(t // stride - 1, 0) for t in range(self.T))
+            pairs = float(fixed if summary else strided)
         else:
             length = self.T // self.documents
             pairs = (
@@ -74,20 +88,41 @@ def _mask(shape: Shape, device: str) -> Any:
     """True where attended, or ALiBi's bias, for the shapes that torch's is_causal cannot express; else None."""
     import torch
 
-    if shape.window is None and shape.documents == 1 and not shape.alibi:
+    special = shape.documents > 1 or shape.alibi or shape.prefix or shape.sparse
+    if shape.window is None and not special:
         return None
-    position = torch.arange(shape.T, device=device)
-    allowed = position[:, None] >= position[None, :]
+    allowed = _allowed(shape, device)
     if shape.alibi:
+        position = torch.arange(shape.T, device=device)
         distance = (position[:, None] - position[None, :]).abs()
         bias = -_slopes(shape, device)[:, None, None] * distance
         return bias.masked_fill(~allowed, float("-inf"))
-    if shape.window is not None:
-        allowed &= position[:, None] - position[None, :] <= shape.window
-    if shape.documents > 1:
-        document = position // (shape.T // shape.documents)
-        allowed &= document[:, None] == document[None, :]
     return allowed
+
+
+def _allowed(shape: Shape, device: str) -> Any:
+    import torch
+
+    position = torch.arange(shape.T, device=device)
+    return _sees(shape, position[:, None], position[None, :])
+
+
+def _sees(shape: Shape, query: Any, key: Any) -> Any:
+    """Whether queries at these places see these keys, under a causal mask and what else the shape asks for."""
+    keep = query >= key
+    if shape.window is not None:
+        keep = keep & (query - key <= shape.window)
+    if shape.documents > 1:
+        length = shape.T // shape.documents
+        keep = keep & (query // length == key // length)
+    if shape.prefix:
+        keep = keep | (key < shape.prefix)
+    if shape.sparse is not None:
+        stride, summary = shape.sparse
+        strided = (query - key <= stride) | ((query - key) % stride == 0)
+        fixed = (query // stride == key // stride) | (key % stride >= stride - summary)
+        keep = keep & (fixed if summary else strided)
+    return keep
 
 
 def _sdpa(shape: Shape, device: str) -> Callable[..., Any]:
@@ -100,8 +135,9 @@ def _sdpa(shape: Shape, device: str) -> Callable[..., Any]:
     def call(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shape.kv_heads != shape.H
-        )
+            q, k, v, attn_mask=mask, dropout_p=shape.dropout, is_causal=causal,
+            enable_gqa=shape.kv_heads != shape.H,
+        )  # fmt: skip
         return out.transpose(1, 2)
 
     return call
@@ -144,7 +180,6 @@ def _flex(shape: Shape, device: str) -> Callable[..., Any]:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    length = shape.T // shape.documents
     slopes = _slopes(shape, device)
 
     def score(x: Any, _b: Any, head: Any, query: Any, key: Any) -> Any:
@@ -153,12 +188,7 @@ def _flex(shape: Shape, device: str) -> Callable[..., Any]:
         return x if slopes is None else x - slopes[head] * (query - key)
 
     def allowed(_b: Any, _h: Any, query: Any, key: Any) -> Any:
-        keep = query >= key
-        if shape.window is not None:
-            keep = keep & (query - key <= shape.window)
-        if shape.documents > 1:
-            keep = keep & (query // length == key // length)
-        return keep
+        return _sees(shape, query, key)
 
     block_mask = (
         create_block_mask(allowed, None, None, shape.T, shape.keys, device=device) if shape.causal else None
@@ -181,10 +211,15 @@ def _ours(shape: Shape, device: str) -> Callable[..., Any]:
 
     window = (-1, -1) if shape.window is None else (shape.window, 0)
     if shape.documents == 1:
-        slopes = _slopes(shape, device)
-        return lambda q, k, v: attention(
-            q, k, v, causal=shape.causal, window_size=window, soft_cap=shape.soft_cap, alibi_slopes=slopes
-        )
+        options: dict[str, Any] = {"window_size": window, "soft_cap": shape.soft_cap}
+        options |= {"alibi_slopes": _slopes(shape, device), "dropout_p": shape.dropout}
+        if shape.dropout:
+            options["seed"] = torch.tensor([1], device=device)
+        if shape.prefix:
+            options["prefix_lengths"] = torch.full((shape.B,), shape.prefix, dtype=torch.int32, device=device)
+        if shape.sparse is not None:
+            options["sparse_stride"], options["sparse_summary"] = shape.sparse
+        return lambda q, k, v: attention(q, k, v, causal=shape.causal, **options)
     length = shape.T // shape.documents
     count = shape.B * shape.documents
     bounds = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
@@ -207,7 +242,7 @@ def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
         }
         if shape.documents > 1:
             functions["torch_per_document_eager"] = _per_document(shape)
-        if not backward and shape.keys == shape.T and not target.quick:
+        if not backward and shape.keys == shape.T and not target.quick and not shape.dropout:
             functions["torch_flex_compiled"] = _flex(shape, target.device)
         if backward:
             grad = target.randn(shape.B, shape.T, shape.H, shape.D)
@@ -270,6 +305,10 @@ SHAPES = (
     Shape(4, 1024, 12, 64, soft_cap=50.0),
     Shape(4, 1024, 12, 64, soft_cap=1.0),
     Shape(4, 1024, 12, 64, alibi=True),
+    Shape(4, 1024, 12, 64, dropout=0.1),
+    Shape(4, 1024, 12, 64, prefix=256),
+    Shape(1, 4096, 12, 64, sparse=(128, 0)),
+    Shape(1, 4096, 12, 64, sparse=(128, 32)),
 )
 # Labels and directions that --quick measures.
 QUICK = {
@@ -296,6 +335,8 @@ def _cases() -> list[Case]:
                     quick=(shape.label, direction) in QUICK,
                 )
             )
+            if shape.dropout:  # no two implementations drop the same weights
+                cases[-1] = replace(cases[-1], tolerance=None)
         fused = SHAPES[1]
         name = f"attention/qkv_{fused.label}/{direction}"
         setup = _setup_fused(fused, backward=backward)

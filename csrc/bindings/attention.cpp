@@ -22,7 +22,9 @@ using AttentionFields = std::tuple<float,       // softmax_scale
                                    double,      // dropout_p
                                    TensorView,  // seed
                                    int64_t,     // offset
-                                   TensorView   // prefix_lengths
+                                   TensorView,  // prefix_lengths
+                                   int64_t,     // sparse_stride
+                                   int64_t      // sparse_summary
                                    >;
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cu_q,

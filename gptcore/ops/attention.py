@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
-from gptcore.ops.attention_dropout import dropout_factors, seed_array
+from gptcore.ops.attention_dense import dense_attention, packed_attention
+from gptcore.ops.attention_dropout import seed_array
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
 
 
@@ -29,6 +29,8 @@ def attention(
     seed: int | Array | None = None,
     offset: int = 0,
     prefix_lengths: Array | None = None,
+    sparse_stride: int = 0,
+    sparse_summary: int = 0,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     return_lse: bool = False,
@@ -59,6 +61,10 @@ def attention(
         offset: 0 to 2**32 - 1: tells layers or steps that share a seed apart.
         prefix_lengths: (B,) int32, or one for each packed document: all queries of sequence b also see its first
             prefix_lengths[b] keys (prefix language models); with ``causal`` and no left bound. Default none.
+        sparse_stride: 0, or a pattern of the Sparse Transformer, with ``causal``; blocks that nothing sees are skipped.
+            Strided: the last sparse_stride keys and every sparse_stride-th before them.
+        sparse_summary: above 0 the fixed pattern: the keys of a query's own block of sparse_stride, and the last
+            sparse_summary of every block before.
         cu_seqlens_q: (documents + 1,) int32, from 0 to total: packed documents that do not see each other. Then
             q is (total, H, D), k and v (total_k, Hkv, D).
         cu_seqlens_k: the same for keys; default ``cu_seqlens_q``.
@@ -75,15 +81,16 @@ def attention(
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; tiling and recomputation after Dao et
     al. 2022, "FlashAttention"; prefixes after Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a
-    Unified Text-to-Text Transformer", section 3.2.1; dropout by Philox4x32-10 (Salmon et al. 2011, "Parallel random
-    numbers: as easy as 1, 2, 3"). Scores, softmax and sums are f32; with bf16 tensors the probabilities are rounded
+    Unified Text-to-Text Transformer", section 3.2.1; patterns after Child et al. 2019, "Generating Long Sequences
+    with Sparse Transformers", section 4; dropout by Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as
+    easy as 1, 2, 3"). Scores, softmax and sums are f32; with bf16 tensors the probabilities are rounded
     to bf16 before they meet v where the processor multiplies bf16.
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     options = _options(
         q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(q, seed), offset, prefix_lengths,
+        dropout_p, seed_array(q, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
     )  # fmt: skip
     if out is None and is_torch(q):
         result = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, return_lse)
@@ -113,6 +120,8 @@ def attention_qkv(
     seed: int | Array | None = None,
     offset: int = 0,
     prefix_lengths: Array | None = None,
+    sparse_stride: int = 0,
+    sparse_summary: int = 0,
     cu_seqlens_q: Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
@@ -130,7 +139,7 @@ def attention_qkv(
     _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
     options = _options(
         size, softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(qkv, seed), offset, prefix_lengths,
+        dropout_p, seed_array(qkv, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
     )  # fmt: skip
     if out is None and is_torch(qkv):
         result = _attention_qkv(qkv, cu_seqlens_q, num_heads, num_kv_heads, *options, return_lse)
@@ -164,6 +173,8 @@ def attention_backward(
     seed: int | Array | None = None,
     offset: int = 0,
     prefix_lengths: Array | None = None,
+    sparse_stride: int = 0,
+    sparse_summary: int = 0,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     dlse: Array | None = None,
@@ -174,7 +185,7 @@ def attention_backward(
         cu_seqlens_k = cu_seqlens_q
     options = _options(
         q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(q, seed), offset, prefix_lengths,
+        dropout_p, seed_array(q, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
     )  # fmt: skip
     gradients = _run_backward(
         dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, dlse, attn_bias is not None
@@ -199,6 +210,8 @@ def attention_reference(
     seed: Any = None,
     offset: int = 0,
     prefix_lengths: Array | None = None,
+    sparse_stride: int = 0,
+    sparse_summary: int = 0,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     return_lse: bool = False,
@@ -206,79 +219,19 @@ def attention_reference(
     """The same in plain torch, any floating dtype, differentiable any number of times, lse included."""
     options = _options(
         q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(q, seed), offset, prefix_lengths,
+        dropout_p, seed_array(q, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
     )  # fmt: skip
+    named = dict(zip(_OPTIONS, options, strict=True))
     if cu_seqlens_q is None:
-        out, lse = _dense_reference(q, k, v, *options)
+        out, lse = dense_attention(q, k, v, **named)
     else:
-        out, lse = _packed_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, options
-        )
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        out, lse = packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, named)
     return (out, lse) if return_lse else out
 
 
-def _dense_reference(
-    q: Any, k: Any, v: Any, scale: float, causal: bool, left: int, right: int, soft_cap: float, slopes: Any,
-    mask: Any, bias: Any, sinks: Any, dropout_p: float, seed: Any, offset: int, prefix_lengths: Any, first: int = 0,
-) -> Any:  # fmt: skip
-    import torch
-
-    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-    if soft_cap:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    place = torch.arange(queries, device=q.device)[:, None] + keys - queries
-    key = torch.arange(keys, device=q.device)[None, :]
-    if slopes is not None:
-        scores = scores - slopes.to(scores.dtype)[..., None, None] * (place - key).abs()
-    if bias is not None:
-        scores = scores + bias
-    right = 0 if causal else right
-    hidden = torch.zeros(queries, keys, dtype=torch.bool, device=q.device)
-    if left >= 0:
-        hidden = hidden | (key < place - left)
-    if right >= 0:
-        hidden = hidden | (key > place + right)
-    if prefix_lengths is not None:
-        hidden = hidden & (key >= prefix_lengths[first : first + len(q), None, None, None])
-    if mask is not None:
-        hidden = hidden | ~mask
-    scores = scores.masked_fill(hidden, float("-inf"))
-    lse = scores.logsumexp(-1) if keys else scores.new_full(scores.shape[:3], float("-inf"))
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    # Rows that see nothing: any finite number in place of -inf keeps values and gradients at exactly 0.
-    p = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
-    if dropout_p:
-        p = p * dropout_factors(tuple(p.shape), dropout_p, seed, offset, first=first).to(p)
-    return torch.einsum("bhts,bshd->bthd", p, v), lse
-
-
-def _packed_reference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, options: tuple[Any, ...]) -> Any:
-    import torch
-
-    outs, lses = [q[:0]], [q.new_zeros((q.shape[1], 0))]
-    documents = zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True)
-    for i, ((a, b), (c, d)) in enumerate(documents):
-        one = _of_document(options, i)
-        out, lse = _dense_reference(q[None, a:b], k[None, c:d], v[None, c:d], *one, first=i)
-        outs.append(out[0])
-        lses.append(lse[0])
-    return torch.cat(outs), torch.cat(lses, 1)
-
-
-def _of_document(options: tuple[Any, ...], i: int) -> list[Any]:
-    """The options with the ``i``-th row of those that are given per sequence."""
-    names = list(_OPTIONS)
-    return [
-        x[i : i + 1] if names[j] == "alibi_slopes" and x is not None and x.ndim == 2 else x
-        for j, x in enumerate(options)
-    ]
-
-
 # AttentionOptions of attention.h, name and type in torch's schema language, in its order. A new option is a line
-# here, a keyword of the public functions, a parameter of _options and of _dense_reference.
+# here, a keyword of the public functions, a parameter of _options and of dense_attention.
 _OPTIONS = {
     "softmax_scale": "float",
     "causal": "bool",
@@ -293,6 +246,8 @@ _OPTIONS = {
     "seed": "Tensor?",
     "offset": "int",
     "prefix_lengths": "Tensor?",
+    "sparse_stride": "int",
+    "sparse_summary": "int",
 }
 _MASK, _BIAS, _SINKS = (list(_OPTIONS).index(name) for name in ("attn_mask", "attn_bias", "sinks"))
 _TENSOR_OPTIONS = [i for i, kind in enumerate(_OPTIONS.values()) if kind == "Tensor?"]
@@ -312,6 +267,8 @@ def _options(
     seed: Array | None = None,
     offset: int = 0,
     prefix_lengths: Array | None = None,
+    sparse_stride: int = 0,
+    sparse_summary: int = 0,
 ) -> tuple[Any, ...]:
     """Values for ``_OPTIONS``, defaults filled in."""
     if softmax_scale is None:
@@ -320,7 +277,17 @@ def _options(
     cap = 0.0 if soft_cap is None else soft_cap
     scores = cap, alibi_slopes, attn_mask, attn_bias, sinks
     dropout = dropout_p, seed if dropout_p else None, offset
-    return softmax_scale, causal, left, right, *scores, *dropout, prefix_lengths
+    return (
+        softmax_scale,
+        causal,
+        left,
+        right,
+        *scores,
+        *dropout,
+        prefix_lengths,
+        sparse_stride,
+        sparse_summary,
+    )
 
 
 def _new_lse(q: Array) -> Array:

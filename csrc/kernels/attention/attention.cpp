@@ -164,6 +164,21 @@ void check_prefixes(const Checker& check, const AttentionOptions& options, Atten
   }
 }
 
+void check_pattern(const Checker& check, const AttentionOptions& options, AttentionProblem* p) {
+  const int64_t stride = options.sparse_stride, summary = options.sparse_summary;
+  if (stride < 0 || stride > INT32_MAX) check.fail("sparse_stride", std::to_string(stride), "0 to 2**31 - 1");
+  if (summary < 0 || summary > stride) {
+    check.fail("sparse_summary", std::to_string(summary), "0 to the stride, " + std::to_string(stride));
+  }
+  if (stride == 0) return;
+  const char* other = !options.causal                             ? "attention that is not causal"
+                      : options.left != -1 || options.right != -1 ? "a window"
+                      : options.prefix_lengths                    ? "prefix_lengths"
+                                                                  : nullptr;
+  if (other) check.fail("sparse_stride", other, "causal attention with neither window nor prefixes");
+  p->stride = stride, p->summary = summary;
+}
+
 void check_options(const Checker& check, const AttentionOptions& options, DType dtype, AttentionProblem* p) {
   if (!std::isfinite(options.softmax_scale)) {
     check.fail("softmax_scale", std::to_string(options.softmax_scale), "a finite number");
@@ -191,6 +206,7 @@ void check_options(const Checker& check, const AttentionOptions& options, DType 
   p->modified = p->soft_cap != 0 || p->slopes || p->mask.data || p->bias.data || p->sinks;
   check_dropout(check, options, p);
   check_prefixes(check, options, p);
+  check_pattern(check, options, p);
 }
 
 // What both passes take; fills everything but outputs and gradients.

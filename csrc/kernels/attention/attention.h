@@ -18,6 +18,10 @@
 // query of sequence b also sees the keys s < prefix_lengths[b]. A query that sees nothing has out 0, lse -inf (its sink)
 // and gradient 0.
 //
+// sparse_stride above 0 is a pattern of the Sparse Transformer (Child et al. 2019), which wants causal and neither
+// window nor prefixes. With i = t + S - T: strided where sparse_summary is 0, then t sees s <= i where i - s <= stride
+// or stride divides i - s; else fixed, where s div stride = i div stride or s mod stride >= stride - sparse_summary.
+//
 // Dropout: out and dv take M P for P, dS takes M (dout . v); lse is that of P. M[t,s] = 65536 / keep where kept, else 0,
 // keep = floor((1 - dropout_p) 65536 + 1/2). Kept where b < keep, b the 16 bits from 16 (s mod 8) on of the words
 // that Philox4x32-10 (core/philox.h) with key `seed` makes of the counter (s div 8, t, batch H + head, offset). For
@@ -66,6 +70,7 @@ struct AttentionOptions {
   TensorView seed;            // None without dropout
   int64_t offset;             // 0 to 2^32 - 1
   TensorView prefix_lengths;  // None: no prefixes
+  int64_t sparse_stride, sparse_summary;
 };
 
 // lse may be None. cu_seqlens_q and cu_seqlens_k are both given (packed) or both None.

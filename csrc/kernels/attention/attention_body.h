@@ -34,6 +34,7 @@ struct AttentionProblem {
   const float* dlse;      // backward only: like lse, or null
   float* dsinks;
   bool dbias_batches, dbias_heads;  // whether sequences and heads have a dbias of their own
+  int64_t stride, summary;          // pattern.h; stride 0: none
   const int32_t* prefix;            // null, or how many first keys each sequence's queries all see
   // Dropout: of kKeepAll probabilities `keep` stay and count keep_scale times; all with kKeepAll, once.
   int32_t keep;

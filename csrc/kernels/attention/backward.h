@@ -13,6 +13,7 @@
 #include "core/parallel.h"
 #include "kernels/attention/dropout.h"
 #include "kernels/attention/pack.h"
+#include "kernels/attention/pattern.h"
 #include "kernels/attention/scores.h"
 #include "kernels/attention/softmax.h"
 
@@ -76,6 +77,7 @@ class BackwardTask {
         s_(s),
         row_blocks_((s.rows() + kRows - 1) / kRows),
         dropout_(p, s, row_blocks_ * kRows),
+        pattern_(p, s),
         depth_(round_up(p.head_dim, kPer * kLanes) / kPer),
         width_(round_up(p.head_dim, kLanes)),
         terms_(p, s),
@@ -108,6 +110,10 @@ class BackwardTask {
     bias_gradients_ = memory.take<float>(p_.dbias.data ? kStrip * kScoreRow : 0);
     visible_begin_ = memory.take<int32_t>(rows);
     visible_end_ = memory.take<int32_t>(rows);
+    const int64_t pattern_rows = pattern_.active() ? rows : 0;
+    local_ = memory.take<int32_t>(pattern_rows);
+    low_ = memory.take<int32_t>(pattern_rows);
+    high_ = memory.take<int32_t>(pattern_rows);
     dropout_bits_ = memory.take<uint32_t>(dropout_.active() ? kStrip / 2 * kScoreRow : 0);
     k_rows_ = memory.take<Unit>(kKeys * depth_);
     v_rows_ = memory.take<Unit>(kKeys * depth_);
@@ -146,6 +152,11 @@ class BackwardTask {
         }
         visible_begin_[row] = static_cast<int32_t>(keys.begin),
         visible_end_[row] = static_cast<int32_t>(keys.end);
+        if (pattern_.active()) {
+          const int64_t place = pattern_.place_of(row);
+          local_[row] = pattern_.local(place), low_[row] = pattern_.low(place),
+          high_[row] = pattern_.high(place);
+        }
       }
     }
   }
@@ -199,12 +210,25 @@ class BackwardTask {
   Range rows_within(int64_t keys_begin, int64_t keys_end, int64_t first) const {
     const Range rows = s_.rows_of_keys(keys_begin, keys_end);
     const Range r{at_least(rows.begin - first, 0), at_most(rows.end - first, kRows)};
-    return r.empty() ? Range{0, 0} : Range{round_down(r.begin, kStrip), round_up(r.end, kStrip)};
+    if (r.empty()) return {0, 0};
+    const Range steps{round_down(r.begin, kStrip), round_up(r.end, kStrip)};
+    return pattern_.active() ? rows_of_pattern(keys_begin, keys_end, first, steps) : steps;
+  }
+
+  // From the first step of rows that sees any of the keys to the last.
+  Range rows_of_pattern(int64_t keys_begin, int64_t keys_end, int64_t first, Range steps) const {
+    Range hull{kRows, 0};
+    for (int64_t r = steps.begin; r < steps.end; r += kStrip) {
+      if (!pattern_.any(first + r, first + r + kStrip, keys_begin, keys_end)) continue;
+      hull = {at_most(hull.begin, r), r + kStrip};
+    }
+    return hull.empty() ? Range{0, 0} : hull;
   }
 
   void block_pair(int64_t base, int64_t count, int64_t block) {
     const int64_t first = block * kRows;
     const Range all = rows_within(base, base + count, first);
+    if (all.empty()) return;
     Range keys{kKeys, 0};
     for (int64_t key = 0; key < count; key += kStrip) {
       const Range rows = rows_within(base + key, at_most(base + key + kStrip, s_.keys), first);
@@ -244,8 +268,8 @@ class BackwardTask {
                                       kScoreRow);
     }
     const int64_t last = at_most(first + rows.end, s_.rows()) - 1;
-    const bool whole =
-        s_.keys_of(last).begin <= base + key && s_.keys_of(first + rows.begin).end >= base + key + kStrip;
+    const bool whole = !pattern_.active() && s_.keys_of(last).begin <= base + key &&
+                       s_.keys_of(first + rows.begin).end >= base + key + kStrip;
     if (p_.modified) {
       const float factor = modify(base + key, first, rows);
       if (whole) {
@@ -355,20 +379,30 @@ class BackwardTask {
   VecI visible(int32_t key, int64_t row) const {
     const VecI begin = (VecI)load(reinterpret_cast<const float*>(visible_begin_ + row));
     const VecI end = (VecI)load(reinterpret_cast<const float*>(visible_end_ + row));
-    return (splat_int(key) >= begin) & (splat_int(key) < end);
+    const VecI inside = (splat_int(key) >= begin) & (splat_int(key) < end);
+    return pattern_.active() ? inside & patterned(key, row) : inside;
+  }
+
+  VecI patterned(int32_t key, int64_t row) const {
+    const VecI local = (VecI)load(reinterpret_cast<const float*>(local_ + row));
+    const VecI low = (VecI)load(reinterpret_cast<const float*>(low_ + row));
+    const VecI high = (VecI)load(reinterpret_cast<const float*>(high_ + row));
+    const VecI remainder = splat_int(pattern_.remainder_of(key));
+    return (splat_int(key) >= local) | ((remainder >= low) & (remainder < high));
   }
 
   const AttentionProblem& p_;
   const Sequence& s_;
   const int64_t row_blocks_;
   const RowDropout dropout_;
+  const Pattern pattern_;
   const int64_t depth_, width_;
   const ScoreTerms terms_;
   const QueryRows<float> dbias_;
   Unit *q_columns_, *dout_columns_, *q_pairs_, *dout_pairs_, *k_rows_, *v_rows_, *k_transposed_,
       *gradient_units_;
   float *lse_, *delta_, *dk_, *dv_, *scores_, *gradients_, *cap_slopes_, *places_, *slopes_, *bias_gradients_;
-  int32_t *visible_begin_, *visible_end_;
+  int32_t *visible_begin_, *visible_end_, *local_, *low_, *high_;
   uint32_t* dropout_bits_;
   Scratch scratch_;
   float* dq_;

@@ -9,6 +9,7 @@
 #include "kernels/attention/decode.h"
 #include "kernels/attention/dropout.h"
 #include "kernels/attention/pack.h"
+#include "kernels/attention/pattern.h"
 #include "kernels/attention/scores.h"
 #include "kernels/attention/softmax.h"
 
@@ -32,6 +33,7 @@ class ForwardTask {
       : p_(p),
         s_(s),
         dropout_(p, s),
+        pattern_(p, s),
         blocks_(blocks),
         depth_(round_up(p.head_dim, kPer * kLanes) / kPer),
         width_(round_up(p.head_dim, kLanes)),
@@ -95,11 +97,13 @@ class ForwardTask {
                           p_.scale < 0, queries_);
       const float scale = p_.modified ? 1 : (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
       for (int64_t block = keys.begin / kKeys; block * kKeys < keys.end; ++block) {
-        if (!resident_) pack_keys(block);
         const int64_t base = block * kKeys;
         const Range width{round_down(at_least(keys.begin - base, 0), Engine::kKeyStep),
                           round_up(at_most(keys.end - base, kKeys), Engine::kKeyStep)};
-        key_block(first, count, base, width, scale, any);
+        const Range columns = find_runs(first, count, base, width);
+        if (columns.empty()) continue;
+        if (!resident_) pack_keys(block);
+        key_block(first, count, base, columns, scale, any);
         any = true;
       }
     }
@@ -117,34 +121,98 @@ class ForwardTask {
     }
   }
 
-  void key_block(int64_t first, int64_t count, int64_t base, Range width, float scale, bool any) {
+  // Keys [key, key + count) of a block, which stand in the columns from `column` on.
+  struct Run {
+    int64_t key, column, count;
+  };
+
+  // Splits the keys `width` of a block into runs that some row sees, and returns their columns. Without a pattern
+  // one run stands in its own place; with one, runs close up.
+  Range find_runs(int64_t first, int64_t count, int64_t base, Range width) {
+    if (!pattern_.active()) {
+      run_count_ = 1, runs_[0] = {width.begin, width.begin, width.end - width.begin};
+      return width;
+    }
+    Range columns{0, 0};
+    run_count_ = 0;
+    for (int64_t key = round_down(width.begin, kPatternStep); key < width.end; key += kPatternStep) {
+      if (!pattern_.any(first, first + count, base + key, base + key + kPatternStep)) continue;
+      const int64_t keys = at_most(width.end - key, kPatternStep);
+      if (run_count_ > 0 && runs_[run_count_ - 1].key + runs_[run_count_ - 1].count == key) {
+        runs_[run_count_ - 1].count += keys;
+      } else {
+        runs_[run_count_++] = {key, columns.end, keys};
+      }
+      columns.end += keys;
+    }
+    return columns;
+  }
+
+  void key_block(int64_t first, int64_t count, int64_t base, Range columns, float scale, bool any) {
     const int64_t padded = round_up(count, Engine::kRowStep);
-    const Unit* keys = packed_keys(base / kKeys);
-    Engine::product(queries_, depth_, {keys + width.begin * depth_, kLanes, kLanes * depth_},
-                    scores_ + width.begin, kScoreRow, padded, width.end - width.begin, depth_, false);
+    const Unit *keys = packed_keys(base / kKeys), *values = keys + key_units_;
+    for (int i = 0; i < run_count_; ++i) {
+      Engine::product(queries_, depth_, {keys + runs_[i].key * depth_, kLanes, kLanes * depth_},
+                      scores_ + runs_[i].column, kScoreRow, padded, runs_[i].count, depth_, false);
+    }
     for (int64_t r = 0; r < count; ++r) {
-      const Range visible{at_least(seen_[r].begin - base, width.begin),
-                          at_most(seen_[r].end - base, width.end)};
-      if (p_.modified) modify_row<Engine::kFine>(p_, s_, first + r, base, scores_ + r * kScoreRow, visible);
-      softmax_row<Engine>(state_, r, scores_ + r * kScoreRow, visible, width, scale, sums_ + r * width_,
+      float* row = scores_ + r * kScoreRow;
+      Range visible{at_least(seen_[r].begin - base, columns.begin),
+                    at_most(seen_[r].end - base, columns.end)};
+      if (pattern_.active()) {
+        visible = hide(r, first + r, base, scale);
+      } else if (p_.modified) {
+        modify_row<Engine::kFine>(p_, s_, first + r, base, row, visible);
+      }
+      softmax_row<Engine>(state_, r, row, visible, columns, pattern_.active() ? 1 : scale, sums_ + r * width_,
                           any ? width_ : 0);
     }
-    if (dropout_.active()) drop(first, count, base, width);
-    const Unit* values = keys + key_units_ + width.begin / kPer * kLanes;
-    Engine::product(reinterpret_cast<const Unit*>(scores_) + width.begin / kPer, kScoreRow,
-                    {values, kLanes, kKeys / kPer * kLanes}, sums_, width_, padded, width_,
-                    (width.end - width.begin) / kPer, any);
+    if (dropout_.active()) drop(first, count, base);
+    for (int i = 0; i < run_count_; ++i) {
+      Engine::product(reinterpret_cast<const Unit*>(scores_) + runs_[i].column / kPer, kScoreRow,
+                      {values + runs_[i].key / kPer * kLanes, kLanes, kKeys / kPer * kLanes}, sums_, width_,
+                      padded, width_, runs_[i].count / kPer, any || i > 0);
+    }
+  }
+
+  // Finishes the scores of a row under a pattern, scale included; the columns from its first visible key to its last.
+  Range hide(int64_t r, int64_t row, int64_t base, float scale) {
+    float* scores = scores_ + r * kScoreRow;
+    Range hull{kKeys, 0};
+    for (int i = 0; i < run_count_; ++i) {
+      const Run& run = runs_[i];
+      const int64_t shift = base + run.key - run.column;
+      const Range visible{at_least(seen_[r].begin - shift, run.column),
+                          at_most(seen_[r].end - shift, run.column + run.count)};
+      if (p_.modified) modify_row<Engine::kFine>(p_, s_, row, shift, scores, visible);
+      const Range seen = pattern_.hide(row, base + run.key, run.count, scale, scores + run.column);
+      if (!seen.empty()) hull = {at_most(hull.begin, run.column + seen.begin), run.column + seen.end};
+    }
+    if (!hull.empty()) lift(r, scores, hull);
+    return hull;
+  }
+
+  // Raises what is hidden, or next to nothing, to 2^-100 of the row's largest probability: no sum in f32 sees it, and
+  // exponentials that underflow take the processor a hundred cycles and more.
+  void lift(int64_t r, float* scores, Range hull) {
+    float top = visible_max(scores, hull, VectorRange(hull));
+    if (state_.raw_max[r] != -kInfinity && state_.shift[r] > top) top = state_.shift[r];
+    const Vec low = splat(top - 100.0f);
+    for (int64_t c = hull.begin; c < hull.end; c += kLanes) store(scores + c, larger(low, load(scores + c)));
   }
 
   // Rows two by two: what both see is nearly the same.
-  void drop(int64_t first, int64_t count, int64_t base, Range width) {
+  void drop(int64_t first, int64_t count, int64_t base) {
     for (int64_t r = 0; r < count; r += 2) {
       const int64_t next = at_most(r + 1, count - 1);
-      const Range keys{base + at_least(round_down(seen_[r].begin - base, Engine::kKeyStep), width.begin),
-                       base + at_most(round_up(seen_[next].end - base, Engine::kKeyStep), width.end)};
-      if (keys.empty()) continue;
-      dropout_.drop(first + r, first + next, keys, base, reinterpret_cast<Score*>(scores_ + r * kScoreRow),
-                    reinterpret_cast<Score*>(scores_ + next * kScoreRow));
+      for (int i = 0; i < run_count_; ++i) {
+        const int64_t begin = base + runs_[i].key, shift = begin - runs_[i].column;
+        const Range keys{at_least(round_down(seen_[r].begin, Engine::kKeyStep), begin),
+                         at_most(round_up(seen_[next].end, Engine::kKeyStep), begin + runs_[i].count)};
+        if (keys.empty()) continue;
+        dropout_.drop(first + r, first + next, keys, shift, reinterpret_cast<Score*>(scores_ + r * kScoreRow),
+                      reinterpret_cast<Score*>(scores_ + next * kScoreRow));
+      }
     }
   }
 
@@ -168,6 +236,7 @@ class ForwardTask {
   const AttentionProblem& p_;
   const Sequence& s_;
   const KeyDropout dropout_;
+  const Pattern pattern_;
   const Range blocks_;
   const int64_t depth_, width_;  // head size in units, and in values, padded
   const Range keys_;
@@ -178,13 +247,15 @@ class ForwardTask {
   Unit *packed_, *queries_;
   float *scores_, *sums_;
   Range seen_[kRows];
+  Run runs_[kKeys / kPatternStep / 2 + 1];
+  int run_count_;
   RowStates<kRows> state_;
 };
 
 template <class Engine, class T>
 void forward(const AttentionProblem& p) {
   const int64_t units = p.batch * p.kv_heads;
-  if (p.queries * (p.heads / p.kv_heads) <= DecodeTask<T>::kMaxRows && p.keep == kKeepAll) {
+  if (p.queries * (p.heads / p.kv_heads) <= DecodeTask<T>::kMaxRows && p.keep == kKeepAll && p.stride == 0) {
     decode<T>(p);
     return;
   }
