@@ -33,21 +33,21 @@
 //          decreasing. alibi_slopes (H) or (B, H); sinks (H); attn_mask and attn_bias broadcast to (B, H, T,
 //          S), S their own, T too where dbias is wanted, and not packed. seed one element; prefix_lengths (B), or one
 //          for each document, each 0 to its S.
-// Types    q, k, v and their like of one type, f32 or bf16; attn_mask bool; seed int64; prefix_lengths int32; attn_bias of that type or f32; the
-//          rest f32, dbias included.
+// Types    q, k, v and their like of one type, f32 or bf16; attn_mask bool; attn_bias of that type or f32; seed
+//          int64; prefix_lengths int32; the rest f32, dbias included.
 // Strides  any, but the last dimension contiguous: views into a fused projection work, gradients included.
 //          lse, dlse, dbias, sinks and dsinks contiguous.
 // Aliasing outputs overlap neither each other nor inputs; they may interleave within one buffer.
 // Sums     f32. bf16: P and dS are rounded to bf16 before their products where the processor multiplies bf16.
 // Bits     Equal for every thread count; each sequence depends on itself only. Forward: every row depends on
 //          its own keys. dk and dv sum over query blocks in order, dq over key blocks in order, dbias over
-//          sequences and heads in order.
-//          What is dropped is a function of seed, offset and place alone.
+//          sequences and heads in order. What is dropped depends on seed, offset and place alone, the place
+//          in the batch included.
 // Memory   scratch per thread: packed K and V of a sequence and head forward, Q, dout and dq backward: O((T +
 //          S) D).
-// Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one; with dropout 1/8
-//          Philox call each way. Blocks outside
-//          the mask are skipped.
+// Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one; with dropout an eighth
+//          of a Philox call more, both ways. Blocks outside the mask are skipped; a pattern's hidden keys within
+//          a visited step of 32 cost as much as visible ones.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
