@@ -19,6 +19,7 @@ from gptcore.models.config import GPTConfig
 from gptcore.models.init import Projection, initialise
 from gptcore.models.norm import Norm
 from gptcore.models.positions import RotaryTables, document_positions
+from gptcore.models.tied import TiedTable
 from gptcore.nn.embedding import Embedding
 from gptcore.nn.linear import linear
 
@@ -102,12 +103,14 @@ class GPT(nn.Module):
         last_only = cache is not None and not all_logits
         if cache is not None and (targets is not None or cu_seqlens is not None):
             raise ValueError("GPT: cache goes with neither targets nor cu_seqlens, got both")
-        x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only)
+        table = self._tied_table() if targets is not None else None
+        x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only, table=table)
         if targets is not None:
             if targets.shape != tokens.shape:
                 got, expected = tuple(targets.shape), tuple(tokens.shape)
                 raise ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
-            return self._loss(x, targets, z_loss, label_smoothing, reduction)
+            weight = self.head_weight if table is None else table.head()
+            return self._loss(x, weight, targets, z_loss, label_smoothing, reduction)
         logits = self.logits(x)
         return logits[:, 0] if last_only else logits.view(*tokens.shape, -1)
 
@@ -140,6 +143,7 @@ class GPT(nn.Module):
         cache: KeyValueCache | None,
         *,
         last_only: bool = False,
+        table: TiedTable | None = None,
     ) -> Tensor:
         """Normed output of the stack: (B, T, C), packed (B·T, C), or (B, 1, C) if ``last_only``."""
         before = 0 if cache is None else cache.length
@@ -148,16 +152,24 @@ class GPT(nn.Module):
         if cu_seqlens is not None:
             tokens = tokens.reshape(-1)
             positions = document_positions(cu_seqlens, tokens.shape[0])
-        x, delta = self._embed(tokens, positions)
+        x, delta = self._embed(tokens, positions, table)
         x = self.stack(x, delta, Context(cu_seqlens, positions, cache, self.rotary), last_only=last_only)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x
 
-    def _embed(self, tokens: Tensor, positions: int | Tensor) -> tuple[Tensor, Tensor | None]:
+    def _tied_table(self) -> TiedTable | None:
+        """For a pass that ends in the loss of a tied head: see ``gptcore.models.tied``."""
+        module = self.token_embedding
+        serves = self.head is None and TiedTable.serves(module, module.weight)
+        return TiedTable(module.weight) if serves else None
+
+    def _embed(
+        self, tokens: Tensor, positions: int | Tensor, table: TiedTable | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The stream as (token part, position part), added by the first norm where it can."""
         config = self.config
-        x = self.token_embedding(tokens)
+        x = self.token_embedding(tokens) if table is None else table.rows(tokens)
         if config.embedding_grad_shrink != 1.0:
             x = _ShrinkGradient.apply(x, config.embedding_grad_shrink)
         if config.embedding_scale != 1.0:
@@ -180,12 +192,18 @@ class GPT(nn.Module):
         return x, delta
 
     def _loss(
-        self, x: Tensor, targets: Tensor, z_loss: float, label_smoothing: float, reduction: str
+        self,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        z_loss: float,
+        label_smoothing: float,
+        reduction: str,
     ) -> GPTLoss:
         x, shape = self._to_head(x), targets.shape
         flat, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         out = ops.linear_cross_entropy(
-            flat, self.head_weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
+            flat, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
             logit_scale=self.config.logit_scale, reduction=reduction,
             logit_soft_cap=self.config.logit_soft_cap,
         )  # fmt: skip
