@@ -45,7 +45,7 @@ def dense_attention(
     # Rows that see nothing: any finite number in place of -inf keeps values and gradients at exactly 0.
     p = (scores - lse.masked_fill(lse == float("-inf"), 0)[..., None]).exp()
     if dropout_p:
-        p = p * dropout_factors(tuple(p.shape), dropout_p, seed, offset, first=first).to(p)
+        p = p * dropout_factors(p.shape, dropout_p, seed, offset, first=first).to(p)
     return torch.einsum("bhts,bshd->bthd", p, v), lse
 
 
