@@ -232,11 +232,6 @@ def test_parameters_that_require_grad_and_numpy_arrays() -> None:
 # --- split masters -----------------------------------------------------------------------------------------
 
 
-def _same_numbers(master: torch.Tensor) -> bool:
-    weight, low = split_master(master)
-    return same_bits(join_master(weight, low), master)
-
-
 def _identity_step(weight: torch.Tensor, low: torch.Tensor) -> None:
     """lr 0 and no moments: p * 1 - 0 / (0 + eps), which is p, for every finite p."""
     zeros = [torch.zeros(weight.shape) for _ in range(3)]
@@ -263,19 +258,28 @@ def test_every_weight_takes_every_kind_of_remainder(isa: str) -> None:
 
 
 @pytest.mark.long
-def test_all_patterns_of_f32_survive_the_kernel(isa: str) -> None:
-    low = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).repeat(64)
+def test_all_finite_patterns_of_f32_survive_the_kernel(isa: str) -> None:
+    upper = torch.cat([torch.arange(0, 0x7F80), torch.arange(-0x8000, -0x80)]).to(torch.int16)
+    zeros = [torch.zeros(64, len(upper)) for _ in range(3)]
     for first in range(0, 65536, 64):
-        upper = torch.arange(first, first + 64, dtype=torch.int32).repeat_interleave(65536) << 16
-        master = (upper + (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
-        weight, rest = split_master(master)
-        nan = master.isnan()
-        assert same_bits(join_master(weight, rest)[~nan], master[~nan])
-        assert weight[nan].isnan().all() and not weight[~nan].isnan().any()
-        before = weight.clone(), rest.clone()
-        _identity_step(weight, rest)
-        assert same_bits(weight[~nan], before[0][~nan]) and same_bits(rest[~nan], before[1][~nan])
-        assert weight[nan].isnan().all()
+        lower = torch.arange(first, first + 64)[:, None]
+        want_weight = upper + (lower >= 0x8000).to(torch.int16)
+        want_low = ((lower ^ 0x8000) - 0x8000).to(torch.int16).expand(64, len(upper)).contiguous()
+        weight, low = want_weight.clone().view(torch.bfloat16), want_low.clone()
+        grads, exp_avgs, exp_avg_sqs = ([t] for t in zeros)
+        adamw_([weight], grads, exp_avgs, exp_avg_sqs, step=1, lr=0.0, lows=[low], grad_norm=0.0)
+        assert torch.equal(weight.view(torch.int16), want_weight) and torch.equal(low, want_low), first
+
+
+@pytest.mark.long
+def test_all_patterns_of_f32_survive_the_python_twins() -> None:
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    for first in range(0, 65536, 64):
+        bits = (upper + torch.arange(first, first + 64, dtype=torch.int32)[:, None]).flatten()
+        weight, low = split_master(bits.view(torch.float32))
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        assert ((join_master(weight, low).view(torch.int32) == bits) | nan).all(), first
+        assert torch.equal(weight.isnan(), nan), first
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
