@@ -11,7 +11,7 @@ STEPS = 65536
 
 
 def dropout_factors(
-    shape: tuple[int, int, int, int], dropout_p: float, seed: Any, offset: int = 0, *, first: int = 0
+    shape: tuple[int, ...], dropout_p: float, seed: Any, offset: int = 0, *, first: int = 0
 ) -> Any:
     """(B, H, T, S) float64: 0 where a probability is dropped, else what it is multiplied by.
 
