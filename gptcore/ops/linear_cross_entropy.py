@@ -125,19 +125,27 @@ def linear_cross_entropy(
     """
     flat = targets if targets.ndim == 1 else targets.reshape(-1)
     run = _op if is_torch(x) else _run
-    more = _modifiers(token_weight, bias, class_weight, logit_soft_cap)
     observed = return_entropy or return_predicted
-    if observed:
-        more = (*(more or (None,) * 4), return_entropy, return_predicted)
+    plain = token_weight is None and bias is None and class_weight is None and logit_soft_cap is None
+    more: tuple[Any, ...] = ()
+    if observed or not plain:
+        more = (
+            *_modifiers(token_weight, bias, class_weight, logit_soft_cap),
+            return_entropy,
+            return_predicted,
+        )
     out = run(as_rows(x), weight, flat, ignore_index, label_smoothing, z_loss, logit_scale, reduction, *more)
-    shape = targets.shape
-    basic = out[:4] if targets.ndim == 1 else [o.reshape(shape) if o.ndim else o for o in out[:4]]
-    if not observed:
-        return LinearCrossEntropy(*basic)
-    loss, z, logprobs, lse = basic
-    entropy = out[4].reshape(shape) if return_entropy else None
-    predicted = out[5].reshape(shape) if return_predicted else None
-    return LinearCrossEntropyDetails(loss, z, logprobs, lse, entropy, predicted)
+    if targets.ndim != 1 or len(out) > 4:
+        out = _shaped(out, targets.shape, return_entropy, return_predicted)
+    return LinearCrossEntropyDetails(*out) if observed else LinearCrossEntropy(*out)
+
+
+def _shaped(out: Any, shape: Any, entropy: bool, predicted: bool) -> list[Any]:
+    """What was asked for of the op's results, in the shape of the targets."""
+    basic = [o.reshape(shape) if o.ndim else o for o in out[:4]]
+    if not (entropy or predicted):
+        return basic
+    return [*basic, out[4].reshape(shape) if entropy else None, out[5].reshape(shape) if predicted else None]
 
 
 def token_logprobs(
@@ -193,7 +201,7 @@ def linear_cross_entropy_backward(
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
     inputs = (rows, weight, flat, *chosen.values())
     always, bias = inputs[_ALWAYS], chosen["bias"] is not None
-    more = _modifiers(*inputs[_TENSORS], *inputs[_SOFT_CAP]) or (None,) * 4
+    more = _modifiers(*inputs[_TENSORS], *inputs[_SOFT_CAP])
     given: tuple[Any, ...] = (grad_loss, grad_z, rows, weight, flat, lse, *always, True, True, *more, bias)
     dx, dweight, dbias = _run_backward(*given, main_grad=main_grad)
     dx = dx.reshape(x.shape)
@@ -241,9 +249,7 @@ def linear_cross_entropy_reference(
 def _modifiers(
     token_weight: Array | None, bias: Array | None, class_weight: Array | None, logit_soft_cap: float | None
 ) -> tuple[Any, ...]:
-    """What follows the options that every call passes; nothing where none is used, which costs nothing then."""
-    if token_weight is None and bias is None and class_weight is None and logit_soft_cap is None:
-        return ()
+    """What follows the options that every call passes, as the kernel takes it."""
     flat = None if token_weight is None else last_contiguous(token_weight.reshape(-1))
     return flat, last_contiguous(bias), last_contiguous(class_weight), logit_soft_cap
 
