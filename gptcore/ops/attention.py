@@ -368,18 +368,27 @@ def _run_backward(
 _SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _OPTIONS.items())
 
 
-def _save(ctx: Any, options: list[Any], *tensors: Any) -> None:
-    """Keeps for backward what it needs, the options that are tensors where autograd sees them."""
+def _save(ctx: Any, options: list[Any], lse: Any, *tensors: Any) -> None:
+    """Keeps for backward what it needs, the options that are tensors where autograd sees them. The last says whether
+    lse is wanted, and so whether it may have a gradient."""
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *(options[i] for i in _TENSOR_OPTIONS))
-    for i in _TENSOR_OPTIONS:
-        options[i] = None
+    if not options.pop():
+        ctx.mark_non_differentiable(lse)
+    given = [options[i] for i in _TENSOR_OPTIONS]
+    if any(x is not None for x in given):
+        tensors += tuple(given)
+        for i in _TENSOR_OPTIONS:
+            options[i] = None
+    ctx.save_for_backward(*tensors)
     ctx.options = options
 
 
 def _saved(ctx: Any, count: int) -> tuple[Any, list[Any]]:
     """The ``count`` tensors and the options that :func:`_save` kept."""
-    tensors, options = ctx.saved_tensors, list(ctx.options)
+    tensors, options = ctx.saved_tensors, ctx.options
+    if len(tensors) == count:
+        return tensors, options
+    options = list(options)
     for i, tensor in zip(_TENSOR_OPTIONS, tensors[count:], strict=True):
         options[i] = tensor
     return tensors[:count], options
@@ -402,9 +411,9 @@ def _fake(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, cu_q, cu_k, *options, _ = inputs
+    q, k, v, cu_q, cu_k, *options = inputs
     out, lse = output
-    _save(ctx, options, q, k, v, out, lse, cu_q, cu_k)
+    _save(ctx, options, lse, q, k, v, out, lse, cu_q, cu_k)
 
 
 def _or_empty(x: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -412,14 +421,23 @@ def _or_empty(x: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
+_NO_GRADIENTS: list[Any] = [None] * len(_OPTIONS)
+
+
 def _option_gradients(ctx: Any, before: int, options: Sequence[Any], dbias: Any, dsinks: Any) -> list[Any]:
     """One for each option, of which the first is input ``before``."""
+    if options[_BIAS] is None and options[_SINKS] is None:
+        return _NO_GRADIENTS
     gradients: list[Any] = [None] * len(_OPTIONS)
     if ctx.needs_input_grad[before + _BIAS]:
         gradients[_BIAS] = dbias.to(options[_BIAS].dtype)
     if ctx.needs_input_grad[before + _SINKS]:
         gradients[_SINKS] = dsinks
     return gradients
+
+
+def _bias_grad(ctx: Any, before: int, options: Sequence[Any]) -> bool:
+    return options[_BIAS] is not None and ctx.needs_input_grad[before + _BIAS]
 
 
 def _given(grad_out: Any, out: Any, grad_lse: Any) -> tuple[Any, Any]:
@@ -435,7 +453,7 @@ def _differentiate(kernel: Any, ctx: Any, grad_out: Any, grad_lse: Any) -> tuple
         return (None,) * (len(_OPTIONS) + 6)
     tensors, options = _saved(ctx, 7)
     dout, dlse = _given(grad_out, tensors[3], grad_lse)
-    dq, dk, dv, *more = kernel(dout, *tensors, *options, dlse, ctx.needs_input_grad[5 + _BIAS])
+    dq, dk, dv, *more = kernel(dout, *tensors, *options, dlse, _bias_grad(ctx, 5, options))
     return dq, dk, dv, None, None, *_option_gradients(ctx, 5, options, *more), None
 
 
@@ -483,9 +501,9 @@ def _qkv_fake(qkv: Any, cu: Any, heads: int, kv_heads: int, *options: Any) -> tu
 
 
 def _qkv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    qkv, cu, heads, kv_heads, *options, _ = inputs
+    qkv, cu, heads, kv_heads, *options = inputs
     out, lse = output
-    _save(ctx, options, qkv, out, lse, cu)
+    _save(ctx, options, lse, qkv, out, lse, cu)
     ctx.heads = heads, kv_heads
 
 
@@ -494,7 +512,7 @@ def _qkv_differentiate(kernel: Any, ctx: Any, grad_out: Any, grad_lse: Any) -> t
         return (None,) * (len(_OPTIONS) + 5)
     tensors, options = _saved(ctx, 4)
     dout, dlse = _given(grad_out, tensors[1], grad_lse)
-    dqkv, *more = kernel(dout, *tensors, *ctx.heads, *options, dlse, ctx.needs_input_grad[4 + _BIAS])
+    dqkv, *more = kernel(dout, *tensors, *ctx.heads, *options, dlse, _bias_grad(ctx, 4, options))
     return dqkv, None, None, None, *_option_gradients(ctx, 4, options, *more), None
 
 
