@@ -31,7 +31,11 @@ struct Results {
 
   Results(DType dtype, DType weight_dtype)
       : dx(dtype, {kRows, kWidth}), dweight(weight_dtype, {kWords, kWidth}) {}
-  LinearCrossEntropyOutputs outputs() const { return {loss, z, logprobs, lse}; }
+  LinearCrossEntropyOutputs outputs() const {
+    LinearCrossEntropyOutputs outputs{};
+    outputs.loss = loss, outputs.z = z, outputs.logprobs = logprobs, outputs.lse = lse;
+    return outputs;
+  }
   LinearCrossEntropyGradients gradients() const { return {dx, dweight, dbias}; }
   Outputs all() const { return {loss, z, logprobs, lse, dx, dweight, dbias}; }
 };
