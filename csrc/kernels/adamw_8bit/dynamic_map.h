@@ -2,10 +2,11 @@
 // equally spaced within each decade, so that decade and place in it follow from the exponent of a number, and
 // no table of 256 is searched or gathered from.
 //
-// Values are numbered by place q, of magnitudes: decade i has places n_i .. 2 n_i - 1, n_i = first * 2^i. Zero has place first - 1 and one has place first * 2^7, as if they were decades -1 and 7: j = i + 1 is
-// 0 .. 8. So q + 1/2 as a float has a mantissa of 1 + (k + 1/2) / n_i, which says where value k lies within
-// the decade, and an exponent that tells j. The other way, 1 + (place of y within its decade, 0 .. 1) is that
-// mantissa, and q its upper bits.
+// Values are numbered by place q, of magnitudes: decade i has places n_i .. 2 n_i - 1, n_i = first * 2^i. Zero
+// has place first - 1 and one has place first * 2^7, as if they were decades -1 and 7: j = i + 1 is 0 .. 8. So
+// q + 1/2 as a float has a mantissa of 1 + (k + 1/2) / n_i, which says where value k lies within the decade, and
+// an exponent that tells j. The other way, 1 + (place of y within its decade, 0 .. 1) is that mantissa, and q its
+// upper bits.
 #pragma once
 
 #include "core/simd.h"
