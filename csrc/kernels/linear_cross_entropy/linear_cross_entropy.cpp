@@ -256,7 +256,7 @@ void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyO
   for (const TensorView* o : {&out.logprobs, &out.lse}) {
     if (rows > 0) std::memset(o->data, 0, static_cast<size_t>(rows) * sizeof(float));
   }
-  if (out.entropy) std::memset(out.entropy.data, 0, static_cast<size_t>(rows) * sizeof(float));
+  if (out.entropy) std::fill_n(out.entropy.as<float>(), rows, 0.0f);
   if (out.predicted) std::fill_n(out.predicted.as<int64_t>(), rows, -1);
   for (int64_t n = 0; per_row && n < rows; ++n) {
     out.loss.as<float>()[n * out.loss.stride(0)] = 0.0f;
