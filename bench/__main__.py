@@ -71,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _both(value: str, names: Sequence[str]) -> list[str]:
+    return list(names) if value == "both" else [value]
+
+
 def _options(arguments: argparse.Namespace) -> Options:
     every = suites()
     chosen = arguments.suite or (every if arguments.case else default_suites())
@@ -82,13 +86,12 @@ def _options(arguments: argparse.Namespace) -> Options:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} {value}: expected at least 1")
-    both = lambda value, names: list(names) if value == "both" else [value]  # noqa: E731
     return Options(
         suites=chosen,
         patterns=arguments.case or (),
         dtypes=arguments.dtype or DTYPES,
-        allocators=both(arguments.allocator or ("tuned" if arguments.quick else "both"), ALLOCATORS),
-        wait_policies=both(arguments.wait_policy, ("spin2000", "default")),
+        allocators=_both(arguments.allocator or ("tuned" if arguments.quick else "both"), ALLOCATORS),
+        wait_policies=_both(arguments.wait_policy, ("spin2000", "default")),
         product_bits=arguments.product_bits,
         device=arguments.device,
         threads=arguments.threads or cores,

@@ -7,6 +7,7 @@ from the best of several large products in torch. The method is named beside the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -129,7 +130,7 @@ def measure_peak(device: str = "cpu", budget: float = 0.15) -> tuple[dict[str, f
             a = torch.ones(m, k, dtype=getattr(torch, dtype), device=device)
             b = torch.ones(k, n, dtype=getattr(torch, dtype), device=device)
             out = torch.empty(m, n, dtype=getattr(torch, dtype), device=device)
-            call = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)  # noqa: E731
+            call = functools.partial(torch.mm, a, b, out=out)
             rate = 2.0 * m * k * n / _best_seconds(call, synchronize, budget)
             if rate > peak.get(dtype, 0.0):
                 peak[dtype], method[dtype] = rate, f"torch.mm {m}x{k}x{n}"

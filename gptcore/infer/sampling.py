@@ -16,14 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gptcore import ops
 from gptcore.errors import UserError
 
 Row = NDArray[np.float64]  # (V,) logits, or probabilities, of one sequence
 
 _MASK = 0xFFFFFFFF
-# multipliers and Weyl increments of Philox4x32, from the paper's section 4
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,9 @@ class SamplingParams:
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """Four random 32-bit words, a function of a 128-bit counter and a 64-bit key (10 rounds)."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return c0, c1, c2, c3
+    words = ops.philox(np.array([counter], dtype=np.uint32).view(np.int32), key[0] | key[1] << 32)
+    first, second, third, fourth = words.view(np.uint32)[0].tolist()
+    return first, second, third, fourth
 
 
 def uniform(seed: int, sequence: int, position: int) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
+from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
 
 
 def adafactor_(
@@ -75,7 +75,7 @@ def adafactor_(
     Source: Shazeer, Stern 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost", algorithms
     4 and 5. :class:`gptcore.optim.Adafactor` names the choices of its implementations.
     """
-    decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    decays = per_parameter(weight_decay, len(params))
     return backend.extension().adafactor(
         params, grads, row_vars, col_vars, variances, () if exp_avgs is None else exp_avgs,
         () if copies is None else copies, decays, step_size, beta2, beta1, *eps, eps_added, clip_threshold,
@@ -107,13 +107,11 @@ def adafactor_reference(
     grad_norm: float | None = None,
 ) -> tuple[float, bool]:
     """The same in plain torch, in place, any floating dtype."""
-    norm = grad_norm
-    if norm is None:
-        norm = math.sqrt(math.fsum(g.double().square().sum().item() for g in grads)) / grad_scale
-        if not all(g.isfinite().all().item() for g in grads):
-            return norm, True
-    factor = (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / grad_scale
-    decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    norm, found_inf = (grad_norm, False) if grad_norm is not None else grad_norm_reference(grads, grad_scale)
+    if found_inf:
+        return norm, True
+    factor = clip_factor(norm, max_norm, grad_scale)
+    decays = per_parameter(weight_decay, len(params))
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if not p.numel():
             continue

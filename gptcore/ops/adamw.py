@@ -7,6 +7,7 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
+from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
 
 
 def adamw_(
@@ -72,7 +73,7 @@ def adamw_(
     "Adam", algorithm 1; AMSGrad as torch has it: Reddi et al. 2018, "On the Convergence of Adam and Beyond",
     algorithm 2, with bias correction. The clip is that of torch.nn.utils.clip_grad_norm_.
     """
-    decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    decays = per_parameter(weight_decay, len(params))
     return backend.extension().adamw(
         params, () if lows is None else lows, grads, exp_avgs, exp_avg_sqs,
         () if max_exp_avg_sqs is None else max_exp_avg_sqs, () if copies is None else copies,
@@ -104,16 +105,14 @@ def adamw_reference(
     steps: Sequence[Any] | None = None,
 ) -> tuple[float, bool]:
     """The same in plain torch, in place, any floating dtype."""
-    from gptcore.ops.grad_norm import grad_norm_reference
-
     weights = params
     if lows is not None:
         params = [join_master(weight, low) for weight, low in zip(weights, lows, strict=True)]
-    decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    decays = per_parameter(weight_decay, len(params))
     norm, found_inf = (grad_norm, False) if grad_norm is not None else grad_norm_reference(grads, grad_scale)
     if found_inf:
         return norm, True
-    factor = (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / grad_scale
+    factor = clip_factor(norm, max_norm, grad_scale)
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = g.to(p.dtype) * (-factor if maximize else factor)
         if not decoupled:

@@ -7,6 +7,8 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
+from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
+from gptcore.ops.philox import philox_reference
 
 BLOCK = 256
 
@@ -70,7 +72,7 @@ def adamw_8bit_(
     section 2; Loshchilov, Hutter 2019, algorithm 2; stochastic rounding: Gupta et al. 2015, "Deep Learning with
     Limited Numerical Precision", section 3, by Philox4x32-10 (Salmon et al. 2011).
     """
-    decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    decays = per_parameter(weight_decay, len(params))
     return backend.extension().adamw_8bit(
         params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales,
         () if copies is None else copies, decays, step, lr, beta1, beta2, eps, maximize, max_norm, grad_scale,
@@ -139,13 +141,11 @@ def adamw_8bit_reference(
     """The same in plain torch, in place, computing in the dtype of the scales, up to float64."""
     import torch
 
-    from gptcore.ops.grad_norm import grad_norm_reference
-
     norm, found_inf = (grad_norm, False) if grad_norm is not None else grad_norm_reference(grads, grad_scale)
     if found_inf:
         return norm, True
-    factor = (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / grad_scale
-    decays = [weight_decay] * len(params) if isinstance(weight_decay, (int, float)) else weight_decay
+    factor = clip_factor(norm, max_norm, grad_scale)
+    decays = per_parameter(weight_decay, len(params))
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         states = (exp_avgs[i], exp_avg_scales[i]), (exp_avg_sqs[i], exp_avg_sq_scales[i])
         dtype = exp_avg_scales[i].dtype
@@ -174,26 +174,11 @@ def round_reference(x: Any, bits: Any) -> Any:
 
 def random_bits_reference(seed: int, step: int, tensor: int, size: int) -> Any:
     """The 16 random bits of each element of the tensor at this place of the list; int64, plain torch."""
-    import numpy as np
     import torch
 
     blocks = -(-size // BLOCK)
-    counter = np.zeros((4, blocks * BLOCK // 8), dtype=np.uint64)
-    counter[0] = np.arange(counter.shape[1])
-    counter[2], counter[3] = tensor, step
-    low = np.uint64(0xFFFFFFFF)
-    key = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        p, q = counter[0] * np.uint64(0xD2511F53), counter[2] * np.uint64(0xCD9E8D57)
-        keys = [np.uint64(k) for k in key]
-        counter = np.stack(
-            [
-                (q >> np.uint64(32)) ^ counter[1] ^ keys[0],
-                q & low,
-                (p >> np.uint64(32)) ^ counter[3] ^ keys[1],
-                p & low,
-            ]
-        )
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    words = torch.from_numpy(counter.T.reshape(blocks, BLOCK // 2).astype(np.int64))
+    counters = torch.zeros(blocks * BLOCK // 8, 4, dtype=torch.int64)
+    counters[:, 0] = torch.arange(len(counters))
+    counters[:, 2], counters[:, 3] = tensor, step
+    words = philox_reference(counters, seed).view(blocks, BLOCK // 2)
     return torch.cat([words & 0xFFFF, words >> 16], dim=1).view(-1)[:size]

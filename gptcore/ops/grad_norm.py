@@ -37,3 +37,14 @@ def grad_norm_reference(grads: Sequence[Any], grad_scale: float = 1.0) -> tuple[
     """The same in plain torch, squares in float64."""
     norm = math.sqrt(math.fsum(g.double().square().sum().item() for g in grads)) / grad_scale
     return norm, not all(g.isfinite().all().item() for g in grads)
+
+
+def clip_factor(norm: float | None, max_norm: float | None, grad_scale: float) -> float:
+    """What optimizers multiply gradients by: the clip to ``max_norm``, if any, over ``grad_scale``."""
+    clip = 1.0 if max_norm is None or norm is None else min(1.0, max_norm / (norm + 1e-6))
+    return clip / grad_scale
+
+
+def per_parameter(value: Any, count: int) -> Any:
+    """A setting that is one for all or one per parameter, as the latter."""
+    return [value] * count if isinstance(value, (bool, int, float)) else value

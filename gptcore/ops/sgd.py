@@ -7,6 +7,7 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
+from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
 
 
 def sgd_(
@@ -59,8 +60,7 @@ def sgd_(
     form of torch.optim.SGD (the learning rate outside the momentum).
     """
     count = len(params)
-    decays = [float(weight_decay)] * count if isinstance(weight_decay, (int, float)) else weight_decay
-    fresh = [first] * count if isinstance(first, bool) else first
+    decays, fresh = per_parameter(weight_decay, count), per_parameter(first, count)
     return backend.extension().sgd(
         params, grads, () if momentum_buffers is None else momentum_buffers, () if copies is None else copies,
         decays, fresh, lr, momentum, dampening, nesterov, maximize, max_norm, grad_scale, grad_norm,
@@ -87,20 +87,16 @@ def sgd_reference(
     check_finite: bool = True,
 ) -> tuple[float | None, bool]:
     """The same in plain torch, in place, any floating dtype."""
-    from gptcore.ops.grad_norm import grad_norm_reference
-
     count = len(params)
-    decays = [weight_decay] * count if isinstance(weight_decay, (int, float)) else weight_decay
-    fresh = [first] * count if isinstance(first, bool) else first
+    decays, fresh = per_parameter(weight_decay, count), per_parameter(first, count)
     norm = grad_norm
     if norm is None and (check_finite or max_norm is not None):
         norm, found_inf = grad_norm_reference(grads, grad_scale)
         if found_inf:
             return norm, True
-    clip = 1.0 if max_norm is None or norm is None else min(1.0, max_norm / (norm + 1e-6))
-    factor = (-clip if maximize else clip) / grad_scale
+    factor = clip_factor(norm, max_norm, grad_scale)
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        update = g.to(p.dtype) * factor + p * decays[i]
+        update = g.to(p.dtype) * (-factor if maximize else factor) + p * decays[i]
         if momentum_buffers is not None:
             b = momentum_buffers[i]
             b.copy_(update if fresh[i] else momentum * b + (1 - dampening) * update)
