@@ -22,7 +22,7 @@ OURS = "gptcore"
 DTYPES = ("float32", "bfloat16")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Suites that train whole models: minutes, not milliseconds.
-STEP_SUITES = ("train_step", "memory", "shakespeare")
+STEP_SUITES = ("train_step", "memory", "neighbour", "shakespeare")
 # What runs without --suite: everything but the three trainings of Done-when 2, which take many minutes.
 LEFT_OUT_BY_DEFAULT = ("shakespeare",)
 

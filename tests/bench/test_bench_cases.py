@@ -49,7 +49,9 @@ def test_costs_are_the_arithmetic_they_claim():
 def test_quick_leaves_out_whole_steps_and_default_leaves_out_trainings():
     assert "shakespeare" not in default_suites()
     quick = select(Options(suites=suites(), quick=True))
-    assert quick and {case.suite for case, _ in quick}.isdisjoint({"train_step", "memory", "shakespeare"})
+    assert quick and {case.suite for case, _ in quick}.isdisjoint(
+        {"train_step", "memory", "neighbour", "shakespeare"}
+    )
 
 
 def test_plan_gives_every_allocator_and_small_operations_the_default_wait_policy():
