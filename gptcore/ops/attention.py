@@ -255,9 +255,9 @@ _TENSOR_OPTIONS = [i for i, kind in enumerate(_OPTIONS.values()) if kind == "Ten
 
 def _options(
     head_dim: int,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
     soft_cap: float | None = None,
     alibi_slopes: Array | None = None,
     attn_mask: Array | None = None,

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from gptcore.ops.attention import attention, attention_reference
-from tests.tolerance import assert_close_to_exact
+from gptcore import ops
+from gptcore.ops.attention import _options, attention, attention_reference
+from tests.tolerance import ROUNDOFF, assert_close_to_exact, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -74,8 +75,13 @@ def gradients_of(function: Any, tensors: Any, grad: torch.Tensor, **options: Any
     return out.detach(), torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
 
-def check(tensors: Any, twin: Any = torch_attention, **options: Any) -> None:
-    """Output, lse and gradients against the float64 reference."""
+def check(tensors: Any, twin: Any = torch_attention, *, drift: float = 0.0, **options: Any) -> None:
+    """Output, lse and gradients against the float64 reference.
+
+    Args:
+        drift: share of itself by which a probability of backward may be off, where scores are so large that their own
+            roundings and those of lse show.
+    """
     q, k, _ = tensors
     # The gradient as the kernel sees it: rounding it to bf16 is no error of the kernel's.
     grad = torch.randn(q.shape).to(q.dtype)
@@ -96,9 +102,11 @@ def check(tensors: Any, twin: Any = torch_attention, **options: Any) -> None:
     # bf16 kernels round P and dS before their products, as torch's does: every summand is off by up to 2^-9 of itself,
     # where the floor counts f32's 2^-24. P adds up to one, so the sum is off by that share of the largest summand.
     rounding = 2.0**15 / terms**0.5 if q.dtype == torch.bfloat16 else 1.0
-    for name, a, b, c in zip("qkv", got_gradients, exact_gradients, mine_gradients, strict=True):
+    drifts = _drifted(doubles, grad, drift, summand * abs(scale) * other, **options) if drift else [0.0] * 3
+    f32 = 2 * ROUNDOFF[torch.float32] * terms**0.5  # what assert_close_to_exact makes of `summand`
+    for name, a, b, c, off in zip("qkv", got_gradients, exact_gradients, mine_gradients, drifts, strict=True):
         size = 0.0 if name == "v" else summand * abs(scale) * other * rounding
-        assert_close_to_exact(a, b, c, terms=terms, summand=size, what=f"gradient of {name}")
+        assert_close_to_exact(a, b, c, terms=terms, summand=size + off / f32, what=f"gradient of {name}")
     with torch.no_grad():
         lse = attention(*tensors, return_lse=True, **options)[1]
     exact_lse = attention_reference(*doubles, return_lse=True, **options)[1]
@@ -108,3 +116,40 @@ def check(tensors: Any, twin: Any = torch_attention, **options: Any) -> None:
     bound = 2.0**-23 * length**0.5 * max(1.0, exact_lse[seen].abs().max().item() if seen.any() else 0.0)
     bound += 1.1e-4 if q.dtype == torch.bfloat16 else 2.0**-22
     assert (lse[seen].double() - exact_lse[seen]).abs().max().item() <= bound if seen.any() else True
+
+
+def _drifted(
+    doubles: Any, grad: torch.Tensor, drift: float, score_gradient: float, **options: Any
+) -> list[float]:
+    """How far the gradients of q, k and v may move where each probability moves by ``drift`` of itself."""
+    q, k, v = doubles
+    # dv = sum P dout, so it moves by at most drift sum P |dout|: the same gradient of |dout|.
+    _, (_, _, sums) = gradients_of(attention_reference, (q, k, v), grad.abs(), **options)
+    # dq = scale sum P (dP - delta) k: the probabilities of a row add up to 1, those of a key to one for each of its
+    # rows at most, and |dP - delta| <= 2 |dout| |v|.
+    rows = q.shape[-3] * (q.shape[-2] // k.shape[-2])
+    return [drift * x for x in (2 * score_gradient, 2 * score_gradient * rows, sums.abs().max().item())]
+
+
+def check_ops(tensors: Any, **options: Any) -> None:
+    """opcheck of both ops: schema, fake implementation, autograd formula, and torch.compile without values."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
+    given = (*_options(q.shape[-1], **options), True)
+    torch.library.opcheck(torch.ops.gptcore.attention.default, (q, k, v, None, None, *given))
+    qkv = torch.cat([q, k, v], 2).flatten(2).detach().requires_grad_()
+    heads = q.shape[2], k.shape[2]
+    torch.library.opcheck(torch.ops.gptcore.attention_qkv.default, (qkv, None, *heads, *given))
+
+
+def check_compiled(tensors: Any, **options: Any) -> None:
+    """Both ops within one compiled graph, backward included: the bits of eager calls."""
+
+    def block(q: Any, k: Any, v: Any) -> Any:
+        out = ops.attention(q, k, v, **options)
+        qkv = torch.cat([out, k, v], 2).flatten(2)
+        return out.flatten(2) * 2 + ops.attention_qkv(qkv, q.shape[2], k.shape[2], **options)
+
+    eager, compiled = ([x.clone().requires_grad_() for x in tensors] for _ in range(2))
+    block(*eager).sum().backward()
+    torch.compile(block, fullgraph=True)(*compiled).sum().backward()
+    assert all(same_bits(a.grad, b.grad) for a, b in zip(eager, compiled, strict=True))

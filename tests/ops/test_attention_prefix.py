@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore import ops
 from gptcore.ops.attention import attention, attention_qkv, attention_reference
-from tests.ops.attention_oracle import DTYPES, check, gradients_of, inputs
+from tests.ops.attention_oracle import DTYPES, check, check_compiled, check_ops, gradients_of, inputs
 from tests.ops.test_attention import SHAPES
 from tests.tolerance import assert_same_for_threads, same_bits
 
@@ -98,7 +97,7 @@ def test_same_bits_for_every_thread_count_and_run(threads: None, isa: str, dtype
     assert_same_for_threads(step)
 
 
-def test_numpy_fused_gradcheck_and_compile() -> None:
+def test_numpy_fused_gradcheck_opcheck_and_compile() -> None:
     prefixes = _lengths(2, 4)
     q, k, v = inputs(2, 5, 5, 2, 1, 8, torch.float32)
     expected = attention(q, k, v, causal=True, prefix_lengths=prefixes)
@@ -111,14 +110,8 @@ def test_numpy_fused_gradcheck_and_compile() -> None:
     torch.autograd.gradcheck(
         lambda *a: attention_reference(*a, causal=True, prefix_lengths=prefixes), doubles
     )
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-
-    def call(q, k, v):
-        return ops.attention(q, k, v, causal=True, prefix_lengths=prefixes)
-
-    eager = torch.autograd.grad(call(*leaves).sum(), leaves)
-    compiled = torch.autograd.grad(torch.compile(call, fullgraph=True)(*leaves).sum(), leaves)
-    assert all(same_bits(a, b) for a, b in zip(eager, compiled, strict=True))
+    check_ops((q, k, v), causal=True, prefix_lengths=prefixes)
+    check_compiled((q, k, v), causal=True, prefix_lengths=prefixes)
 
 
 ONE = torch.zeros(2, 3, 2, 8)

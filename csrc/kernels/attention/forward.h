@@ -188,17 +188,7 @@ class ForwardTask {
       const Range seen = pattern_.hide(row, base + run.key, run.count, scale, scores + run.column);
       if (!seen.empty()) hull = {at_most(hull.begin, run.column + seen.begin), run.column + seen.end};
     }
-    if (!hull.empty()) lift(r, scores, hull);
     return hull;
-  }
-
-  // Raises what is hidden, or next to nothing, to 2^-100 of the row's largest probability: no sum in f32 sees it, and
-  // exponentials that underflow take the processor a hundred cycles and more.
-  void lift(int64_t r, float* scores, Range hull) {
-    float top = visible_max(scores, hull, VectorRange(hull));
-    if (state_.raw_max[r] != -kInfinity && state_.shift[r] > top) top = state_.shift[r];
-    const Vec low = splat(top - 100.0f);
-    for (int64_t c = hull.begin; c < hull.end; c += kLanes) store(scores + c, larger(low, load(scores + c)));
   }
 
   // Rows two by two: what both see is nearly the same.
@@ -272,7 +262,7 @@ void forward(const AttentionProblem& p) {
     const Range mine{blocks * part / parts, blocks * (part + 1) / parts};
     if (mine.empty()) return;
     [[maybe_unused]] const typename Engine::Scope scope;
-    const FlushDenormals flush(p.modified);
+    const FlushDenormals flush(p.modified || p.stride != 0);
     ForwardTask<Engine, T>(p, s, mine).run();
   });
 }

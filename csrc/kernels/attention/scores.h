@@ -14,7 +14,7 @@ namespace GPTCORE_ISA_NS {
 namespace {
 
 // While one lives on a thread, numbers below f32's normal range count as zeros. Biases spread scores so far that many
-// probabilities lie there, and each would take the processor over a hundred cycles.
+// probabilities lie there, patterns hide by -inf, and each would take the processor over a hundred cycles.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
