@@ -20,7 +20,8 @@
 // Random   16 bits an element for bf16 params: Philox4x32-10 with key `seed` and counter (word group, 0, position of
 //          the tensor in the list, step); of a block of 256, words 0 .. 127 give their lower halves to the first 128
 //          elements and their upper halves to the others.
-// Sums     none but the norm's. A block whose largest v is below 1e-37 becomes zeros; v is held below 3.4e38.
+// Sums     none but the norm's. A block whose largest m or v is below 1e-37 becomes zeros; v is held below 3.4e38, the scale of m
+//          that is read below 1.8e38.
 // Bits     equal for any thread count.
 // Cost     without the norm (4 bytes): g, p, codes read, p, codes written, 16 bytes a parameter in f32 and 10 in
 //          bf16; 60 flops.

@@ -9,13 +9,15 @@ namespace GPTCORE_ISA_NS {
 namespace {
 
 constexpr float kLargest = 3.4e38f;
-// Smaller scales have no inverse in f32.
-constexpr float kLeastScale = 1e-37f;
+// Smaller scales have no inverse in f32; larger ones of m have no step in it, 1.8 times as large.
+constexpr float kLeastScale = 1e-37f, kLargestScale = 1.8e38f;
 
-// A block between the two passes over it.
+// A block whose parameters are done and whose moments wait to be encoded.
 struct Moments {
   alignas(64) float exp_avg[kQuantBlock];
   alignas(64) float exp_avg_sq[kQuantBlock];
+  float exp_avg_inverse, exp_avg_sq_inverse;  // of the scales
+  uint8_t *exp_avg_codes, *exp_avg_sq_codes;
 };
 
 // 16 random bits for each element of a block.
@@ -23,18 +25,45 @@ struct Bits {
   alignas(64) uint32_t words[kQuantBlock / 2];
 };
 
-void draw(const PhiloxKey& key, int64_t block, int64_t tensor, uint32_t step, Bits* bits) {
+// Of one block. `inner`: words 1 and 2 of the counters, which all blocks of a chunk share.
+void draw(const PhiloxKey& key, const PhiloxPair& inner, int64_t block, uint32_t step, Bits* bits) {
+  constexpr int64_t lanes = kLanes / 2, sets = 4;
+  VecL place, low, high;  // such that shuffles of pairs of words leave counters in order
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    place[lane] = static_cast<uint64_t>(lane % 2 * (lanes / 2) + lane / 2);
+    low[lane] = static_cast<uint64_t>(lane % 2 ? lanes + lane - 1 : lane);
+    high[lane] = low[lane] + 1;
+  }
   constexpr int64_t groups = kQuantBlock / 8;  // of four words
-  for (int64_t g = 0; g < groups; g += kLanes) {
-    const uint64_t first = static_cast<uint64_t>(block * groups + g);
-    VecU words[4] = {philox_lane() + static_cast<uint32_t>(first),
-                     VecU{} + static_cast<uint32_t>(first >> 32), VecU{} + static_cast<uint32_t>(tensor),
-                     VecU{} + step};
-    philox(key, words);
-    transpose_words(words);
-    for (int i = 0; i < 4; ++i) {
-      __builtin_memcpy(bits->words + 4 * g + i * kLanes, words + i, sizeof(VecU));
+  for (int64_t g = 0; g < groups; g += sets * lanes) {
+    VecL x[sets][4];
+#pragma GCC unroll 4
+    for (int64_t set = 0; set < sets; ++set) {
+      const VecL group = place + static_cast<uint32_t>(block * groups + g + set * lanes);
+      philox_join(philox_outer(key, group, splat_long(step)), inner, x[set]);
     }
+    philox_finish<sets>(key, x);
+#pragma GCC unroll 4
+    for (int64_t set = 0; set < sets; ++set) {
+      const VecL front = (VecL)interleave_lower(x[set][0], x[set][1]);
+      const VecL back = (VecL)interleave_lower(x[set][2], x[set][3]);
+      const VecL words[2] = {__builtin_shuffle(front, back, low), __builtin_shuffle(front, back, high)};
+      __builtin_memcpy(bits->words + 4 * (g + set * lanes), words, sizeof(words));
+    }
+  }
+}
+
+// The upper halves of the first n lanes.
+GPTCORE_INLINE void store_upper(bf16* out, VecU x, int64_t n) {
+#if defined(__AVX512F__)
+  const VecH half = (VecH)_mm512_cvtepi32_epi16((__m512i)(x >> 16));
+#else
+  const VecH half = __builtin_convertvector(x >> 16, VecH);
+#endif
+  if (n == kLanes) {
+    *reinterpret_cast<VecHUnaligned*>(out) = half;
+  } else {
+    __builtin_memcpy(out, &half, static_cast<size_t>(n) * 2);
   }
 }
 
@@ -43,74 +72,113 @@ GPTCORE_INLINE void store_rounded(bf16* out, Vec p, const Bits& bits, int64_t i,
   VecU random;
   __builtin_memcpy(&random, bits.words + i % (kQuantBlock / 2), sizeof(random));
   random = i < kQuantBlock / 2 ? random & 0xffffu : random >> 16;
-  const VecU up = ((VecU)p + random) & 0xffff0000u;
-  const VecI number = (VecI)abs(p) < 0x7f800000;
-  store_some(out, (Vec)(number ? up : (VecU)p), n);
-}
-
-// The root of v >= 0 within an ulp: the processor's takes 18 cycles for 16 lanes, an estimate of 14 bits with
-// one step of Newton 5, and this kernel computes rather than waits for memory.
-GPTCORE_INLINE Vec root_of(Vec v) {
-#if defined(__AVX512F__)
-  const Vec estimate = (Vec)_mm512_rsqrt14_ps((__m512)at_least(v, 1e-37f));
-  const Vec root = v * estimate;
-  return root + (0.5f * estimate) * (v - root * root);
-#else
-  return sqrt(v);
-#endif
+  store_upper(out, p == p ? (VecU)p + random : (VecU)p, n);
 }
 
 GPTCORE_INLINE Vec larger_magnitude(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_range_ps((__m512)a, (__m512)b,
-                              0xb);  // the larger magnitude, without sign
+  return (Vec)_mm512_range_ps((__m512)a, (__m512)b, 0xb);  // the larger magnitude, without sign
 #else
   return max(a, abs(b));
 #endif
 }
 
-// The codes of a block of `size` and their scale.
-template <class Code>
-GPTCORE_INLINE float quantise(const float* x, Vec largest, int64_t size, uint8_t* codes, const Code& code) {
-  float scale = reduce_max(largest);
-  if (!(scale >= kLeastScale)) scale = 0;
-  const float inverse = scale > 0 ? 1 / scale : 0;
-  for_lanes(size, [&](int64_t i, int64_t n) { store_bytes(codes + i, code(load(x + i) * inverse), n); });
-  return scale;
+// The scale of a block, and what its moments are multiplied by.
+GPTCORE_INLINE float scale_of(Vec largest, float* inverse) {
+  const float scale = reduce_max(largest);
+  const bool some = scale >= kLeastScale;
+  *inverse = some ? 1 / scale : 0;
+  return some ? scale : 0;
 }
 
+GPTCORE_INLINE void encode_lanes(const Moments& x, int64_t i, int64_t n) {
+  store_bytes(x.exp_avg_codes + i, signed_code(load(x.exp_avg + i) * x.exp_avg_inverse), n);
+  store_bytes(x.exp_avg_sq_codes + i, unsigned_code(load(x.exp_avg_sq + i) * x.exp_avg_sq_inverse), n);
+}
+
+void encode(const Moments& x, int64_t size) {
+  for_lanes(size, [&](int64_t i, int64_t n) { encode_lanes(x, i, n); });
+}
+
+// Two blocks ahead. The processor's own prefetching, which the long computation between two lines slows down, left a
+// third of the time to waiting.
+template <class T>
+GPTCORE_INLINE void fetch_ahead(const T* at) {
+  __builtin_prefetch(at + 2 * kQuantBlock);
+}
+
+// Updates a block and leaves its moments in `now`, and encodes those of `last` meanwhile: one after the other, neither
+// would have enough in flight to hide what it waits for.
 template <class G, class P>
-void update_block(const Adamw8bitTensor& t, int64_t block, int64_t size, const Adamw8bitNumbers& a,
-                  const Bits* bits) {
+GPTCORE_INLINE void update_block(const Adamw8bitTensor& t, int64_t block, int64_t size,
+                                 const Adamw8bitNumbers& a, const Bits& bits, Moments* now,
+                                 const Moments* last) {
   const int64_t begin = block * kQuantBlock;
   const G* grad = static_cast<const G*>(t.grad) + begin;
   P* param = static_cast<P*>(t.param) + begin;
+  bf16* copy = t.copy ? t.copy + begin : nullptr;
   uint8_t *exp_avg = t.exp_avg + begin, *exp_avg_sq = t.exp_avg_sq + begin;
-  const float m_scale = t.exp_avg_scale[block] * a.beta1, v_scale = t.exp_avg_sq_scale[block] * a.beta2;
-  Moments now;
+  const float m_scale = t.exp_avg_scale[block] * a.beta1;
+  const ScaledMap m_map = scaled(kSignedMap, m_scale > kLargestScale ? kLargestScale : m_scale);
+  const ScaledMap v_map = scaled(kUnsignedMap, t.exp_avg_sq_scale[block] * a.beta2);
+  const float keep = t.keep;
   Vec largest_m = {}, largest_v = {};
   for_lanes(size, [&](int64_t i, int64_t n) {
+    fetch_ahead(grad + i), fetch_ahead(param + i);
+    if (i % 64 == 0) fetch_ahead(exp_avg + i), fetch_ahead(exp_avg_sq + i);
     const Vec g = load_some(grad + i, n), root = g * a.square_root;
-    const Vec m = signed_value(load_bytes(exp_avg + i, n)) * m_scale + g * a.mean_factor;
-    const Vec old_v = unsigned_value(load_bytes(exp_avg_sq + i, n)) * v_scale;
-    const Vec v = at_most(old_v + root * root, kLargest);
-    const Vec denominator = root_of(v) * a.root_factor + a.eps;
-    const Vec p = load_some(param + i, n) * t.keep - (m * a.step_size) * reciprocal(denominator);
+    const Vec m = signed_value(load_bytes(exp_avg + i, n), m_map) + g * a.mean_factor;
+    const Vec v = at_most(unsigned_value(load_bytes(exp_avg_sq + i, n), v_map) + root * root, kLargest);
+    const Vec denominator = sqrt(v) * a.root_factor + a.eps;
+    const Vec p = load_some(param + i, n) * keep - (m * a.step_size) * reciprocal(denominator);
     if constexpr (sizeof(P) == 2) {
-      store_rounded(param + i, p, *bits, i, n);
+      store_rounded(param + i, p, bits, i, n);
     } else {
       store_some(param + i, p, n);
-      if (t.copy) store_some(t.copy + begin + i, p, n);
+      if (copy) store_some(copy + i, p, n);
     }
-    store(now.exp_avg + i, m);
-    store(now.exp_avg_sq + i, v);
+    store(now->exp_avg + i, m);
+    store(now->exp_avg_sq + i, v);
     largest_m = larger_magnitude(largest_m, n == kLanes ? m : keep_n(m, n, 0.0f));
-    largest_v = larger_magnitude(largest_v, n == kLanes ? v : keep_n(v, n, 0.0f));
+    largest_v = max(largest_v, n == kLanes ? v : keep_n(v, n, 0.0f));
+    if (last) encode_lanes(*last, i, kLanes);
   });
-  t.exp_avg_scale[block] =
-      quantise(now.exp_avg, largest_m, size, exp_avg, [](Vec y) { return signed_code(y); });
-  t.exp_avg_sq_scale[block] =
-      quantise(now.exp_avg_sq, largest_v, size, exp_avg_sq, [](Vec y) { return unsigned_code(y); });
+  t.exp_avg_scale[block] = scale_of(largest_m, &now->exp_avg_inverse);
+  t.exp_avg_sq_scale[block] = scale_of(largest_v, &now->exp_avg_sq_inverse);
+  now->exp_avg_codes = exp_avg;
+  now->exp_avg_sq_codes = exp_avg_sq;
+}
+
+template <class G, class P>
+void update_chunk(const Adamw8bitTensor& t, const Chunk& chunk, const Adamw8bitNumbers& numbers,
+                  const PhiloxKey& key) {
+  const Adamw8bitNumbers a = numbers;  // beside t it would be read again after every store
+  const uint64_t group = static_cast<uint64_t>(chunk.begin / 8);  // of words of random bits
+  const PhiloxPair inner =
+      philox_inner(key, splat_long(group >> 32), splat_long(static_cast<uint32_t>(chunk.tensor)));
+  Bits bits;
+  Moments moments[2];
+  const auto update = [&](int64_t offset, int64_t size, Moments* now, const Moments* last)
+                          __attribute__((always_inline)) {
+                            const int64_t block = (chunk.begin + offset) / kQuantBlock;
+                            if constexpr (sizeof(P) == 2) draw(key, inner, block, a.step, &bits);
+                            update_block<G, P>(t, block, size, a, bits, now, last);
+                          };
+  const int64_t whole = chunk.size / kQuantBlock * kQuantBlock;
+  if (whole > 0) {
+    update(0, kQuantBlock, moments, nullptr);
+    Moments *last = moments, *now = moments + 1;
+    for (int64_t offset = kQuantBlock; offset < whole; offset += kQuantBlock) {
+      update(offset, kQuantBlock, now, last);
+      Moments* const done = now;
+      now = last, last = done;
+    }
+    encode(*last, kQuantBlock);
+  }
+  if (whole < chunk.size) {
+    update(whole, chunk.size - whole, moments, nullptr);
+    encode(moments[0], chunk.size - whole);
+  }
 }
 
 void update(const Adamw8bitTensor* tensors, const Chunk* chunks, int64_t count, const Adamw8bitNumbers& a) {
@@ -118,18 +186,11 @@ void update(const Adamw8bitTensor* tensors, const Chunk* chunks, int64_t count, 
   parallel_for(count, [&](int64_t task, int) {
     const Chunk& chunk = chunks[task];
     const Adamw8bitTensor& t = tensors[chunk.tensor];
-    Bits bits;
-    for (int64_t i = 0; i < chunk.size; i += kQuantBlock) {
-      const int64_t block = (chunk.begin + i) / kQuantBlock;
-      const int64_t size = chunk.size - i < kQuantBlock ? chunk.size - i : kQuantBlock;
-      if (t.bf16_param) {
-        draw(key, block, chunk.tensor, a.step, &bits);
-        t.bf16_grad ? update_block<bf16, bf16>(t, block, size, a, &bits)
-                    : update_block<float, bf16>(t, block, size, a, &bits);
-      } else {
-        t.bf16_grad ? update_block<bf16, float>(t, block, size, a, nullptr)
-                    : update_block<float, float>(t, block, size, a, nullptr);
-      }
+    if (t.bf16_param) {
+      t.bf16_grad ? update_chunk<bf16, bf16>(t, chunk, a, key) : update_chunk<float, bf16>(t, chunk, a, key);
+    } else {
+      t.bf16_grad ? update_chunk<bf16, float>(t, chunk, a, key)
+                  : update_chunk<float, float>(t, chunk, a, key);
     }
   });
 }

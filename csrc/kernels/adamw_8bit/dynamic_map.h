@@ -15,15 +15,20 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 
 struct DynamicMap {
-  // By the low 5 bits of the exponent of y: where in the binade the next j begins, and in its low 4 bits, of
-  // no weight beside 8 bits, the j at the binade's beginning.
+  // By the low 5 bits of the exponent of y: where in the binade the next j begins, and in its own low 5 bits
+  // how far the mantissa of q is rotated at the binade's beginning.
   alignas(64) float border[32];
-  // By j: the mantissa of q is slope y + 8/9.
+  // By the low 4 bits of that rotation: the mantissa of q is slope y + 8/9.
   alignas(64) float slope[16];
-  // By the low 4 bits of the exponent of q + 1/2: value = start + step * mantissa.
+  // By the low 4 bits of the exponent of a code's number f: value = start (with the sign of f) + step f.
   alignas(64) float start[16];
   alignas(64) float step[16];
 };
+
+constexpr int32_t kSignedZero = 127;  // the code of 0 among those of both signs
+// The number of a code is its place, with its sign; of those of both signs by 2^-7, so that the low bits of no
+// exponent are those of 0.
+constexpr float kSignedUnit = 1.0f / 128;
 
 static constexpr double power(double base, int exponent) {
   double result = 1;
@@ -36,9 +41,14 @@ static constexpr double value_of(int i, int n, int k) {
   return power(10, i - 6) * (0.1 + 0.9 * (k + 0.5) / n);
 }
 
+// The nearest number whose low 5 bits are these.
 static constexpr float with_low_bits(float x, int bits) {
-  return __builtin_bit_cast(float, (__builtin_bit_cast(int32_t, x) & ~15) | bits);
+  const int32_t nearest = __builtin_bit_cast(int32_t, x) - bits + 16;
+  return __builtin_bit_cast(float, (nearest & ~31) | bits);
 }
+
+// By so much 24 bits of mantissa are rotated to the left, for places n .. 2 n - 1 in the lowest byte.
+static constexpr int rotation_of(int first, int j) { return 7 + first + j; }
 
 static constexpr DynamicMap make_map(int first) {
   DynamicMap map = {};
@@ -55,26 +65,54 @@ static constexpr DynamicMap make_map(int first) {
       if (begins[j] <= power(2, e)) here = j;
       if (begins[j] > power(2, e) && begins[j] <= power(2, e + 1)) border = static_cast<float>(begins[j]);
     }
-    map.border[(127 + e) & 31] = with_low_bits(border, here);
+    map.border[(127 + e) & 31] = with_low_bits(border, rotation_of(first, here));
   }
-  const int exponent = first == 1 ? 126 : 127;  // of q + 1/2 where j is 0
+  const double unit = first == 1 ? kSignedUnit : 1;
+  const int exponent = first == 1 ? 126 - 7 : 127;  // of a code's number where j is 0
   for (int j = 0; j <= 8; ++j) {
     const int index = (exponent + j) & 15;
     const bool decade = j > 0 && j < 8;
-    const double ten = power(10, j - 7);  // where the decade ends
+    const double ten = power(10, j - 7), n = first * power(2, j - 1);  // where the decade ends, its values
     // One has the lowest mantissa of its binade: 0.112 y + 8/9 is 1.0003 to 1.001 there.
-    map.slope[j] = static_cast<float>(decade ? 1 / (0.9 * ten) : j == 8 ? 0.112 : 0.0);
-    map.start[index] = static_cast<float>(decade ? -0.8 * ten : j == 8 ? 1.0 : 0.0);
-    map.step[index] = static_cast<float>(decade ? 0.9 * ten : 0.0);
+    map.slope[rotation_of(first, j) & 15] = static_cast<float>(decade   ? 1 / (0.9 * ten)
+                                                               : j == 8 ? 0.112
+                                                                        : 0.0);
+    map.start[index] = static_cast<float>(decade ? ten * (0.45 / n - 0.8) : j == 8 ? 1.0 : 0.0);
+    map.step[index] = static_cast<float>(decade ? 0.9 * ten / (n * unit) : 0.0);
   }
   return map;
 }
 
-constexpr int32_t kSignedZero = 127;  // the code of 0 among those of both signs
 static constexpr DynamicMap kSignedMap = make_map(1), kUnsignedMap = make_map(2);
 
 // --- tables -----------------------------------------------------------------------------------------------
 
+// A table of 16 numbers times the scale of a block.
+struct Table16 {
+#if defined(__AVX512F__)
+  Vec values;
+#else
+  float values[16];
+#endif
+};
+GPTCORE_INLINE Table16 scaled(const float* table, float scale) {
+  Table16 t;
+#if defined(__AVX512F__)
+  t.values = load(table) * scale;
+#else
+  for (int i = 0; i < 16; ++i) t.values[i] = table[i] * scale;
+#endif
+  return t;
+}
+GPTCORE_INLINE Vec look_up(const Table16& table, VecI index) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_permutexvar_ps((__m512i)index, (__m512)table.values);
+#else
+  Vec x;
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = table.values[index[lane] & 15];
+  return x;
+#endif
+}
 GPTCORE_INLINE Vec table16(const float* table, VecI index) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table));
@@ -121,39 +159,64 @@ GPTCORE_INLINE void store_bytes(uint8_t* p, VecI x, int64_t n) {
 
 // --- codes ------------------------------------------------------------------------------------------------
 
-// Place of the magnitude y, 0 .. 1. `first` is 1 or 2.
-template <int first>
+GPTCORE_INLINE VecU rotate_left(VecU x, VecI count) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_rolv_epi32((__m512i)x, (__m512i)count);
+#else
+  count &= 31;
+  return (x << (VecU)count) | (x >> (VecU)(32 - count));
+#endif
+}
+
+// The 24 bits of x's mantissa.
+GPTCORE_INLINE VecU whole_mantissa(Vec x) {
+#if defined(__AVX512F__)
+  constexpr int and_or = 0xea;
+  return (VecU)_mm512_ternarylogic_epi32((__m512i)x, _mm512_set1_epi32(0x7fffff), _mm512_set1_epi32(0x800000),
+                                         and_or);
+#else
+  return ((VecU)x & 0x7fffffu) | 0x800000u;
+#endif
+}
+
+// Place of the magnitude y, up to 1, in the lowest byte of each lane.
 GPTCORE_INLINE VecI place_of(Vec y, const DynamicMap& map) {
-  const VecI exponent = (VecI)at_least(y, 1.1920929e-7f) >> 23;  // 2^-23, far below the first value
-  const Vec border = table32(map.border, exponent);
-  const VecI j = ((VecI)border & 15) - (y >= border);  // -1 where true
-  const Vec mantissa = at_most(y * table16(map.slope, j) + 8.0f / 9, 1.9999999f);
-  return (((VecI)mantissa & 0x7fffff) | 0x800000) >> (25 - first - j);
+  y = at_least(y, 1.1920929e-7f);  // 2^-23, far below the first value
+  const Vec border = table32(map.border, (VecI)y >> 23);
+  const VecI rotation = (VecI)border - (y >= border);  // -1 where true
+  const Vec mantissa = at_most(y * table16(map.slope, rotation) + 8.0f / 9, 1.9999999f);
+  return (VecI)rotate_left(whole_mantissa(mantissa), rotation);
 }
 
-GPTCORE_INLINE Vec value_at(Vec place_and_half, const DynamicMap& map) {
-  const VecI bits = (VecI)place_and_half, exponent = bits >> 23;
-  const Vec mantissa = (Vec)((bits & 0x7fffff) | 0x3f800000);
-  return table16(map.start, exponent) + table16(map.step, exponent) * mantissa;
-}
-
-// The map of both signs: codes 0 .. 126 negative, 127 zero, 255 one.
+// The map of both signs: codes 0 .. 126 negative, 127 zero, 255 one; in the lowest byte of each lane.
 GPTCORE_INLINE VecI signed_code(Vec y) {
-  const VecI place = place_of<1>(abs(y), kSignedMap);
-  const VecI code = (VecI)y < 0 ? kSignedZero - place : kSignedZero + place;
-  return code > 0 ? code : VecI{};  // there is no -1
-}
-GPTCORE_INLINE Vec signed_value(VecI code) {
-  const VecI centred = code - kSignedZero;
-  const VecI sign = centred & static_cast<int32_t>(0x80000000u);
-  const VecI place = centred < 0 ? -centred : centred;
-  return (Vec)((VecI)value_at(__builtin_convertvector(place, Vec) + 0.5f, kSignedMap) | sign);
+  y = at_least(y, -0.99f);  // there is no -1
+  const VecI place = place_of(abs(y), kSignedMap);
+  return (VecI)y < 0 ? kSignedZero - place : kSignedZero + place;
 }
 
-// The map of numbers above zero: codes 0 zero, 255 one.
-GPTCORE_INLINE VecI unsigned_code(Vec y) { return place_of<2>(y, kUnsignedMap) - 1; }
-GPTCORE_INLINE Vec unsigned_value(VecI code) {
-  return value_at(__builtin_convertvector(code, Vec) + 1.5f, kUnsignedMap);
+// The map of numbers above zero: codes 0 zero, 255 one; in the lowest byte of each lane.
+GPTCORE_INLINE VecI unsigned_code(Vec y) { return place_of(y, kUnsignedMap) - 1; }
+
+// --- values -----------------------------------------------------------------------------------------------
+
+// A map times the scale of a block.
+struct ScaledMap {
+  Table16 start, step;
+};
+GPTCORE_INLINE ScaledMap scaled(const DynamicMap& map, float scale) {
+  return {scaled(map.start, scale), scaled(map.step, scale)};
+}
+
+GPTCORE_INLINE Vec signed_value(VecI code, const ScaledMap& map) {
+  const Vec number = __builtin_convertvector(code, Vec) * kSignedUnit - kSignedZero * kSignedUnit;
+  const VecI exponent = (VecI)number >> 23, sign = (VecI)number & static_cast<int32_t>(0x80000000u);
+  return (Vec)((VecI)look_up(map.start, exponent) ^ sign) + look_up(map.step, exponent) * number;
+}
+GPTCORE_INLINE Vec unsigned_value(VecI code, const ScaledMap& map) {
+  const Vec number = __builtin_convertvector(code, Vec) + 1.0f;
+  const VecI exponent = (VecI)number >> 23;
+  return look_up(map.start, exponent) + look_up(map.step, exponent) * number;
 }
 
 }  // namespace GPTCORE_ISA_NS
