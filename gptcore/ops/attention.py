@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
 from gptcore.ops.attention_dense import dense_attention, packed_attention
 from gptcore.ops.attention_dropout import seed_array
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AttentionOptions(TypedDict, total=False):
+    """The keyword options of :func:`attention`, which says what they mean and their defaults."""
+
+    causal: bool
+    window_size: tuple[int, int]
+    softmax_scale: float | None
+    soft_cap: float | None
+    alibi_slopes: Array | None
+    attn_mask: Array | None
+    attn_bias: Array | None
+    sinks: Array | None
+    dropout_p: float
+    seed: int | Array | None
+    offset: int
+    prefix_lengths: Array | None
+    sparse_stride: int
+    sparse_summary: int
 
 
 def attention(
@@ -88,13 +110,13 @@ def attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    options = _options(
-        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(q, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
+    options = _values(
+        q, q.shape[-1], causal, window_size, softmax_scale, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
+        dropout_p, seed, offset, prefix_lengths, sparse_stride, sparse_summary,
     )  # fmt: skip
     if out is None and is_torch(q):
         result = _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options, return_lse)
-        return result if return_lse else result[0]
+        return result[0] if type(result) is tuple and not return_lse else result
     if is_torch(q):
         refuse_out_with_grad("attention", q, k, v)
     lse = _new_lse(q) if return_lse else None
@@ -108,23 +130,10 @@ def attention_qkv(
     num_heads: int,
     num_kv_heads: int,
     *,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softmax_scale: float | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: Array | None = None,
-    attn_mask: Array | None = None,
-    attn_bias: Array | None = None,
-    sinks: Array | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Array | None = None,
-    offset: int = 0,
-    prefix_lengths: Array | None = None,
-    sparse_stride: int = 0,
-    sparse_summary: int = 0,
     cu_seqlens_q: Array | None = None,
     return_lse: bool = False,
     out: Array | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Any:
     """:func:`attention` on the output of a fused projection; backward writes one gradient for all of it.
 
@@ -137,19 +146,16 @@ def attention_qkv(
         (B, T, H D) or (total, H D); with ``return_lse`` the pair with lse.
     """
     _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
-    options = _options(
-        size, softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(qkv, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
-    )  # fmt: skip
+    values = option_values("attention_qkv", qkv, size, options)
     if out is None and is_torch(qkv):
-        result = _attention_qkv(qkv, cu_seqlens_q, num_heads, num_kv_heads, *options, return_lse)
+        result = _attention_qkv(qkv, cu_seqlens_q, num_heads, num_kv_heads, *values, return_lse)
         return result if return_lse else result[0]
     if is_torch(qkv):
         refuse_out_with_grad("attention_qkv", qkv)
     out = empty(qkv, (*qkv.shape[:-1], num_heads * size)) if out is None else out
     lse = _new_lse_qkv(qkv, num_heads) if return_lse else None
     q, k, v = _split(last_contiguous(qkv), num_heads, num_kv_heads)
-    _run(q, k, v, cu_seqlens_q, cu_seqlens_q, options, _as_heads(out, num_heads, size), lse)
+    _run(q, k, v, cu_seqlens_q, cu_seqlens_q, values, _as_heads(out, num_heads, size), lse)
     return (out, lse) if return_lse else out
 
 
@@ -161,34 +167,18 @@ def attention_backward(
     out: Array,
     lse: Array,
     *,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softmax_scale: float | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: Array | None = None,
-    attn_mask: Array | None = None,
-    attn_bias: Array | None = None,
-    sinks: Array | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Array | None = None,
-    offset: int = 0,
-    prefix_lengths: Array | None = None,
-    sparse_stride: int = 0,
-    sparse_summary: int = 0,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_k: Array | None = None,
     dlse: Array | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Array, ...]:
     """Gradients ``(dq, dk, dv)`` of :func:`attention` from ``dout`` (like ``out``), ``dlse`` (like ``lse``; default:
     zeros) and what forward returned; then those of ``attn_bias`` and ``sinks``, f32, as far as they are given."""
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    options = _options(
-        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(q, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
-    )  # fmt: skip
+    values = option_values("attention_backward", q, q.shape[-1], options)
     gradients = _run_backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, dlse, attn_bias is not None
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *values, dlse, values[_BIAS] is not None
     )
     return tuple(x for x in gradients if x is not None)
 
@@ -198,30 +188,14 @@ def attention_reference(
     k: Any,
     v: Any,
     *,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softmax_scale: float | None = None,
-    soft_cap: float | None = None,
-    alibi_slopes: Array | None = None,
-    attn_mask: Array | None = None,
-    attn_bias: Array | None = None,
-    sinks: Array | None = None,
-    dropout_p: float = 0.0,
-    seed: Any = None,
-    offset: int = 0,
-    prefix_lengths: Array | None = None,
-    sparse_stride: int = 0,
-    sparse_summary: int = 0,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
 ) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times, lse included."""
-    options = _options(
-        q.shape[-1], softmax_scale, causal, window_size, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
-        dropout_p, seed_array(q, seed), offset, prefix_lengths, sparse_stride, sparse_summary,
-    )  # fmt: skip
-    named = dict(zip(_OPTIONS, options, strict=True))
+    values = option_values("attention_reference", q, q.shape[-1], options)
+    named = dict(zip(_OPTIONS, values, strict=True))
     if cu_seqlens_q is None:
         out, lse = dense_attention(q, k, v, **named)
     else:
@@ -231,7 +205,7 @@ def attention_reference(
 
 
 # AttentionOptions of attention.h, name and type in torch's schema language, in its order. A new option is a line
-# here, a keyword of the public functions, a parameter of _options and of dense_attention.
+# here, in AttentionOptions, a keyword of attention, a parameter of _values and of dense_attention.
 _OPTIONS = {
     "softmax_scale": "float",
     "causal": "bool",
@@ -253,41 +227,62 @@ _MASK, _BIAS, _SINKS = (list(_OPTIONS).index(name) for name in ("attn_mask", "at
 _TENSOR_OPTIONS = [i for i, kind in enumerate(_OPTIONS.values()) if kind == "Tensor?"]
 
 
-def _options(
+def _values(
+    like: Array,
     head_dim: int,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    soft_cap: float | None = None,
-    alibi_slopes: Array | None = None,
-    attn_mask: Array | None = None,
-    attn_bias: Array | None = None,
-    sinks: Array | None = None,
-    dropout_p: float = 0.0,
-    seed: Array | None = None,
-    offset: int = 0,
-    prefix_lengths: Array | None = None,
-    sparse_stride: int = 0,
-    sparse_summary: int = 0,
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    soft_cap: float | None,
+    alibi_slopes: Array | None,
+    attn_mask: Array | None,
+    attn_bias: Array | None,
+    sinks: Array | None,
+    dropout_p: float,
+    seed: int | Array | None,
+    offset: int,
+    prefix_lengths: Array | None,
+    sparse_stride: int,
+    sparse_summary: int,
 ) -> tuple[Any, ...]:
-    """Values for ``_OPTIONS``, defaults filled in."""
-    if softmax_scale is None:
-        softmax_scale = head_dim**-0.5 if head_dim else 1.0
-    left, right = window_size
-    cap = 0.0 if soft_cap is None else soft_cap
-    scores = cap, alibi_slopes, attn_mask, attn_bias, sinks
-    dropout = dropout_p, seed if dropout_p else None, offset
+    """Values for ``_OPTIONS`` from the keyword options, in their order: arrays are made like ``like``."""
     return (
-        softmax_scale,
+        (head_dim**-0.5 if head_dim else 1.0) if softmax_scale is None else softmax_scale,
         causal,
-        left,
-        right,
-        *scores,
-        *dropout,
+        *window_size,
+        0.0 if soft_cap is None else soft_cap,
+        alibi_slopes,
+        attn_mask,
+        attn_bias,
+        sinks,
+        dropout_p,
+        seed_array(like, seed) if dropout_p else None,
+        offset,
         prefix_lengths,
         sparse_stride,
         sparse_summary,
     )
+
+
+_DEFAULTS = {
+    name: value
+    for name, value in (attention.__kwdefaults__ or {}).items()
+    if name in AttentionOptions.__annotations__
+}
+
+
+def option_values(op: str, like: Array, head_dim: int, options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Values for ``_OPTIONS`` from the keyword options that ``op`` was given.
+
+    Raises:
+        TypeError: an option that there is not.
+    """
+    for name in options:
+        if name not in _DEFAULTS:
+            raise TypeError(
+                f"{op}: got an unexpected keyword argument {name!r}, expected {', '.join(_DEFAULTS)}"
+            )
+    return _values(like, head_dim, **{**_DEFAULTS, **options})
 
 
 def _new_lse(q: Array) -> Array:
@@ -400,10 +395,20 @@ def _forward(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tup
     return out, lse
 
 
-def _inference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
+def _inference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> Any:
     out, lse = empty_like(q), _new_lse(q) if options[-1] else None
     _run(q, k, v, cu_q, cu_k, options[:-1], out, lse)
-    return out, lse
+    return out if lse is None else (out, lse)
+
+
+def _eager_forward(ctx: Any, *inputs: Any) -> Any:
+    """Without tensors among the options, and without lse, by the extension's hook, whose one output is bare."""
+    out = backend.extension().attention_eager_forward(ctx, inputs)
+    if out is not None:
+        return out
+    outputs = _forward(*inputs)
+    _setup(ctx, inputs, outputs)
+    return outputs
 
 
 def _fake(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
@@ -457,12 +462,14 @@ def _differentiate(kernel: Any, ctx: Any, grad_out: Any, grad_lse: Any) -> tuple
     return dq, dk, dv, None, None, *_option_gradients(ctx, 5, options, *more), None
 
 
-def _backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Any, grad_lse: Any = None) -> tuple[Any, ...]:
     return _differentiate(_attention_backward, ctx, grad_out, grad_lse)
 
 
-def _eager_backward(ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
-    return _differentiate(_run_backward, ctx, grad_out, grad_lse)
+def _eager_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    if len(grads) == 1:
+        return backend.extension().attention_eager_backward(ctx, grads[0])
+    return _differentiate(_run_backward, ctx, *grads)
 
 
 def _backward_forward(dout: Any, *inputs: Any) -> tuple[Any, ...]:
@@ -561,6 +568,7 @@ _attention = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    eager_forward=_eager_forward,
     eager_backward=_eager_backward,
     inference=_inference,
     lower_precision=True,

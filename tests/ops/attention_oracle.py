@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from gptcore import ops
-from gptcore.ops.attention import _options, attention, attention_reference
+from gptcore.ops.attention import attention, attention_reference, option_values
 from tests.tolerance import ROUNDOFF, assert_close_to_exact, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -134,7 +134,7 @@ def _drifted(
 def check_ops(tensors: Any, **options: Any) -> None:
     """opcheck of both ops: schema, fake implementation, autograd formula, and torch.compile without values."""
     q, k, v = (x.detach().clone().requires_grad_() for x in tensors)
-    given = (*_options(q.shape[-1], **options), True)
+    given = (*option_values("attention", q, q.shape[-1], options), True)
     torch.library.opcheck(torch.ops.gptcore.attention.default, (q, k, v, None, None, *given))
     qkv = torch.cat([q, k, v], 2).flatten(2).detach().requires_grad_()
     heads = q.shape[2], k.shape[2]

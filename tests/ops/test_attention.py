@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptcore import ops
-from gptcore.ops.attention import _options, attention, attention_backward, attention_qkv, attention_reference
+from gptcore.ops.attention import (
+    attention,
+    attention_backward,
+    attention_qkv,
+    attention_reference,
+    option_values,
+)
 from tests.ops.attention_oracle import DTYPES, check, gradients_of, inputs, torch_attention
 from tests.tolerance import assert_same_for_threads, same_bits
 
@@ -210,7 +216,7 @@ def test_numpy_arrays_and_explicit_backward() -> None:
 def test_opcheck_and_gradcheck() -> None:
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     q, k, v = (x.requires_grad_() for x in inputs(1, 5, 5, 2, 1, 4, torch.float32))
-    options = (*_options(4, 0.5, True, (-1, -1)), False)
+    options = (*option_values("attention", q, 4, {"softmax_scale": 0.5, "causal": True}), False)
     torch.library.opcheck(torch.ops.gptcore.attention.default, (q, k, v, None, None, *options))
     packed = [x.detach()[0].requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.gptcore.attention.default, (*packed, cu, cu, *options))

@@ -393,6 +393,14 @@ def test_gradients_of_sinks_and_lse_have_the_same_bits_for_every_thread_count(th
     assert_same_for_threads(step)
 
 
+@pytest.mark.parametrize("op", [attention, attention_qkv, attention_backward, attention_reference])
+def test_an_unknown_option_is_named_with_its_op(op: Any) -> None:
+    x = torch.zeros(1, 3, 2, 8)
+    tensors = {attention_qkv: (x.flatten(2).repeat(1, 1, 3), 2, 2), attention_backward: (x,) * 6}
+    with pytest.raises(TypeError, match=rf"{op.__name__}.* unexpected keyword argument 'softcap'"):
+        op(*tensors.get(op, (x, x, x)), softcap=1.0)
+
+
 def _call(**options: Any) -> Any:
     return attention(torch.zeros(2, 3, 4, 8), torch.zeros(2, 5, 2, 8), torch.zeros(2, 5, 2, 8), **options)
 
