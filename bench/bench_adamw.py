@@ -127,17 +127,26 @@ _ONE_SMALL = [(64, 64)] * 4
 _BLOCKS = block_shapes(4)  # 28M parameters: half a gigabyte with its state, far beyond any cache
 
 CASES = [
-    Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2)),
+    Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), quick="float32"),
     Case(
         "adamw/gpt2_124m_split_master/step",
         _setup(_GPT2, split=True),
         _cost(_GPT2, split=True),
         dtypes=("bfloat16",),
+        quick=False,
     ),
     Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
     Case("adamw/4_tensors_64x64/step", _setup(_ONE_SMALL), _cost(_ONE_SMALL), small=True),
-    Case("adamw/blocks_28m_amsgrad/step", _setup(_BLOCKS, amsgrad=True), _cost(_BLOCKS, amsgrad=True)),
     Case(
-        "adamw/blocks_28m_l2_maximize/step", _setup(_BLOCKS, decoupled=False, maximize=True), _cost(_BLOCKS)
+        "adamw/blocks_28m_amsgrad/step",
+        _setup(_BLOCKS, amsgrad=True),
+        _cost(_BLOCKS, amsgrad=True),
+        quick=False,
+    ),
+    Case(
+        "adamw/blocks_28m_l2_maximize/step",
+        _setup(_BLOCKS, decoupled=False, maximize=True),
+        _cost(_BLOCKS),
+        quick=False,
     ),
 ]

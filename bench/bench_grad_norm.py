@@ -38,6 +38,6 @@ _GPT2 = gpt2_shapes()
 _MANY = [(64, 64)] * 1000
 
 CASES = [
-    Case("grad_norm/gpt2_124m/forward", _setup(_GPT2), _cost(_GPT2)),
+    Case("grad_norm/gpt2_124m/forward", _setup(_GPT2), _cost(_GPT2), quick=False),
     Case("grad_norm/1000_tensors_64x64/forward", _setup(_MANY), _cost(_MANY)),
 ]

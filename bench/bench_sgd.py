@@ -71,14 +71,23 @@ def _torch_step(start: list, grads: list, low: bool, clip: bool, form: dict[str,
 def _cost(
     shapes: Sequence[tuple[int, ...]], *, clip: bool = True, momentum: bool = True
 ) -> Callable[[int], Cost]:
-    """One or two reads of the gradient (norm, update), p and b read and written, the bf16 copy written."""
+    """One or two reads of the gradient (norm, update), p and b read and written, the bf16 copy written.
+
+    As streams: the norm reads; the gradient goes into the first of p and b (f32), or beside them as many bytes
+    of it are read as of the copy written (bf16); what is left is updated in place.
+    """
     count = parameters(shapes)
     state = 8 if momentum else 4
 
     def cost(element: int) -> Cost:
         copy = 2 if element == 2 else 0
-        passes = 2 if clip else 1
-        return Cost(10.0 * count, (state + passes * element) * count, (state + copy) * count, in_place=True)
+        norm = element if clip else 0
+        mixed = ("copy", 4.0 * count) if copy else ("update", 12.0 * count)
+        in_place = 2.0 * count * (state if copy else state - 4)
+        return Cost(
+            10.0 * count, (state + norm + element) * count, (state + copy) * count,
+            streams=(("read", float(norm * count)), mixed, ("in_place", in_place)),
+        )  # fmt: skip
 
     return cost
 
@@ -88,14 +97,15 @@ _MANY = [(64, 64)] * 1000
 _MOMENTUM = {"momentum": 0.9}
 
 CASES = [
-    Case("sgd/gpt2_124m_momentum/step", _setup(_GPT2, **_MOMENTUM), _cost(_GPT2)),
-    Case("sgd/gpt2_124m_nesterov/step", _setup(_GPT2, nesterov=True, **_MOMENTUM), _cost(_GPT2)),
+    Case("sgd/gpt2_124m_momentum/step", _setup(_GPT2, **_MOMENTUM), _cost(_GPT2), quick="float32"),
+    Case("sgd/gpt2_124m_nesterov/step", _setup(_GPT2, nesterov=True, **_MOMENTUM), _cost(_GPT2), quick=False),
     Case(
         "sgd/gpt2_124m_momentum_no_clip/step",
         _setup(_GPT2, clip=False, **_MOMENTUM),
         _cost(_GPT2, clip=False),
+        quick=False,
     ),
-    Case("sgd/gpt2_124m_plain/step", _setup(_GPT2), _cost(_GPT2, momentum=False)),
+    Case("sgd/gpt2_124m_plain/step", _setup(_GPT2), _cost(_GPT2, momentum=False), quick=False),
     Case("sgd/1000_tensors_64x64/step", _setup(_MANY, **_MOMENTUM), _cost(_MANY)),
     Case("sgd/4_tensors_64x64/step", _setup([(64, 64)] * 4, **_MOMENTUM), _cost([(64, 64)] * 4), small=True),
 ]

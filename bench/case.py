@@ -34,23 +34,27 @@ class Cost:
     flops: floating-point operations, useful ones only (the causal half of attention is not counted).
     read, written: bytes that must cross the memory interface once.
     in_place: the bytes written are the bytes read, which saves the read for ownership of a copy.
+    streams: bytes by kind, where work is made of streams of several kinds: together they are the bytes above.
     """
 
     flops: float = 0.0
     read: float = 0.0
     written: float = 0.0
     in_place: bool = False
+    streams: tuple[tuple[str, float], ...] = ()
 
     @property
     def bytes(self) -> float:
         return self.read + self.written
 
     @property
-    def traffic(self) -> str:
-        """The kind of stream whose measured bandwidth bounds this case: read, copy or in_place."""
+    def traffic(self) -> tuple[tuple[str, float], ...]:
+        """(kind, bytes) of the streams whose measured bandwidths bound this case; the kinds of bench.machine."""
+        if self.streams:
+            return self.streams
         if self.in_place:
-            return "in_place"
-        return "read" if self.written < 0.1 * self.bytes else "copy"
+            return (("in_place", self.bytes),)
+        return (("read" if self.written < 0.1 * self.bytes else "copy", self.bytes),)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Case:
     cost: element size in bytes -> Cost.
     repeats: timed samples for each participant.
     small: an operation of microseconds; also measured under OpenMP's default wait policy.
-    quick: part of ``--quick``.
+    quick: part of ``--quick``; a dtype: in that one only.
     cold: flush the caches before each call.
     tolerance: largest accepted relative difference (2-norm) between our results and the first peer's, by
         dtype; None where results are not comparable. It catches a broken kernel, no more: the peer's own
@@ -127,7 +131,7 @@ class Case:
     dtypes: Sequence[str] = DTYPES
     repeats: int = 20
     small: bool = False
-    quick: bool = True
+    quick: bool | str = True
     cold: bool = False
     heavy: bool = False
     tolerance: Mapping[str, float] | None = field(default_factory=lambda: {"float32": 1e-3, "bfloat16": 1e-1})

@@ -116,7 +116,7 @@ def select(options: Options) -> list[tuple[Case, str]]:
 def _in_run(case: Case, dtype: str, options: Options) -> bool:
     """Whether a case that no pattern names belongs to this run."""
     too_long = dtype == "float32" and case.cost(4).flops > QUICK_F32_FLOPS
-    return not options.quick or (case.quick and not too_long)
+    return not options.quick or (case.quick in (True, dtype) and not too_long)
 
 
 def plan(options: Options, chosen: Iterable[tuple[Case, str]]) -> list[tuple[Setting, list[tuple[str, str]]]]:

@@ -22,7 +22,8 @@ from bench.case import Cost
 
 # Working sets in bytes, from a part of L2 (smaller ones would measure dispatch) to far beyond any cache.
 WORKING_SETS = (512 << 10, 1 << 20, 8 << 20, 64 << 20, 512 << 20)
-TRAFFIC = ("read", "copy", "in_place")
+# Reads to writes: 1 : 0, 1 : 1, 1 : 1 of the same bytes, 2 : 1 of which one is written back.
+TRAFFIC = ("read", "copy", "in_place", "update")
 # (M, K, N): square ones and GPT-2's feed-forward products. The best one is the ceiling.
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 768, 3072), (2048, 4096, 4096))
 
@@ -49,7 +50,7 @@ class Ceilings:
     def limit_seconds(self, cost: Cost, dtype: str) -> float:
         """The roofline: what the slower of arithmetic and memory needs at its ceiling; 0 if unknown."""
         arithmetic = cost.flops / self.peak[dtype] if cost.flops and self.peak.get(dtype) else 0.0
-        memory = cost.bytes / self.bandwidth_at(cost.traffic, cost.bytes) if cost.bytes else 0.0
+        memory = sum(num / self.bandwidth_at(kind, cost.bytes) for kind, num in cost.traffic if num)
         return max(arithmetic, memory)
 
     def as_json(self) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def measure_bandwidth(
             "read": (readers, size),
             "copy": ((lambda a=half, b=other: a.copy_(b),), size),
             "in_place": ((lambda a=array: a.mul_(1.0), lambda a=array: a.neg_()), 2 * size),
+            "update": ((lambda a=half, b=other: a.add_(b, alpha=0.0),), size * 3 // 2),
         }
         for kind, (variants, num_bytes) in calls.items():
             best = min(_best_seconds(call, synchronize, budget) for call in variants)

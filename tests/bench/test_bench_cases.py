@@ -28,6 +28,7 @@ def test_cases_are_well_formed():
             for dtype in case.dtypes:
                 cost = case.cost(ELEMENT_BYTES[dtype])
                 assert cost.flops >= 0 and cost.read >= 0 and cost.written >= 0, case.name
+                assert sum(moved for _, moved in cost.traffic) == cost.bytes, case.name
                 assert case.target_ms or cost.flops or cost.bytes, f"{case.name} has no limit to be judged by"
     assert len(names) == len(set(names)), "two cases share a name"
 
@@ -64,6 +65,11 @@ def test_plan_gives_every_allocator_and_small_operations_the_default_wait_policy
     ]
     assert len(jobs[0][1]) == len(jobs[1][1]) == len(chosen)
     assert jobs[2][1] == [(case.name, dtype) for case, dtype in chosen if case.small] != []
+
+
+def test_quick_takes_one_dtype_of_a_case_that_says_so():
+    options = Options(suites=["adamw"], quick=True)
+    assert [dtype for case, dtype in select(options) if case.name == "adamw/gpt2_124m/step"] == ["float32"]
 
 
 def test_quick_measures_a_case_once():

@@ -74,6 +74,8 @@ def test_the_limit_is_the_slower_of_arithmetic_and_memory():
     assert CEILINGS.limit_seconds(Cost(read=big, written=big, in_place=True), "float32") == pytest.approx(
         2 * big / 50e9
     )
+    mixed = Cost(read=2 * big, written=big, streams=(("read", big), ("in_place", 2 * big)))
+    assert CEILINGS.limit_seconds(mixed, "float32") == pytest.approx(big / 25e9 + 2 * big / 50e9)
     assert CEILINGS.limit_seconds(Cost(flops=400e9, read=big), "float32") == pytest.approx(1.0)
     assert CEILINGS.limit_seconds(Cost(), "float32") == 0.0
 
