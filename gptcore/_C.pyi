@@ -243,6 +243,7 @@ def linear_cross_entropy_forward(
 def matmul(
     a: Tensor | None,
     b: Tensor | None,
+    bias: Tensor | None,
     out: Tensor | None,
     accumulate: bool,
     transpose_a: bool,

@@ -169,9 +169,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``torch.nn.functional.linear``. Large products are torch's; without gradients, few rows run on
     gptcore's fixed-order product, whose bits do not depend on how many rows share the call."""
     if _small_product(input, weight, bias):
-        y = ops.matmul(input.reshape(-1, input.shape[-1]), weight, transpose_b=True)
-        y = y.view(*input.shape[:-1], weight.shape[0])
-        return y if bias is None else y.add_(bias)
+        y = ops.matmul(input.reshape(-1, input.shape[-1]), weight, bias=bias, transpose_b=True)
+        return y.view(*input.shape[:-1], weight.shape[0])
     return _to_torch("linear", PLAIN_GEMM, input, weight, bias)
 
 

@@ -70,7 +70,10 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.dtype == weight.dtype
-        and (bias is None or bias.dtype == x.dtype)
+        and (
+            bias is None
+            or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.is_contiguous())
+        )
         and x.shape[-1:] == weight.shape[1:]
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
@@ -96,9 +99,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, decoding: bool) 
     rows = x.numel() // x.shape[-1]
     if not _moves(x, weight) and not (decoding and rows <= SMALL):
         return torch.nn.functional.linear(x, weight, bias)
-    y = ops.matmul(x.reshape(rows, x.shape[-1]), weight, transpose_b=True)
-    if bias is not None:
-        y += bias
+    y = ops.matmul(x.reshape(rows, x.shape[-1]), weight, bias=bias, transpose_b=True)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -13,12 +13,13 @@ def matmul(
     a: Array,
     b: Array,
     *,
+    bias: Array | None = None,
     out: Array | None = None,
     accumulate: bool = False,
     transpose_a: bool = False,
     transpose_b: bool = False,
 ) -> Array:
-    """``out = a @ b``, or ``out += a @ b``, summed in f32 in an order that only K fixes.
+    """``out = a @ b``, ``a @ b + bias`` or ``out + a @ b``, summed in f32 in an order that only K fixes.
 
     Meant for few rows (decoding: M <= 64, weight stored (N, K) with ``transpose_b=True``, which reads the weight
     once at memory speed and gives a row the same bits in any batch) and for weight gradients
@@ -28,6 +29,7 @@ def matmul(
     Args:
         a: (M, K), or (K, M) with ``transpose_a``; f32 or bf16; one dimension contiguous.
         b: (K, N), or (N, K) with ``transpose_b``; a's dtype; one dimension contiguous.
+        bias: (N,), f32 or a's dtype, contiguous: added to every row before the one rounding. Not with ``accumulate``.
         out: (M, N), rows contiguous; f32 or a's dtype; default a fresh array of a's dtype.
         accumulate: add to ``out``, which must be given and f32.
 
@@ -39,14 +41,14 @@ def matmul(
         RuntimeError: an argument requires grad; the product is not differentiable.
     """
     if is_torch(a):
-        refuse_out_with_grad("matmul", a, b, out)
+        refuse_out_with_grad("matmul", a, b, bias, out)
         if out is None and not accumulate:
-            return _matmul(a, b, transpose_a, transpose_b)
+            return _matmul(a, b, bias, transpose_a, transpose_b)
     if out is None:
         if accumulate:
             raise ValueError("matmul: argument 'out': got None, expected an f32 array to accumulate into")
         out = _new_result(a, b, transpose_a, transpose_b)
-    backend.extension().matmul(a, b, out, accumulate, transpose_a, transpose_b)
+    backend.extension().matmul(a, b, bias, out, accumulate, transpose_a, transpose_b)
     return out
 
 
@@ -54,6 +56,7 @@ def matmul_reference(
     a: Any,
     b: Any,
     *,
+    bias: Any = None,
     out: Any = None,
     accumulate: bool = False,
     transpose_a: bool = False,
@@ -61,6 +64,8 @@ def matmul_reference(
 ) -> Any:
     """The same in plain torch, any floating dtype; returns the new value of ``out`` and leaves it alone."""
     product = (a.mT if transpose_a else a) @ (b.mT if transpose_b else b)
+    if bias is not None:
+        product = product + bias.to(product.dtype)
     if out is None:
         return product
     return out + product.to(out.dtype) if accumulate else product.to(out.dtype)
@@ -72,16 +77,20 @@ def _new_result(a: Array, b: Array, transpose_a: bool, transpose_b: bool) -> Arr
     return empty(a, (a.shape[1 if transpose_a else 0], b.shape[0 if transpose_b else 1]))
 
 
-def _forward(a: Any, b: Any, transpose_a: bool, transpose_b: bool) -> Any:
+def _fake(a: Any, b: Any, bias: Any, transpose_a: bool, transpose_b: bool) -> Any:
+    return _new_result(a, b, transpose_a, transpose_b)
+
+
+def _forward(a: Any, b: Any, bias: Any, transpose_a: bool, transpose_b: bool) -> Any:
     out = _new_result(a, b, transpose_a, transpose_b)
-    backend.extension().matmul(a, b, out, False, transpose_a, transpose_b)
+    backend.extension().matmul(a, b, bias, out, False, transpose_a, transpose_b)
     return out
 
 
 _matmul = TorchOp(
     "matmul",
-    "(Tensor a, Tensor b, bool transpose_a, bool transpose_b) -> Tensor",
+    "(Tensor a, Tensor b, Tensor? bias, bool transpose_a, bool transpose_b) -> Tensor",
     forward=_forward,
-    fake=_new_result,
+    fake=_fake,
     lower_precision=True,
 )

@@ -9,14 +9,14 @@ namespace {
 Outputs few_rows(DType dtype) {
   const Tensor a = uniform(dtype, {5, 600}, 1), b = uniform(dtype, {2000, 600}, 2);
   const Tensor out(dtype, {5, 2000});
-  matmul(a, b, out, false, false, true);
+  matmul(a, b, uniform(dtype, {2000}, 3), out, false, false, true);
   return {out};
 }
 
 Outputs packed_product(DType dtype) {
   const Tensor a = uniform(dtype, {300, 200}, 1), b = uniform(dtype, {200, 333}, 2);
   const Tensor out(dtype, {300, 333});
-  matmul(a, b, out, false, false, false);
+  matmul(a, b, uniform(dtype, {333}, 3), out, false, false, false);
   return {out};
 }
 
@@ -24,7 +24,7 @@ Outputs packed_product(DType dtype) {
 Outputs accumulated(DType dtype) {
   const Tensor a = uniform(dtype, {1100, 150}, 1), b = uniform(dtype, {1100, 220}, 2);
   const Tensor out = uniform(DType::f32, {150, 220}, 3);
-  matmul(a, b, out, true, true, false);
+  matmul(a, b, {}, out, true, true, false);
   return {out};
 }
 

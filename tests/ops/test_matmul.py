@@ -22,13 +22,15 @@ def _check(a, b, out=None, **options) -> None:
     """Elementwise. Terms of random sign: partial sums reach |out| + 2 deviations of the random walk of products,
     each of the K + 1 additions rounds such a number, and the roundings add as a random walk in turn; 4 deviations of
     that cover the worst of 1e5 elements. Then one rounding to the result's dtype."""
-    exact = matmul_reference(a.double(), b.double(), out=None if out is None else out.double(), **options)
+    bias = options.pop("bias", None)
+    wide = {"bias": None if bias is None else bias.double(), "out": None if out is None else out.double()}
+    exact = matmul_reference(a.double(), b.double(), **wide, **options)
     shape = {k: v for k, v in options.items() if k != "accumulate"}
     walk = matmul_reference(a.double().square(), b.double().square(), **shape).sqrt()
-    start = out.double().abs() if options.get("accumulate") else 0.0
+    start = out.double().abs() if options.get("accumulate") else 0.0 if bias is None else bias.double().abs()
     depth = a.shape[0 if options.get("transpose_a") else 1]
     target = None if out is None else out.clone()
-    got = matmul(a, b, out=target, **options)
+    got = matmul(a, b, bias=bias, out=target, **options)
     assert target is None or got is target
     bound = 4 * ROUNDOFF[torch.float32] * (depth + 1) ** 0.5 * (start + 2 * walk)
     bound += torch.finfo(got.dtype).eps / 2 * exact.abs() * 1.01
@@ -50,6 +52,8 @@ def test_matches_float64_for_every_shape_and_layout(isa: str, dtype: torch.dtype
             options = {"transpose_a": transpose_a, "transpose_b": transpose_b}
             _check(a, b, **options)
             _check(a, b, torch.randn(m, n), accumulate=True, **options)
+            _check(a, b, bias=torch.randn(n).to(dtype), **options)
+            _check(a, b, torch.randn(m, n), bias=torch.randn(n), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,15 +64,16 @@ def test_matches_float64_at_every_size_on_every_isa(isa: str, dtype: torch.dtype
             for transpose_b in (False, True):
                 a, b = _operands(*shape, dtype, False, transpose_b)
                 _check(a, b, transpose_b=transpose_b)
+                _check(a, b, bias=torch.randn(shape[1]).to(dtype), transpose_b=transpose_b)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(0, 80), n=st.integers(0, 80), k=st.integers(0, 80),
     ta=st.booleans(), tb=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**16),
-    accumulate=st.booleans(), gap=st.integers(0, 5), offset=st.integers(0, 3),
+    start=st.sampled_from(["none", "accumulate", "bias"]), gap=st.integers(0, 5), offset=st.integers(0, 3),
 )  # fmt: skip
-def test_any_shape_stride_and_alignment(m, n, k, ta, tb, dtype, seed, accumulate, gap, offset) -> None:
+def test_any_shape_stride_and_alignment(m, n, k, ta, tb, dtype, seed, start, gap, offset) -> None:
     torch.manual_seed(seed)
 
     def strided(rows: int, columns: int, kind: torch.dtype) -> torch.Tensor:
@@ -76,7 +81,9 @@ def test_any_shape_stride_and_alignment(m, n, k, ta, tb, dtype, seed, accumulate
         return base[offset:].view(rows, columns + gap)[:, :columns]
 
     a, b = strided(*((k, m) if ta else (m, k)), dtype), strided(*((n, k) if tb else (k, n)), dtype)
-    _check(a, b, strided(m, n, torch.float32), accumulate=accumulate, transpose_a=ta, transpose_b=tb)
+    options = {"transpose_a": ta, "transpose_b": tb, "accumulate": start == "accumulate"}
+    bias = strided(1, n, dtype)[0] if start == "bias" else None
+    _check(a, b, strided(m, n, torch.float32), bias=bias, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,11 +102,12 @@ def test_a_row_has_the_same_bits_in_every_batch(isa: str, dtype: torch.dtype) ->
 def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, dtype: torch.dtype) -> None:
     x, weight = torch.randn(7, 130).to(dtype), torch.randn(2000, 130).to(dtype)
     dy, tokens = torch.randn(600, 200).to(dtype), torch.randn(600, 330).to(dtype)
-    start = torch.randn(200, 330)
+    start, bias = torch.randn(200, 330), torch.randn(2000).to(dtype)
 
     def step() -> list[torch.Tensor]:
         return [
-            matmul(x, weight, transpose_b=True),
+            matmul(x, weight, bias=bias, transpose_b=True),
+            matmul(dy[:, :130], weight, bias=bias, transpose_b=True),
             matmul(dy, tokens, out=start.clone(), accumulate=True, transpose_a=True),
         ]
 
@@ -142,7 +150,8 @@ def test_numpy_arrays_give_torch_bits() -> None:
 
 def test_registration_and_compile() -> None:
     a, b = torch.randn(3, 8), torch.randn(5, 8)
-    torch.library.opcheck(torch.ops.gptcore.matmul.default, (a, b, False, True))
+    torch.library.opcheck(torch.ops.gptcore.matmul.default, (a, b, None, False, True))
+    torch.library.opcheck(torch.ops.gptcore.matmul.default, (a, b, torch.randn(5), False, True))
 
     def product(x, w):
         return matmul(x, w, transpose_b=True) + 1
@@ -164,6 +173,14 @@ BAD = [
     (lambda: matmul(F32.double(), F32, transpose_b=True), TypeError, "'a': got float64"),
     (lambda: matmul(F32, F32.bfloat16(), transpose_b=True), TypeError, "'b': got bfloat16, expected float32"),
     (lambda: matmul(F32, F32), ValueError, "'b'.*depth of 4"),
+    (lambda: matmul(F32, F32, transpose_b=True, bias=F32[0]), ValueError, "'bias'.*expected.*\\(3,\\)"),
+    (lambda: matmul(F32, F32, transpose_b=True, bias=HALF[:, 0]), TypeError, "'bias': got bfloat16"),
+    (lambda: matmul(F32, F32, transpose_b=True, bias=F32[:, 0]), ValueError, "'bias'.*contiguous"),
+    (
+        lambda: matmul(F32, F32, transpose_b=True, bias=F32[0, :3], accumulate=True, out=torch.zeros(3, 3)),
+        ValueError,
+        "'bias'.*none where the product is accumulated",
+    ),
     (lambda: matmul(F32[0], F32), ValueError, "got 1 and 2 dimensions, expected 2 and 2"),
     (lambda: matmul(F32, F32, transpose_b=True, out=torch.empty(3, 4)), ValueError, "'out'.*expected.*\\(3, 3\\)"),
     (lambda: matmul(F32, F32, transpose_b=True, accumulate=True), ValueError, "'out': got None"),

@@ -1,5 +1,8 @@
 #include "kernels/matmul/matmul.h"
 
+#include <cstring>
+
+#include "core/arena.h"
 #include "core/check.h"
 #include "core/isa.h"
 #include "kernels/matmul/matmul_body.h"
@@ -28,10 +31,18 @@ Layout layout_of(const Checker& check, const TensorView& tensor, const char* nam
   return {false, along};
 }
 
+// bf16 is the upper half of an f32.
+void widen_to(float* out, const uint16_t* in, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
+    std::memcpy(out + i, &bits, sizeof(bits));
+  }
+}
+
 }  // namespace
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& out, bool accumulate,
-            bool transpose_a, bool transpose_b) {
+void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, const TensorView& out,
+            bool accumulate, bool transpose_a, bool transpose_b) {
   const Checker check("matmul");
   check.input(a, "a", {DType::f32, DType::bf16});
   check.input(b, "b", {a.dtype});
@@ -46,11 +57,21 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& out, boo
   check.shape(out, "out", {x.m, x.n});
   check.last_contiguous(out, "out");
   if (accumulate && out.dtype != DType::f32) check.fail("out", describe(out), "f32 to accumulate into");
+  if (bias) {
+    check.input(bias, "bias", {DType::f32, a.dtype});
+    check.shape(bias, "bias", {x.n});
+    check.contiguous(bias, "bias");
+    if (accumulate) check.fail("bias", describe(bias), "none where the product is accumulated");
+  }
   const Layout a_layout = layout_of(check, a, "a", transpose_a ? 0 : 1);
   const Layout b_layout = layout_of(check, b, "b", transpose_b ? 1 : 0);
   if (x.m == 0 || x.n == 0) return;
 
+  const bool widen = bias && bias.dtype == DType::bf16;
+  const Scratch wide_bias(widen ? static_cast<size_t>(x.n) * sizeof(float) : 0);
+  if (widen) widen_to(wide_bias.as<float>(), static_cast<const uint16_t*>(bias.data), x.n);
   x.a = a.data, x.b = b.data, x.out = out.data;
+  x.bias = widen ? wide_bias.as<float>() : static_cast<const float*>(bias.data);
   x.a_depth_lines = a_layout.depth_lines, x.a_stride = a_layout.stride;
   x.b_depth_lines = b_layout.depth_lines, x.b_stride = b_layout.stride;
   x.out_stride = out.stride(0);

@@ -1,13 +1,15 @@
 // Matrix products where libraries are weak: a fixed-order product for few rows (decoding), and bf16 x bf16
 // into f32 with accumulation (weight gradients), which torch refuses on the CPU.
 //
-//   out[m,n] (+)= sum_k a[m,k] * b[k,n]
+//   out[m,n] (+)= sum_k a[m,k] * b[k,n] (+ bias[n])
 //
-// Shapes   a: (M, K), or (K, M) with transpose_a; b: (K, N), or (N, K) with transpose_b; out: (M, N).
+// Shapes   a: (M, K), or (K, M) with transpose_a; b: (K, N), or (N, K) with transpose_b; out: (M, N);
+//          bias: (N), contiguous, or none.
 // Layout   one dimension of a and of b contiguous, the other of any stride; rows of out contiguous, any row
 //          stride.
-// Types    a and b of one type, f32 or bf16; out of that type or f32. accumulate needs an f32 out.
-// Aliasing out overlaps neither a nor b.
+// Types    a and b of one type, f32 or bf16; out and bias of that type or f32. accumulate needs an f32 out and takes no
+//          bias.
+// Aliasing out overlaps no input.
 // Sums     f32 throughout; a bf16 out is rounded once.
 // Bits     An element of out depends on its row of a, its column of b, K, the layouts and (one body serves M
 //          <= 64 with b transposed, another the rest) on which side of that limit M lies. It does not depend
@@ -23,7 +25,7 @@
 
 namespace gptcore {
 
-void matmul(const TensorView& a, const TensorView& b, const TensorView& out, bool accumulate,
-            bool transpose_a, bool transpose_b);
+void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, const TensorView& out,
+            bool accumulate, bool transpose_a, bool transpose_b);
 
 }  // namespace gptcore

@@ -67,6 +67,7 @@ GPTCORE_INLINE void put_tile(const MatmulArgs& x, Line32* tile, int64_t m, int64
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = (m + r) * x.out_stride + n;
     Vec value = (Vec)tile[r];
+    if (x.bias) value += load_n(x.bias + n, lanes);
     if (!x.f32_out) {
       store_n(static_cast<bf16*>(x.out) + at, value, lanes);
       continue;

@@ -78,7 +78,11 @@ inline void put_block(const MatmulArgs& x, const Place& at, const float* c) {
   const int64_t left = smaller(at.columns, kGroup), right = at.columns - left;
   for (int64_t r = 0; r < at.rows; ++r) {
     const float* line = sums_of_row(c, r);
-    const Vec low = load(line), high = load(line + kTileFloats);
+    Vec low = load(line), high = load(line + kTileFloats);
+    if (x.bias) {
+      low += load_n(x.bias + at.column, left);
+      if (right > 0) high += load_n(x.bias + at.column + kGroup, right);
+    }
     const int64_t offset = (at.row + r) * x.out_stride + at.column;
     if (x.f32_out) {
       float* out = static_cast<float*>(x.out) + offset;
@@ -212,12 +216,18 @@ Place choose_task(const BlockedProduct& product) {
   return best;
 }
 
+// A sum of no products is zero, plus the bias.
+void put_empty_product(const MatmulArgs& x) {
+  const float zeros[kBlockFloats] = {};
+  const Place all{0, x.m, 0, x.n};
+  for (int64_t m = 0; m < x.m; m += kPair) {
+    for (int64_t n = 0; n < x.n; n += kPair) put_block(x, all.part(m, n, kPair, kPair), zeros);
+  }
+}
+
 void blocked_product(const MatmulArgs& x) {
   if (x.k == 0) {
-    const size_t row_bytes = static_cast<size_t>(x.n) * (x.f32_out ? 4 : 2);
-    for (int64_t r = 0; r < x.m && !x.accumulate; ++r) {
-      __builtin_memset(static_cast<char*>(x.out) + r * x.out_stride * (x.f32_out ? 4 : 2), 0, row_bytes);
-    }
+    if (!x.accumulate) put_empty_product(x);
     return;
   }
   const BlockedProduct product(x);

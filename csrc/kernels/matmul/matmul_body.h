@@ -9,6 +9,7 @@ namespace gptcore {
 
 struct MatmulArgs {
   const void *a, *b;
+  const float* bias;  // of n, or null; never with accumulate
   void* out;
   int64_t m, n, k;
   int64_t a_stride, b_stride, out_stride;  // of the dimension that is not contiguous

@@ -75,12 +75,13 @@ GPTCORE_INLINE void reduce_add_all(const Vec (&x)[kDotColumns], float* sums) {
 GPTCORE_INLINE void put(const MatmulArgs& x, int64_t m, int64_t n, const float* values, int count) {
   const int64_t at = m * x.out_stride + n;
   for (int j = 0; j < count; ++j) {
+    const float value = x.bias ? values[j] + x.bias[n + j] : values[j];
     if (!x.f32_out) {
-      static_cast<bf16*>(x.out)[at + j] = narrow(values[j]);
+      static_cast<bf16*>(x.out)[at + j] = narrow(value);
     } else if (x.accumulate) {
-      static_cast<float*>(x.out)[at + j] += values[j];
+      static_cast<float*>(x.out)[at + j] += value;
     } else {
-      static_cast<float*>(x.out)[at + j] = values[j];
+      static_cast<float*>(x.out)[at + j] = value;
     }
   }
 }

@@ -71,7 +71,8 @@ struct PackedProduct {
       pack_a<P>(a, x.a_depth_lines, row + g * kGroup, step * kStepDepth<P>, steps,
                 packed.as<char>() + g * stride);
     }
-    const bool add = x.accumulate || step > 0;
+    const bool from_bias = x.bias && step == 0;
+    const bool add = x.accumulate || step > 0 || from_bias;
     const bool direct = x.f32_out && rows % kGroup == 0;
     const int64_t ldc = kColumnChunk + kGroup;
     const Scratch results(static_cast<size_t>(groups * kGroup * ldc) * sizeof(float));
@@ -81,12 +82,18 @@ struct PackedProduct {
       const char* panel = columns + j / kGroup * stride;
       const int64_t offset = row * x.out_stride + first_column + j;
       if (direct && width % kGroup == 0) {
-        multiply_block<Policy>(packed.as<char>(), stride, groups, panel, stride, panels, steps,
-                               static_cast<float*>(x.out) + offset, x.out_stride, add);
+        float* out = static_cast<float*>(x.out) + offset;
+        if (from_bias) repeat_row(x.bias + first_column + j, out, x.out_stride, rows, width);
+        multiply_block<Policy>(packed.as<char>(), stride, groups, panel, stride, panels, steps, out,
+                               x.out_stride, add);
         continue;
       }
       float* c = results.as<float>();
-      if (add) fetch(static_cast<const float*>(x.out) + offset, c, ldc, rows, width);
+      if (from_bias) {
+        repeat_row(x.bias + first_column + j, c, ldc, rows, width);
+      } else if (add) {
+        fetch(static_cast<const float*>(x.out) + offset, c, ldc, rows, width);
+      }
       multiply_block<Policy>(packed.as<char>(), stride, groups, panel, stride, panels, steps, c, ldc, add);
       if (x.f32_out) {
         store_block(c, ldc, static_cast<float*>(x.out) + offset, x.out_stride, rows, width, false);
@@ -94,6 +101,11 @@ struct PackedProduct {
         store_block(c, ldc, static_cast<bf16*>(x.out) + offset, x.out_stride, rows, width, false);
       }
     }
+  }
+
+  // Sums start from the bias, in the result or beside it.
+  static void repeat_row(const float* row, float* c, int64_t ldc, int64_t rows, int64_t width) {
+    store_block(row, 0, c, ldc, rows, width, false);
   }
 
   // Sums go on from what `out` holds, as in the direct case, so both give the same bits.
