@@ -20,6 +20,14 @@ Outputs packed_product(DType dtype) {
   return {out};
 }
 
+// A bias's gradient.
+Outputs one_row(DType dtype) {
+  const Tensor a = uniform(dtype, {1, 1100}, 1), b = uniform(dtype, {1100, 333}, 2);
+  const Tensor out(dtype, {1, 333});
+  matmul(a, b, {}, out, false, false, false);
+  return {out};
+}
+
 // A weight's gradient, added.
 Outputs accumulated(DType dtype) {
   const Tensor a = uniform(dtype, {1100, 150}, 1), b = uniform(dtype, {1100, 220}, 2);
@@ -29,6 +37,7 @@ Outputs accumulated(DType dtype) {
 }
 
 const ForBothTypes few_rows_cases("matmul few rows", few_rows);
+const ForBothTypes one_row_cases("matmul one row", one_row);
 const ForBothTypes packed_product_cases("matmul packed", packed_product);
 const ForBothTypes accumulated_cases("matmul accumulated", accumulated);
 

@@ -60,7 +60,15 @@ def test_matches_float64_for_every_shape_and_layout(isa: str, dtype: torch.dtype
 def test_matches_float64_at_every_size_on_every_isa(isa: str, dtype: torch.dtype) -> None:
     # Each dimension from none to beyond two AVX-512 vectors, the others small; both bodies of few rows.
     for size in range(34):
-        for shape in [(size, 7, 9), (5, size, 9), (5, 7, size), (70, size, 3), (70, 3, size)]:
+        for shape in [
+            (size, 7, 9),
+            (5, size, 9),
+            (5, 7, size),
+            (70, size, 3),
+            (70, 3, size),
+            (1, size, 9),
+            (1, 7, size),
+        ]:
             for transpose_b in (False, True):
                 a, b = _operands(*shape, dtype, False, transpose_b)
                 _check(a, b, transpose_b=transpose_b)
@@ -108,6 +116,7 @@ def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, dtype
         return [
             matmul(x, weight, bias=bias, transpose_b=True),
             matmul(dy[:, :130], weight, bias=bias, transpose_b=True),
+            matmul(bias[None], weight),
             matmul(dy, tokens, out=start.clone(), accumulate=True, transpose_a=True),
         ]
 

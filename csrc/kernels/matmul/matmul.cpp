@@ -79,7 +79,9 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, co
   const IsaTable<MatmulBodies>& table =
       a.dtype == DType::f32 ? matmul_f32_bodies_table : matmul_bf16_bodies_table;
   const bool few = x.m <= kFewRows && x.a_depth_lines && x.b_depth_lines;
-  if (few) {
+  if (x.m == 1 && !x.b_depth_lines) {
+    table.pick().one_row(x);
+  } else if (few) {
     table.pick().few_rows(x);
   } else {
     table.pick().packed(x);

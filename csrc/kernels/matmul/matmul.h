@@ -11,13 +11,13 @@
 //          bias.
 // Aliasing out overlaps no input.
 // Sums     f32 throughout; a bf16 out is rounded once.
-// Bits     An element of out depends on its row of a, its column of b, K, the layouts and (one body serves M
-//          <= 64 with b transposed, another the rest) on which side of that limit M lies. It does not depend
-//          on M otherwise, on N, on its position, or on the number of threads. With AMX or AVX512-BF16
-//          subnormal bf16 inputs count as zero.
-// Cost     2MNK flops; for M <= 64 with b transposed K * N * size bytes read once, which bounds it. Otherwise
-//          a and b are packed in blocks: at most 4096 rows and columns times 1024 (bf16) or 512 (f32) of
-//          depth of scratch, unless out is bf16, which takes the whole depth.
+// Bits     An element of out depends on its row of a, its column of b, K, the layouts and on which body
+//          serves: one for M <= 64 with b transposed, one for M = 1 with b as it is, one for the rest. It
+//          does not depend on M otherwise, on N, on its position, or on the number of threads. With AMX or
+//          AVX512-BF16 subnormal bf16 inputs count as zero, but not for M = 1 with b as it is.
+// Cost     2MNK flops; for few rows K * N * size bytes read once, which bounds it. Otherwise a and b are
+//          packed in blocks: at most 4096 rows and columns times 1024 (bf16) or 512 (f32) of depth of
+//          scratch, unless out is bf16, which takes the whole depth.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

@@ -2,6 +2,7 @@
 #include "core/gemm_tile_amx.h"
 #include "core/parallel.h"
 #include "kernels/matmul/matmul_blocked_amx.h"
+#include "kernels/matmul/matmul_one_row.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA_NS {
@@ -141,7 +142,7 @@ void few_rows(const MatmulArgs& x) {
 }  // namespace
 
 extern const MatmulBodies matmul_bf16_bodies;
-const MatmulBodies matmul_bf16_bodies = {few_rows, blocked_product};
+const MatmulBodies matmul_bf16_bodies = {few_rows, one_row<bf16>, blocked_product};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore

@@ -23,6 +23,7 @@ constexpr int64_t kFewRows = 64;
 
 struct MatmulBodies {
   void (*few_rows)(const MatmulArgs&);  // m <= kFewRows, both operands with contiguous depth
+  void (*one_row)(const MatmulArgs&);   // m = 1, rows of b contiguous
   void (*packed)(const MatmulArgs&);
 };
 

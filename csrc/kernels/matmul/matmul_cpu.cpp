@@ -1,6 +1,7 @@
 #include "core/arena.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "kernels/matmul/matmul_one_row.h"
 #include "kernels/matmul/matmul_packed.h"
 
 namespace gptcore {
@@ -194,11 +195,12 @@ void few_rows(const MatmulArgs& x) {
 }  // namespace
 
 extern const MatmulBodies matmul_f32_bodies, matmul_bf16_bodies;
-const MatmulBodies matmul_f32_bodies = {few_rows<PlainDot<float>>, packed_product<PlainPolicy>};
+const MatmulBodies matmul_f32_bodies = {few_rows<PlainDot<float>>, one_row<float>,
+                                        packed_product<PlainPolicy>};
 #if defined(__AVX512BF16__)
-const MatmulBodies matmul_bf16_bodies = {few_rows<Bf16Dot>, packed_product<Bf16Policy>};
+const MatmulBodies matmul_bf16_bodies = {few_rows<Bf16Dot>, one_row<bf16>, packed_product<Bf16Policy>};
 #else
-const MatmulBodies matmul_bf16_bodies = {few_rows<PlainDot<bf16>>, packed_product<Bf16Policy>};
+const MatmulBodies matmul_bf16_bodies = {few_rows<PlainDot<bf16>>, one_row<bf16>, packed_product<Bf16Policy>};
 #endif
 
 }  // namespace GPTCORE_ISA_NS
