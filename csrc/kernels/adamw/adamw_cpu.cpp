@@ -1,4 +1,5 @@
 #include "core/parallel.h"
+#include "core/prefetch.h"
 #include "core/simd.h"
 #include "kernels/adamw/adamw_body.h"
 
@@ -43,6 +44,8 @@ GPTCORE_INLINE void split(Vec x, bf16* weight, int16_t* low, int64_t n) {
 
 enum class Form { f32, with_copy, split };
 
+constexpr int64_t kAhead = 1024;  // bytes; 512 to 2048 are the same
+
 using Update = void (*)(const AdamwTensor& tensor, const Chunk& chunk, const AdamwNumbers& a);
 
 template <class T, Form form, bool l2, bool amsgrad>
@@ -56,10 +59,14 @@ void update_chunk(const AdamwTensor& tensor, const Chunk& chunk, const AdamwNumb
   float* max_exp_avg_sq = amsgrad ? tensor.max_exp_avg_sq + chunk.begin : nullptr;
   bf16* copy = form == Form::with_copy ? tensor.copy + chunk.begin : nullptr;
   for_lanes(chunk.size, [&](int64_t i, int64_t n) {
+    fetch_ahead<kAhead>(grad + i), fetch_ahead<kAhead>(exp_avg + i), fetch_ahead<kAhead>(exp_avg_sq + i);
+    if constexpr (amsgrad) fetch_ahead<kAhead>(max_exp_avg_sq + i);
     Vec before;
     if constexpr (form == Form::split) {
+      fetch_ahead<kAhead>(weight + i), fetch_ahead<kAhead>(low + i);
       before = join(load_half(weight + i, n), load_half(low + i, n));
     } else {
+      fetch_ahead<kAhead>(param + i);
       before = load_some(param + i, n);
     }
     Vec g = load_some(grad + i, n) * a.grad_factor;

@@ -1,10 +1,13 @@
 #include "core/parallel.h"
+#include "core/prefetch.h"
 #include "core/simd.h"
 #include "kernels/grad_norm/grad_norm_body.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
+
+constexpr int64_t kAhead = 4096;  // bytes; twice as far is the same
 
 GPTCORE_INLINE double as_double(float x) { return x; }
 GPTCORE_INLINE double as_double(bf16 x) { return widen(x); }
@@ -19,28 +22,69 @@ double slow_square_sum(const T* grad, int64_t size) {
   return sum;
 }
 
-// Sum of squares of one chunk, in four running f32 vectors (two adds start per cycle, each takes four), and
-// the largest magnitude as an integer, which tells infinities and NaN from finite numbers without a branch.
-template <class T>
-double square_sum(const T* grad, int64_t size, bool* finite) {
-  Vec sums[4] = {};
-  VecI largest[4] = {};
-  const auto take = [&](int64_t i, int64_t n, int s) {
-    const Vec g = load_some(grad + i, n);
-    const VecI magnitude = (VecI)abs(g);
-    sums[s] += g * g;
-    largest[s] = magnitude > largest[s] ? magnitude : largest[s];
-  };
+// Sums of squares in f32, four because two start per cycle and each takes four, and the largest magnitude as an
+// integer, which tells infinities and NaN from finite numbers without a branch.
+struct Squares {
+  Vec sums[4];
+  VecI largest[4];
+};
+
+GPTCORE_INLINE void take(Squares* squares, int place, Vec g) {
+  const VecI magnitude = (VecI)abs(g);
+  squares->sums[place] += g * g;
+  squares->largest[place] = magnitude > squares->largest[place] ? magnitude : squares->largest[place];
+}
+
+// The first vectors, by fours; returns how many elements they had.
+GPTCORE_INLINE int64_t take_fours(Squares* squares, const float* grad, int64_t size) {
   int64_t i = 0;
   for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
-    for (int s = 0; s < 4; ++s) take(i + s * kLanes, kLanes, s);
+    for (int place = 0; place < 4; ++place) {
+      fetch_ahead<kAhead, 2>(grad + i + place * kLanes);
+      take(squares, place, load(grad + i + place * kLanes));
+    }
   }
-  for (; i + kLanes <= size; i += kLanes) take(i, kLanes, 0);
-  if (i < size) take(i, size - i, 1);
+  return i;
+}
+
+// Two numbers of 16 bits in each lane are widened by one instruction each, and compared in one.
+GPTCORE_INLINE int64_t take_fours(Squares* squares, const bf16* grad, int64_t size) {
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
+  Halves largest[2] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+    for (int pair = 0; pair < 2; ++pair) {
+      const bf16* at = grad + i + pair * 2 * kLanes;
+      fetch_ahead<kAhead, 2>(at);
+      VecU both;
+      __builtin_memcpy(&both, at, sizeof(both));
+      const Vec even = (Vec)(both << 16), odd = (Vec)(both & 0xffff0000u);
+      squares->sums[2 * pair] += even * even;
+      squares->sums[2 * pair + 1] += odd * odd;
+      const Halves magnitude = (Halves)(both & 0x7fff7fffu);
+      largest[pair] = magnitude > largest[pair] ? magnitude : largest[pair];
+    }
+  }
+  for (int pair = 0; pair < 2; ++pair) {
+    squares->largest[2 * pair] = (VecI)((VecU)largest[pair] << 16);
+    squares->largest[2 * pair + 1] = (VecI)((VecU)largest[pair] & 0xffff0000u);
+  }
+  return i;
+}
+
+template <class T>
+double square_sum(const T* grad, int64_t size, bool* finite) {
+  Squares squares = {};
+  int64_t i = take_fours(&squares, grad, size);
+  for (; i + kLanes <= size; i += kLanes) take(&squares, 0, load(grad + i));
+  if (i < size) take(&squares, 1, load_n(grad + i, size - i));
   int32_t top = 0;
-  for (int s = 0; s < 4; ++s) {
-    for (int lane = 0; lane < kLanes; ++lane) top = largest[s][lane] > top ? largest[s][lane] : top;
+  for (int place = 0; place < 4; ++place) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      top = squares.largest[place][lane] > top ? squares.largest[place][lane] : top;
+    }
   }
+  const Vec* sums = squares.sums;
   const float sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
   *finite = top < 0x7f800000;
   // Below 1e-19 squares lose bits to the denormal range, above 1e19 they overflow. All-zero gradients are

@@ -1,4 +1,5 @@
 #include "core/parallel.h"
+#include "core/prefetch.h"
 #include "core/simd.h"
 #include "kernels/sgd/sgd_body.h"
 
@@ -8,6 +9,8 @@ namespace {
 
 enum class Momentum { none, classical, nesterov };
 
+constexpr int64_t kAhead = 1024;  // bytes
+
 template <class T, bool with_copy, Momentum momentum, bool l2>
 void update_chunk(const SgdTensor& tensor, const Chunk& chunk, const SgdNumbers& a) {
   const T* grad = static_cast<const T*>(tensor.grad) + chunk.begin;
@@ -15,6 +18,8 @@ void update_chunk(const SgdTensor& tensor, const Chunk& chunk, const SgdNumbers&
   float* buffer = momentum == Momentum::none ? nullptr : tensor.buffer + chunk.begin;
   bf16* copy = with_copy ? tensor.copy + chunk.begin : nullptr;
   for_lanes(chunk.size, [&](int64_t i, int64_t n) {
+    fetch_ahead<kAhead>(param + i), fetch_ahead<kAhead>(grad + i);
+    if constexpr (momentum != Momentum::none) fetch_ahead<kAhead>(buffer + i);
     const Vec p = load_some(param + i, n);
     Vec g = load_some(grad + i, n) * a.grad_factor;
     if constexpr (l2) g += p * tensor.l2;
