@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, both_directions
+from bench.case import PLAIN, Callables, Case, Cost, Target, both_directions
 
 
 def _modifiers(name: str, target: Target, tokens: int, vocabulary: int) -> dict[str, Any]:
@@ -61,6 +61,9 @@ def _setup(
         if "bias" in options:
             inputs.append(options.pop("bias"))
 
+        def plainly(x: Any, weight: Any, bias: Any = None) -> Any:
+            return linear_cross_entropy(x, weight, targets).loss
+
         def ours(x: Any, weight: Any, bias: Any = None) -> Any:
             out = linear_cross_entropy(x, weight, targets, bias=bias, **options)
             loss = out.loss + out.z_loss if "z_loss" in options else out.loss
@@ -76,6 +79,8 @@ def _setup(
         }
         if target.dtype != "float32" and "class_weight" not in options:
             functions["torch_bf16_loss_eager"] = lambda *tensors: plain(*tensors, in_f32=False)
+        if variant == "zloss":
+            functions[PLAIN] = plainly
         return both_directions(functions, inputs, backward=backward)
 
     return setup

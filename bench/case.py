@@ -1,8 +1,9 @@
 """What is measured: a case as a small declarative object, and how cases are found.
 
-Each ``bench/bench_<suite>.py`` has a list ``CASES``. A case names its peers by a dictionary of
-callables; the callable ``gptcore`` is ours, every other entry is a peer. Names of peers that go
-through ``torch.compile`` contain ``compiled``, so that ``--quick`` can leave them out.
+Each ``bench/bench_<suite>.py`` has a list ``CASES``. A case names its participants by a dictionary of
+callables: ``gptcore`` is ours, ``gptcore_plain`` ours without the option that the case is about, every other
+entry a peer. Names of peers that go through ``torch.compile`` contain ``compiled``, so that ``--quick`` can
+leave them out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 OURS = "gptcore"
+# Our own call without the option that a case is about: what the option costs is their quotient.
+PLAIN = "gptcore_plain"
 DTYPES = ("float32", "bfloat16")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Suites that train whole models: minutes, not milliseconds.

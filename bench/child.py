@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from bench import machine
-from bench.case import ELEMENT_BYTES, OURS, Case, Target, load
+from bench.case import ELEMENT_BYTES, OURS, PLAIN, Case, Target, load
 from bench.timing import CacheFlush, interleave, statistics, time_calls, warm_up
 
 MAX_DRIFT = 0.05
@@ -190,7 +190,7 @@ def build_record(
     """
     medians = {name: statistics(values) for name, values in samples.items()}
     ours = medians[OURS]
-    peers = {name: round(s.median * 1e3, 6) for name, s in medians.items() if name != OURS}
+    peers = {name: round(s.median * 1e3, 6) for name, s in medians.items() if name not in (OURS, PLAIN)}
     judged = {name: ms for name, ms in peers.items() if name not in case.footnotes}
     best = min(judged, key=judged.__getitem__) if judged else None
     record: dict[str, Any] = {
@@ -208,6 +208,10 @@ def build_record(
         "wait_policy": job.wait_policy,
         "best_peer": best,
     }
+    if PLAIN in samples:
+        # Samples of one round lie side by side, so that a neighbour slows both.
+        pairs = [a / b for a, b in zip(samples[OURS], samples[PLAIN], strict=True)]
+        record["over_plain"] = round(statistics(pairs).median, 4)
     if case.target_ms is not None:
         record["target_ms"] = case.target_ms
     if case.tokens:
@@ -219,7 +223,7 @@ def build_record(
 
 def _check_agreement(calls: Mapping[str, Callable[[], Any]], tolerance: float) -> None:
     """Refuse to time wrong results: each tensor of ours against the first peer's, by relative 2-norm."""
-    peer = next((name for name in calls if name != OURS), None)
+    peer = next((name for name in calls if name not in (OURS, PLAIN)), None)
     if peer is None:
         return
     ours, theirs = _leaves(calls[OURS]()), _leaves(calls[peer]())

@@ -233,6 +233,8 @@ def describe_record(record: Mapping[str, Any]) -> str:
     if record["ratio"] is not None:
         best = record["best_peer"]
         parts.append(f"{best} {milliseconds(record['peers'][best])}, ratio {record['ratio']:.2f}")
+    if record.get("over_plain"):
+        parts.append(f"{record['over_plain']:.2f} of plain")
     if record["limit_fraction"] is not None:
         parts.append(f"limit {record['limit_fraction']:.0%}")
     if record.get("target_ms"):

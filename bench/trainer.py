@@ -11,7 +11,7 @@ from bench.peers.torch_gpt2 import Hyper
 
 
 class GptcoreTrainer:
-    """A model of gptcore with its fused AdamW; bf16 weights have f32 masters in the optimizer."""
+    """A model of gptcore with its fused AdamW; bf16 weights have f32 masters, split between them and the optimizer."""
 
     def __init__(self, config: Any, dtype: torch.dtype, hyper: Hyper, *, seed: int = 0) -> None:
         from gptcore.models import GPT
@@ -20,7 +20,13 @@ class GptcoreTrainer:
         torch.manual_seed(seed)
         self.model = GPT(config).to(dtype)
         groups = decay_groups(self.model, hyper.weight_decay)
-        self.optimizer = AdamW(groups, lr=hyper.lr, betas=hyper.betas, max_norm=hyper.max_norm)
+        self.optimizer = AdamW(
+            groups,
+            lr=hyper.lr,
+            betas=hyper.betas,
+            max_norm=hyper.max_norm,
+            split_master=dtype == torch.bfloat16,
+        )
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward without an update; returns the detached loss."""
