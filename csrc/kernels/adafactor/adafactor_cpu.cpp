@@ -87,7 +87,7 @@ GPTCORE_INLINE double row_squares(const T* grad, int64_t stride, int64_t count, 
     for_lanes(cols - col < kTile ? cols - col : kTile, [&](int64_t j, int64_t n) {
       for (int64_t r = 0; r < count; ++r) {
         const T* at = grad + r * stride + col + j;
-        fetch_ahead(at, stride);
+        if (r < count / 2) fetch_ahead(at, stride);
         const Vec g = load_some(at, n);
         parts[r] += g * g;
       }
@@ -107,7 +107,7 @@ struct ChunkSums {
 
 // Sum of g^2, by rows and columns as well, and by columns of g^2 / R: a row's R is complete once it has been read,
 // and while it is in the first level of cache it is read again. So the sum of squares of g / sqrt(V), which wants all
-// of R and C, costs no pass of its own.
+// of R and C, costs no pass of its own. Each reading fetches half of the next rows, so that memory rests in neither.
 template <class T>
 double factored_squares(const T* grad, int64_t stride, int64_t rows, int64_t cols, const ChunkSums& out,
                         const AdafactorNumbers& a) {
@@ -127,6 +127,7 @@ double factored_squares(const T* grad, int64_t stride, int64_t rows, int64_t col
     for_lanes(cols, [&](int64_t j, int64_t n) {
       Vec sum = load_some(out.cols + j, n), ratio = load_some(out.ratios + j, n);
       for (int64_t r = 0; r < count; ++r) {
+        if (r >= count / 2) fetch_ahead(at + r * stride + j, stride);
         const Vec g = load_some(at + r * stride + j, n), square = g * g;
         sum += square;
         ratio += square * weights[r];
