@@ -20,17 +20,6 @@ inline int64_t block_rows_of(int64_t rows) {
   return by_count < 16 ? 16 : by_count;
 }
 
-// take(offset, lanes, sum) over a row, where sum 0 and 1 alternate: two running sums.
-template <class F>
-GPTCORE_INLINE void for_two_sums(int64_t width, const F& take) {
-  int64_t c = 0;
-  for (; c + 2 * kLanes <= width; c += 2 * kLanes) {
-    take(c, int64_t{kLanes}, 0), take(c + kLanes, int64_t{kLanes}, 1);
-  }
-  if (c + kLanes <= width) take(c, int64_t{kLanes}, 0), c += kLanes;
-  if (c < width) take(c, width - c, 1);
-}
-
 // Weights or biases as f32, plus an offset: written once into `room` where they are bf16 or there is an offset, so
 // that bodies are compiled for one kind of them; null stays null.
 inline const float* as_f32(const void* weight, bool is_bf16, int64_t width, float* room,
@@ -44,22 +33,76 @@ inline const float* as_f32(const void* weight, bool is_bf16, int64_t width, floa
   return room;
 }
 
-// out[c] = value(c, lanes), streamed where `streams`, while `next`, the row to be read afterwards, is fetched.
-template <class T, class F>
-GPTCORE_INLINE void write_row(T* out, const T* next, int64_t width, bool streams, const F& value) {
-  constexpr int64_t kPair = 2 * kLanes, kLineElements = 64 / static_cast<int64_t>(sizeof(T));
-  int64_t c = 0;
-  for (; c + kPair <= width; c += kPair) {
-    __builtin_prefetch(next + c);
-    if constexpr (kPair > kLineElements) __builtin_prefetch(next + c + kLineElements);
-    const Vec low = value(c, int64_t{kLanes}), high = value(c + kLanes, int64_t{kLanes});
-    if (streams) {
-      stream(out + c, low, high);
-    } else {
-      store(out + c, low), store(out + c + kLanes, high);
-    }
+inline size_t row_bytes(int64_t width) { return static_cast<size_t>(width) * sizeof(float); }
+
+// A norm's weights as as_f32() gives them, or ones where there are none. Bodies without a question whether there is
+// a weight are faster by more than the product costs.
+inline bool needs_copy(const void* weight, bool is_bf16, float offset) {
+  return !weight || is_bf16 || offset != 0;
+}
+inline const float* factors(const void* weight, bool is_bf16, int64_t width, float* room, float offset) {
+  if (weight) return as_f32(weight, is_bf16, width, room, offset);
+  for_lanes(width, [&](int64_t c, int64_t n) { store_some(room + c, splat(1.0f), n); });
+  return room;
+}
+
+typedef uint32_t VecUUnaligned __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+
+// Two vectors side by side, which in bf16 are one: rows go by pairs, and one vector or a part of one is left.
+constexpr int64_t kPair = 2 * kLanes;
+struct Pair {
+  Vec low, high;
+};
+
+template <class T>
+GPTCORE_INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+
+// The same elements where their order does not matter: bf16 as even and odd ones, an instruction for each vector
+// in place of two.
+GPTCORE_INLINE Pair load_any_order(const float* p) { return load_pair(p); }
+GPTCORE_INLINE Pair load_any_order(const bf16* p) {
+  const VecU words = *reinterpret_cast<const VecUUnaligned*>(p);
+  return {(Vec)(words << 16), (Vec)(words & 0xffff0000u)};
+}
+
+GPTCORE_INLINE void store_pair(float* p, Pair x) { store(p, x.low), store(p + kLanes, x.high); }
+GPTCORE_INLINE void store_pair(bf16* p, Pair x) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<VecUUnaligned*>(p) = (VecU)_mm512_cvtne2ps_pbh((__m512)x.high, (__m512)x.low);
+#else
+  store(p, x.low), store(p + kLanes, x.high);
+#endif
+}
+
+// Past the caches where `streams`; see can_stream().
+template <class T>
+GPTCORE_INLINE void write_pair(T* p, Pair x, bool streams) {
+  if (streams) {
+    stream(p, x.low, x.high);
+  } else {
+    store_pair(p, x);
   }
-  for_lanes(width - c, [&](int64_t at, int64_t n) { store_some(out + c + at, value(c + at, n), n); });
+}
+
+GPTCORE_INLINE Pair plus(Pair a, Pair b) { return {a.low + b.low, a.high + b.high}; }
+
+// Asks for the pair at p.
+template <class T>
+GPTCORE_INLINE void prefetch_pair(const T* p) {
+  __builtin_prefetch(p);
+  if constexpr (kPair * sizeof(T) > 64) __builtin_prefetch(p + kLanes);
+}
+
+// pair(offset, s) over a row's pairs, where s counts 0, 1, 0, ...: one of two sets of running sums; then
+// some(offset, lanes) over what is left.
+template <class P, class S>
+GPTCORE_INLINE void for_pairs(int64_t width, const P& pair, const S& some) {
+  int64_t c = 0;
+  for (; c + 2 * kPair <= width; c += 2 * kPair) pair(c, 0), pair(c + kPair, 1);
+  if (c + kPair <= width) pair(c, 0), c += kPair;
+  for_lanes(width - c, [&](int64_t at, int64_t n) { some(c + at, n); });
 }
 
 // Adds the blocks' partial sums, `stride` apart, in block order and stores them as f32 or bf16 where wanted.

@@ -44,6 +44,20 @@ def test_matches_float64_at_every_width_on_every_isa(isa: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_no_weight_at_every_width_on_every_isa(isa: str, dtype: torch.dtype) -> None:
+    for width in WIDTHS:
+        x, grad = torch.randn(5, width).to(dtype), torch.randn(5, width)
+        check_against_float64(
+            layer_norm,
+            layer_norm_reference,
+            [x],
+            [grad],
+            terms=width,
+            summand=_summand(x, torch.ones(1), grad),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_returns_sum_and_both_gradients(isa: str, dtype: torch.dtype) -> None:
     x, weight, bias = _inputs(37, 130, dtype)
     residual = torch.randn(37, 130).to(dtype)

@@ -8,60 +8,90 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// Rows taken together. Their sums keep the adders busy, an add taking four cycles and two starting per cycle;
-// and the weight is loaded, in backward its gradient's partial sum loaded and stored, once for all of them.
-constexpr int kGroup = 4;
+// Rows taken together: they share loads of the weight, and in backward loads and stores of its gradient's partial
+// sum; and while one row's sum is being finished, the other's keep the adders busy.
+constexpr int kForwardGroup = 2, kBackwardGroup = 4;
 
-// kGroup rows or one, each row's sum in the same order in any group. With a residual h = x + residual is stored
-// on the way.
+// The reciprocal root mean squares of `group` rows, each row's sum in the same order in any group. With a residual
+// h = x + residual is stored on the way.
+template <class T, int group>
+GPTCORE_INLINE void norms(const T* const (&x)[group], const T* const (&residual)[group], T* const (&h)[group],
+                          bool adds, int64_t width, float eps, float (&rstd)[group]) {
+  Vec squares[group][2][2] = {};
+  for_pairs(
+      width,
+      [&](int64_t c, int s) {
+        for (int r = 0; r < group; ++r) {
+          const T* row = x[r];
+          if (adds) {
+            store_pair(h[r] + c, plus(load_pair(x[r] + c), load_pair(residual[r] + c)));
+            row = h[r];  // the sum as it was rounded
+          }
+          const Pair v = load_any_order(row + c);
+          squares[r][s][0] += v.low * v.low, squares[r][s][1] += v.high * v.high;
+        }
+      },
+      [&](int64_t c, int64_t n) {
+        for (int r = 0; r < group; ++r) {
+          const T* row = x[r];
+          if (adds) {
+            store_some(h[r] + c, load_some(x[r] + c, n) + load_some(residual[r] + c, n), n);
+            row = h[r];
+          }
+          const Vec v = load_some(row + c, n);  // lanes from n on are zero, so the sum needs no mask
+          squares[r][0][0] += v * v;
+        }
+      });
+  for (int r = 0; r < group; ++r) {
+    const Vec sum = (squares[r][0][0] + squares[r][1][0]) + (squares[r][0][1] + squares[r][1][1]);
+    rstd[r] = 1.0f / __builtin_sqrtf(reduce_add(sum) / width + eps);
+  }
+}
+
 template <class T, int group>
 GPTCORE_INLINE void forward_rows(const RmsNormForward& a, const float* weight, int64_t row, int64_t last,
                                  bool streams) {
   const int64_t width = a.width;  // a copy: stores of vectors might alias the arguments
-  const T *x[group], *residual[group], *h[group];
-  T* sum[group];
+  const T *x[group], *residual[group] = {}, *h[group], *next[group];
+  T *sum[group] = {}, *y[group];
+  float rstd[group];
   for (int r = 0; r < group; ++r) {
-    x[r] = h[r] = static_cast<const T*>(a.x) + (row + r) * a.x_stride;
+    const int64_t here = row + r, after = here + group < last ? here + group : here;
+    x[r] = h[r] = static_cast<const T*>(a.x) + here * a.x_stride;
+    next[r] = static_cast<const T*>(a.x) + after * a.x_stride;
+    y[r] = static_cast<T*>(a.y) + here * a.y_stride;
     if (!a.residual) continue;
-    residual[r] = static_cast<const T*>(a.residual) + (row + r) * a.residual_stride;
-    h[r] = sum[r] = static_cast<T*>(a.h) + (row + r) * a.h_stride;
+    residual[r] = static_cast<const T*>(a.residual) + here * a.residual_stride;
+    h[r] = sum[r] = static_cast<T*>(a.h) + here * a.h_stride;
   }
-  const bool adds = a.residual;
-  Vec squares[2][group] = {};
-  for_two_sums(width, [&](int64_t c, int64_t n, int s) {
-#pragma GCC unroll 4
-    for (int r = 0; r < group; ++r) {
-      Vec value = load_some(x[r] + c, n);  // lanes from n on are zero, so the sum needs no mask
-      if (adds) {
-        store_some(sum[r] + c, value + load_some(residual[r] + c, n), n);
-        value = load_some(h[r] + c, n);
-      }
-      squares[s][r] += value * value;
-    }
-  });
-  for (int r = 0; r < group; ++r) {
-    const T* values = h[r];
-    const float mean = reduce_add(squares[0][r] + squares[1][r]) / width;
-    const float rstd = 1.0f / __builtin_sqrtf(mean + a.eps);
-    const int64_t here = row + r, next = here + group < last ? here + group : here;
-    write_row(static_cast<T*>(a.y) + here * a.y_stride, static_cast<const T*>(a.x) + next * a.x_stride, width,
-              streams, [&](int64_t c, int64_t n) {
-                const Vec value = load_some(values + c, n) * rstd;
-                return weight ? value * load_some(weight + c, n) : value;
-              });
-    if (a.rstd) a.rstd[here] = rstd;
-  }
+  norms<T, group>(x, residual, sum, a.residual != nullptr, width, a.eps, rstd);
+  for (int r = 0; a.rstd && r < group; ++r) a.rstd[row + r] = rstd[r];
+  for_pairs(
+      width,
+      [&](int64_t c, int) {
+        const Pair w = load_pair(weight + c);
+        for (int r = 0; r < group; ++r) {
+          prefetch_pair(next[r] + c);
+          const Pair v = load_pair(h[r] + c);
+          write_pair(y[r] + c, {v.low * rstd[r] * w.low, v.high * rstd[r] * w.high}, streams);
+        }
+      },
+      [&](int64_t c, int64_t n) {
+        const Vec w = load_some(weight + c, n);
+        for (int r = 0; r < group; ++r) store_some(y[r] + c, load_some(h[r] + c, n) * rstd[r] * w, n);
+      });
 }
 
 template <class T>
 void forward(const RmsNormForward& a) {
-  const Scratch converted(a.bf16_weight || a.weight_offset != 0 ? static_cast<size_t>(a.width) * sizeof(float)
-                                                                : 0);
-  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>(), a.weight_offset);
+  const Scratch room(needs_copy(a.weight, a.bf16_weight, a.weight_offset) ? row_bytes(a.width) : 0);
+  const float* weight = factors(a.weight, a.bf16_weight, a.width, room.as<float>(), a.weight_offset);
   const int64_t element = sizeof(T);
   const bool streams = can_stream(a.y, a.y_stride * element, a.rows * a.width * element);
   parallel_ranges(a.rows, kGrainElements / a.width + 1, [&](int64_t row, int64_t last) {
-    for (; row + kGroup <= last; row += kGroup) forward_rows<T, kGroup>(a, weight, row, last, streams);
+    for (; row + kForwardGroup <= last; row += kForwardGroup) {
+      forward_rows<T, kForwardGroup>(a, weight, row, last, streams);
+    }
     for (; row < last; ++row) forward_rows<T, 1>(a, weight, row, last, streams);
     if (streams) stream_fence();
   });
@@ -70,60 +100,87 @@ void forward(const RmsNormForward& a) {
 // dx = rstd * (g - xhat * mean(g * xhat)) + grad_h with g = grad_y * weight; adds the rows' part of dweight =
 // sum grad_y * xhat to the block's partial sums. A row's sums take the same order in a group of any size.
 template <class T, int group>
-GPTCORE_INLINE void backward_rows(const RmsNormBackward& a, const float* weight, int64_t row,
-                                  float* dweight) {
+GPTCORE_INLINE void backward_rows(const RmsNormBackward& a, const float* weight, int64_t row, float* dweight,
+                                  bool streams) {
+  const int64_t width = a.width;
+  const bool adds = a.grad_h;
   const T *dy[group], *h[group], *dh[group];
   T* dx[group];
   float rstd[group], mean[group];
+  Vec sums[group][2] = {};
   for (int r = 0; r < group; ++r) {
     dy[r] = static_cast<const T*>(a.grad_y) + (row + r) * a.grad_y_stride;
     h[r] = static_cast<const T*>(a.h) + (row + r) * a.h_stride;
-    dh[r] = a.grad_h ? static_cast<const T*>(a.grad_h) + (row + r) * a.grad_h_stride : nullptr;
+    dh[r] = adds ? static_cast<const T*>(a.grad_h) + (row + r) * a.grad_h_stride : nullptr;
     dx[r] = static_cast<T*>(a.dx) + (row + r) * a.dx_stride;
     rstd[r] = a.rstd[row + r];
   }
-  Vec sums[2][group] = {};
-  const auto take = [&](int64_t c, int64_t n, int s) {
-    const Vec w = weight ? load_some(weight + c, n) : splat(1.0f);
-    for (int r = 0; r < group; ++r) sums[s][r] += load_some(dy[r] + c, n) * w * load_some(h[r] + c, n);
-  };
-  int64_t c = 0;
-  for (; c + 2 * kLanes <= a.width; c += 2 * kLanes) take(c, kLanes, 0), take(c + kLanes, kLanes, 1);
-  if (c + kLanes <= a.width) take(c, kLanes, 0), c += kLanes;
-  if (c < a.width) take(c, a.width - c, 1);
-  for (int r = 0; r < group; ++r) mean[r] = reduce_add(sums[0][r] + sums[1][r]) * rstd[r] / a.width;
-  for_lanes(a.width, [&](int64_t c, int64_t n) {
-    const Vec w = weight ? load_some(weight + c, n) : splat(1.0f);
-    Vec dw = dweight ? load_some(dweight + c, n) : Vec{};
-    for (int r = 0; r < group; ++r) {
-      const Vec xhat = load_some(h[r] + c, n) * rstd[r], g = load_some(dy[r] + c, n);
-      dw += g * xhat;
-      Vec value = (g * w - xhat * mean[r]) * rstd[r];
-      if (dh[r]) value += load_some(dh[r] + c, n);
-      store_some(dx[r] + c, value, n);
-    }
-    if (dweight) store_some(dweight + c, dw, n);
-  });
+  for_pairs(
+      width,
+      [&](int64_t c, int) {
+        const Pair w = load_pair(weight + c);
+        for (int r = 0; r < group; ++r) {
+          const Pair g = load_pair(dy[r] + c), v = load_pair(h[r] + c);
+          sums[r][0] += g.low * w.low * v.low, sums[r][1] += g.high * w.high * v.high;
+        }
+      },
+      [&](int64_t c, int64_t n) {
+        const Vec w = load_some(weight + c, n);
+        for (int r = 0; r < group; ++r) sums[r][0] += load_some(dy[r] + c, n) * w * load_some(h[r] + c, n);
+      });
+  for (int r = 0; r < group; ++r) mean[r] = reduce_add(sums[r][0] + sums[r][1]) * rstd[r] / width;
+  for_pairs(
+      width,
+      [&](int64_t c, int) {
+        const Pair w = load_pair(weight + c);
+        Pair dw = load_pair(dweight + c);
+        for (int r = 0; r < group; ++r) {
+          const Pair v = load_pair(h[r] + c), g = load_pair(dy[r] + c);
+          const Vec low = v.low * rstd[r], high = v.high * rstd[r];
+          dw.low += g.low * low, dw.high += g.high * high;
+          Pair out = {(g.low * w.low - low * mean[r]) * rstd[r],
+                      (g.high * w.high - high * mean[r]) * rstd[r]};
+          if (adds) out = plus(out, load_pair(dh[r] + c));
+          write_pair(dx[r] + c, out, streams);
+        }
+        store_pair(dweight + c, dw);
+      },
+      [&](int64_t c, int64_t n) {
+        const Vec w = load_some(weight + c, n);
+        Vec dw = load_some(dweight + c, n);
+        for (int r = 0; r < group; ++r) {
+          const Vec xhat = load_some(h[r] + c, n) * rstd[r], g = load_some(dy[r] + c, n);
+          dw += g * xhat;
+          Vec value = (g * w - xhat * mean[r]) * rstd[r];
+          if (adds) value += load_some(dh[r] + c, n);
+          store_some(dx[r] + c, value, n);
+        }
+        store_some(dweight + c, dw, n);
+      });
 }
 
 template <class T>
 void backward(const RmsNormBackward& a) {
-  const Scratch converted(a.bf16_weight || a.weight_offset != 0 ? static_cast<size_t>(a.width) * sizeof(float)
-                                                                : 0);
-  const float* weight = as_f32(a.weight, a.bf16_weight, a.width, converted.as<float>(), a.weight_offset);
+  const Scratch room(needs_copy(a.weight, a.bf16_weight, a.weight_offset) ? row_bytes(a.width) : 0);
+  const float* weight = factors(a.weight, a.bf16_weight, a.width, room.as<float>(), a.weight_offset);
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
-  const Scratch scratch(a.dweight ? static_cast<size_t>(blocks * a.width) * sizeof(float) : 0);
+  const Scratch scratch(static_cast<size_t>(blocks) * row_bytes(a.width));
   float* partials = scratch.as<float>();
+  const int64_t element = sizeof(T);
+  const bool streams = can_stream(a.dx, a.dx_stride * element, a.rows * a.width * element);
   const int64_t grain = kGrainElements / (a.width * block_rows) + 1;
   parallel_ranges(blocks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      float* dweight = a.dweight ? partials + block * a.width : nullptr;
-      if (dweight) __builtin_memset(dweight, 0, static_cast<size_t>(a.width) * sizeof(float));
+      float* dweight = partials + block * a.width;
+      __builtin_memset(dweight, 0, row_bytes(a.width));
       int64_t row = block * block_rows;
       const int64_t last = row + block_rows < a.rows ? row + block_rows : a.rows;
-      for (; row + kGroup <= last; row += kGroup) backward_rows<T, kGroup>(a, weight, row, dweight);
-      for (; row < last; ++row) backward_rows<T, 1>(a, weight, row, dweight);
+      for (; row + kBackwardGroup <= last; row += kBackwardGroup) {
+        backward_rows<T, kBackwardGroup>(a, weight, row, dweight, streams);
+      }
+      for (; row < last; ++row) backward_rows<T, 1>(a, weight, row, dweight, streams);
     }
+    if (streams) stream_fence();
   });
   join_blocks(partials, a.width, blocks, a.width, a.dweight, a.bf16_dweight);
 }
