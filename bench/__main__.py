@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from bench.case import DTYPES, default_suites, suites
 from bench.harness import ALLOCATORS, WAIT_POLICIES, Options, Results, read_jsonl, run, select, write_jsonl
+from bench.rows import ROWS
 
 EXAMPLES = """examples:
   python -m bench --quick                                  every operation, eager torch only, under 2 minutes
@@ -18,6 +19,7 @@ EXAMPLES = """examples:
   python -m bench --case 'layer_norm/64x64/*'              the cases whose name fits
   python -m bench --suite train_step --json steps.jsonl    whole GPT-2 steps, results kept
   python -m bench --suite shakespeare --data tinyshakespeare.txt
+  python -m bench --rows --json results.jsonl              what docs/results.md and the README's table show
   python -m bench --list                                   names of all cases
   python -m bench --plot plots --from-json steps.jsonl     roofline pictures of kept results
 The last lines of the output are one JSON object for each case and setting (keys in docs/benchmarks.md).
@@ -38,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         metavar="GLOB",
         help="only cases whose name (or name/dtype) fits; may be repeated",
+    )
+    add(
+        "--rows",
+        action="store_true",
+        help="the cases of docs/results.md: every target, an hour or so",
     )
     add("--dtype", action="append", choices=DTYPES, help="only this dtype")
     add(
@@ -77,7 +84,8 @@ def _both(value: str, names: Sequence[str]) -> list[str]:
 
 def _options(arguments: argparse.Namespace) -> Options:
     every = suites()
-    chosen = arguments.suite or (every if arguments.case else default_suites())
+    patterns = arguments.case or (ROWS if arguments.rows else ())
+    chosen = arguments.suite or (every if patterns else default_suites())
     unknown = [name for name in chosen if name not in every]
     if unknown:
         raise ValueError(f"--suite {unknown[0]}: there is no such suite; known: {', '.join(every)}")
@@ -88,7 +96,7 @@ def _options(arguments: argparse.Namespace) -> Options:
             raise ValueError(f"--{option} {value}: expected at least 1")
     return Options(
         suites=chosen,
-        patterns=arguments.case or (),
+        patterns=patterns,
         dtypes=arguments.dtype or DTYPES,
         allocators=_both(arguments.allocator or ("tuned" if arguments.quick else "both"), ALLOCATORS),
         wait_policies=_both(arguments.wait_policy, ("spin2000", "default")),

@@ -77,6 +77,7 @@ def _case(batch: int, length: int) -> Case:
         repeats=STEPS - 1,
         quick=False,
         footnotes=WITHOUT_MASTERS,
+        once=True,
         tokens=batch * length,
         measure=functools.partial(_measure, batch=batch, length=length),
     )

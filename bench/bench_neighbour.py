@@ -97,6 +97,7 @@ def _case(name: str, dtypes: tuple[str, ...]) -> Case:
         dtypes=dtypes,
         repeats=REPEATS,
         quick=False,
+        once=True,
         measure=functools.partial(_measure, case=case),
     )
 

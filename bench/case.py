@@ -125,6 +125,7 @@ class Case:
     footnotes: peers that do less than asked for (their text says what); they are shown, not judged against.
     target_ms: a promised time in place of the roofline, in milliseconds.
     tokens: tokens per call, for tokens/s.
+    once: under one allocator setting is enough, that of users who care for speed: it is not about calls' time.
     measure: takes over the timing altogether (target, progress) -> Measured.
     """
 
@@ -141,6 +142,7 @@ class Case:
     footnotes: Mapping[str, str] = field(default_factory=dict)
     target_ms: float | None = None
     tokens: int = 0
+    once: bool = False
     measure: Callable[[Target, Callable[[str], None]], Measured] | None = None
 
     @property

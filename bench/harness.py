@@ -16,10 +16,10 @@ from bench.case import STEP_SUITES, Case, load
 from bench.child import Job
 
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {
-    # What a user gets who sets nothing.
-    "default": {},
     # Large blocks stay in the heap instead of being mapped, faulted and unmapped on every call.
     "tuned": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)},
+    # What a user gets who sets nothing.
+    "default": {},
 }
 WAIT_POLICIES: Mapping[str, Mapping[str, str]] = {
     "default": {},
@@ -73,7 +73,7 @@ class Options:
     suites: Sequence[str] = ()
     patterns: Sequence[str] = ()
     dtypes: Sequence[str] = ("float32", "bfloat16")
-    allocators: Sequence[str] = ("default", "tuned")
+    allocators: Sequence[str] = ("tuned", "default")
     wait_policies: Sequence[str] = ("spin2000", "default")
     product_bits: str = "gptcore"
     device: str = "cpu"
@@ -128,13 +128,17 @@ def plan(options: Options, chosen: Iterable[tuple[Case, str]]) -> list[tuple[Set
     """
     pairs = list(chosen)
     every = [(case.name, dtype) for case, dtype in pairs]
+    once = {case.name for case, _ in pairs if case.once}
     small = [(case.name, dtype) for case, dtype in pairs if case.small]
     both = "spin2000" in options.wait_policies and "default" in options.wait_policies
     policy = "spin2000" if both else options.wait_policies[0]
     rest = [pair for pair in every if pair not in small] if both and options.quick else every
-    jobs = [(Setting(allocator, policy, options.product_bits), rest) for allocator in options.allocators]
+    jobs = []
+    for allocator in options.allocators:
+        here = rest if allocator == options.allocators[0] else [pair for pair in rest if pair[0] not in once]
+        jobs.append((Setting(allocator, policy, options.product_bits), here))
     if both:
-        jobs.append((Setting(options.allocators[0], "default", options.product_bits), small))
+        jobs.append((Setting(options.allocators[-1], "default", options.product_bits), small))
     return [(setting, cases) for setting, cases in jobs if cases]
 
 

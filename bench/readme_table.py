@@ -1,4 +1,4 @@
-"""Writes the README's benchmark table from a results file, between two markers.
+"""Writes benchmark tables from a results file between two markers: the README's, and all rows in docs/results.md.
 
 python -m bench.readme_table bench/results/cpu.jsonl
 """
@@ -6,56 +6,40 @@ python -m bench.readme_table bench/results/cpu.jsonl
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import ROOT
+from bench.case import OURS, Case
 from bench.harness import Results, milliseconds, read_jsonl
+from bench.rows import README
 
 START = "<!-- benchmark-table:begin -->"
 END = "<!-- benchmark-table:end -->"
-# One or two telling cases of each operation; the whole list is in the results file.
-ROWS = (
-    "train_step/*",
-    "attention/qkv_*/forward_backward",
-    "attention/B4_H12_T1024_D64_causal/*",
-    "attention/*window256*/forward",
-    "layer_norm/4096x768/forward_backward",
-    "rms_norm/2048x4096_residual/forward_backward",
-    "gated_activation/gelu_tanh_1024x3072/forward_backward",
-    "gated_activation/swiglu_2048x11008/forward_backward",
-    "rotary/B2_T512_H12_D64_halves/forward_backward",
-    "embedding/V50257_C768_N1024/forward_backward",
-    "linear_cross_entropy/N1024_C768_V50257/forward_backward",
-    "adamw/gpt2_124m/step",
-    "matmul/accumulate_K1024_M3072_N768/forward",
-)
 
 
-def table(results: Results, allocator: str = "tuned") -> str:
-    """Markdown: a sentence on the machine and a row for each of ROWS that the results have.
+def table(results: Results, allocator: str = "tuned", rows: Sequence[str] = README) -> str:
+    """Markdown: a sentence on the machine and a line for each record of ``rows`` that the results have.
 
     Raises ValueError when no row fits or no machine is named.
     """
     machine = next((m for m in results.machines if m["allocator"] == allocator), None)
     if machine is None:
         raise ValueError(f"the results have no machine measured with the {allocator} allocator setting")
-    records = [
-        record
-        for pattern in ROWS
-        for record in results.records
-        if fnmatch.fnmatch(record["case"], pattern)
-        and record["allocator"] == allocator
-        and record["wait_policy"] == "spin2000"
-    ]
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for pattern in rows:
+        for record in results.records:
+            setting = (record["allocator"], record["wait_policy"]) == (allocator, "spin2000")
+            if setting and Case(record["case"]).matches([pattern], record["dtype"]):
+                found.setdefault((record["case"], record["dtype"]), record)
+    records = list(found.values())
     if not records:
         raise ValueError(f"the results have none of the table's cases with the {allocator} allocator setting")
     lines = [
-        "| case | dtype | gptcore | torch, best setting | ratio | of the limit |",
-        "|---|---|---:|---:|---:|---:|",
+        "| case | dtype | gptcore | torch, best setting | ratio | of the limit | |",
+        "|---|---|---:|---:|---:|---:|---|",
     ]
     return "\n".join([_sentence(machine), "", *lines, *(_row(record) for record in records)])
 
@@ -77,7 +61,21 @@ def _row(record: Mapping[str, Any]) -> str:
     cells += [f"{milliseconds(record['peers'][best])} ({best.removeprefix('torch_')})" if best else "-"]
     cells += [f"{record['ratio']:.2f}" if record["ratio"] is not None else "-"]
     cells += [f"{record['limit_fraction']:.0%}" if record["limit_fraction"] is not None else "-"]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join([*cells, _besides(record)])} |"
+
+
+def _besides(record: Mapping[str, Any]) -> str:
+    """What a case is about when it is not speed against a peer."""
+    if "memory_ratio" in record:
+        return f"{record['peak_mib'][OURS]:,.0f} MiB, {record['memory_ratio']:.2f} of the least peer"
+    if "slowdown" in record:
+        theirs = min(factor for name, factor in record["slowdown"].items() if name != OURS)
+        return f"{record['slowdown'][OURS]:.2f} times slower than alone; torch {theirs:.2f}"
+    if "over_plain" in record:
+        return f"{record['over_plain']:.2f} of plain"
+    if "tokens_per_s" in record:
+        return f"{record['tokens_per_s']:,.0f} tokens/s"
+    return ""
 
 
 def replace_between(text: str, new: str) -> str:
@@ -89,20 +87,25 @@ def replace_between(text: str, new: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrites the README; 0 on success, 2 with a sentence otherwise."""
+    """Rewrites both files; 0 on success, 2 with a sentence otherwise."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme_table", description=__doc__.splitlines()[0])
     parser.add_argument("results", help="file written by python -m bench --json")
     parser.add_argument(
         "--readme", default=str(ROOT / "README.md"), help="default: the repository's README.md"
     )
+    parser.add_argument(
+        "--page", default=str(ROOT / "docs" / "results.md"), help="default: the repository's docs/results.md"
+    )
     parser.add_argument("--allocator", default="tuned", choices=("default", "tuned"))
     arguments = parser.parse_args(argv)
     try:
-        readme = Path(arguments.readme)
-        new = replace_between(
-            readme.read_text("utf-8"), table(read_jsonl(arguments.results), arguments.allocator)
-        )
-        readme.write_text(new, "utf-8")
+        results = read_jsonl(arguments.results)
+        written = []
+        for path, rows in ((Path(arguments.readme), README), (Path(arguments.page), ("*",))):
+            new = table(results, arguments.allocator, rows)
+            written.append((path, replace_between(path.read_text("utf-8"), new)))
+        for path, text in written:
+            path.write_text(text, "utf-8")
     except (OSError, ValueError) as error:
         print(f"readme_table: error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import pytest
 from bench.__main__ import main
 from bench.case import DTYPES, ELEMENT_BYTES, default_suites, load, suites
 from bench.harness import Options, Setting, plan, select
+from bench.rows import README, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,12 +60,22 @@ def test_plan_gives_every_allocator_and_small_operations_the_default_wait_policy
     chosen = select(Options(suites=["layer_norm"]))
     jobs = plan(Options(), chosen)
     assert [setting for setting, _ in jobs] == [
-        Setting("default", "spin2000"),
         Setting("tuned", "spin2000"),
+        Setting("default", "spin2000"),
         Setting("default", "default"),
     ]
     assert len(jobs[0][1]) == len(jobs[1][1]) == len(chosen)
     assert jobs[2][1] == [(case.name, dtype) for case, dtype in chosen if case.small] != []
+
+
+def test_every_row_has_a_case_and_what_is_measured_once_goes_with_the_first_allocator():
+    cases = [(case, dtype) for suite in suites() for case in load(suite) for dtype in case.dtypes]
+    for pattern in (*ROWS, *README):
+        assert any(case.matches([pattern], dtype) for case, dtype in cases), pattern
+    jobs = plan(Options(), select(Options(suites=["memory", "sgd"])))
+    assert [setting.allocator for setting, pairs in jobs if any("memory" in name for name, _ in pairs)] == [
+        "tuned"
+    ]
 
 
 def test_quick_takes_one_dtype_of_a_case_that_says_so():

@@ -107,18 +107,23 @@ def test_a_dying_process_costs_one_case(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_readme_table_is_written_between_its_markers(tmp_path: Path):
-    results, readme = tmp_path / "r.jsonl", tmp_path / "README.md"
+    results, readme, page = (tmp_path / name for name in ("r.jsonl", "README.md", "page.md"))
     write_jsonl(str(results), Results([MACHINE], [record(), record("layer_norm/64x64/forward")]))
     readme.write_text(f"before\n{readme_table.START}\nold\n{readme_table.END}\nafter\n")
-    assert readme_table.main([str(results), "--readme", str(readme)]) == 0
+    page.write_text(f"{readme_table.START}\n{readme_table.END}\n")
+    command = [str(results), "--readme", str(readme), "--page", str(page)]
+    assert readme_table.main(command) == 0
     text = readme.read_text()
     assert text.startswith(f"before\n{readme_table.START}\n") and text.endswith(
         f"{readme_table.END}\nafter\n"
     )
-    row = "| layer_norm/4096x768/forward_backward | float32 | 2.000 ms | 3.000 ms (compiled) | 1.50 | 50% |"
+    row = (
+        "| layer_norm/4096x768/forward_backward | float32 | 2.000 ms | 3.000 ms (compiled) | 1.50 | 50% |  |"
+    )
     assert row in text and "old" not in text and "64x64" not in text
+    assert row in page.read_text() and "layer_norm/64x64/forward" in page.read_text()
     readme.write_text("no markers")
-    assert readme_table.main([str(results), "--readme", str(readme)]) == 2
+    assert readme_table.main(command) == 2
     assert readme.read_text() == "no markers"
 
 
@@ -160,7 +165,7 @@ def test_a_terminated_run_prints_what_it_has_and_leaves_no_process(tmp_path: Pat
     ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert "cases with default allocator" in process.stderr.readline()
+    assert "cases with tuned allocator" in process.stderr.readline()
     (child,) = wait_for_children(process.pid)
     process.terminate()
     _, errors = process.communicate(timeout=30)
