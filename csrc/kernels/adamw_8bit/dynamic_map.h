@@ -179,11 +179,32 @@ GPTCORE_INLINE VecU whole_mantissa(Vec x) {
 #endif
 }
 
-// Place of the magnitude y, up to 1, in the lowest byte of each lane.
+// The magnitude of y, and no less than `limit`.
+GPTCORE_INLINE Vec magnitude_at_least(Vec y, float limit) {
+#if defined(__AVX512F__)
+  constexpr int larger_without_sign = 0xb;
+  return (Vec)_mm512_range_ps((__m512)y, (__m512)splat(limit), larger_without_sign);
+#else
+  return at_least(abs(y), limit);
+#endif
+}
+
+// One more where y >= limit. GCC makes two instructions of a difference with a comparison.
+GPTCORE_INLINE VecI plus_one_from(VecI x, Vec y, Vec limit) {
+#if defined(__AVX512F__)
+  const __mmask16 reached = _mm512_cmp_ps_mask((__m512)y, (__m512)limit, _CMP_GE_OQ);
+  return (VecI)_mm512_mask_add_epi32((__m512i)x, reached, (__m512i)x, _mm512_set1_epi32(1));
+#else
+  return x - (y >= limit);
+#endif
+}
+
+constexpr float kLeastMagnitude = 1.1920929e-7f;  // 2^-23, far below the first value
+
+// Place of the magnitude y, kLeastMagnitude to 1, in the lowest byte of each lane.
 GPTCORE_INLINE VecI place_of(Vec y, const DynamicMap& map) {
-  y = at_least(y, 1.1920929e-7f);  // 2^-23, far below the first value
   const Vec border = table32(map.border, (VecI)y >> 23);
-  const VecI rotation = (VecI)border - (y >= border);  // -1 where true
+  const VecI rotation = plus_one_from((VecI)border, y, border);
   const Vec mantissa = at_most(y * table16(map.slope, rotation) + 8.0f / 9, 1.9999999f);
   return (VecI)rotate_left(whole_mantissa(mantissa), rotation);
 }
@@ -191,12 +212,12 @@ GPTCORE_INLINE VecI place_of(Vec y, const DynamicMap& map) {
 // The map of both signs: codes 0 .. 126 negative, 127 zero, 255 one; in the lowest byte of each lane.
 GPTCORE_INLINE VecI signed_code(Vec y) {
   y = at_least(y, -0.99f);  // there is no -1
-  const VecI place = place_of(abs(y), kSignedMap);
+  const VecI place = place_of(magnitude_at_least(y, kLeastMagnitude), kSignedMap);
   return (VecI)y < 0 ? kSignedZero - place : kSignedZero + place;
 }
 
 // The map of numbers above zero: codes 0 zero, 255 one; in the lowest byte of each lane.
-GPTCORE_INLINE VecI unsigned_code(Vec y) { return place_of(y, kUnsignedMap) - 1; }
+GPTCORE_INLINE VecI unsigned_code(Vec y) { return place_of(at_least(y, kLeastMagnitude), kUnsignedMap) - 1; }
 
 // --- values -----------------------------------------------------------------------------------------------
 
