@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from bench.bench_adamw import gpt2_shapes, parameters
+from bench.bench_adamw import gpt2_shapes, parameters, streams
 from bench.case import Callables, Case, Cost, Target
 
 LR, EPS = 1e-2, (1e-7, 1e-3)
@@ -91,7 +91,8 @@ def _cost(shapes: Sequence[tuple[int, ...]]) -> Callable[[int], Cost]:
 
     def cost(element: int) -> Cost:
         copy = 2 if element == 2 else 0
-        return Cost(12.0 * count, (4 + 2 * element) * count, (4 + copy) * count, in_place=True)
+        moved = streams(count, element, 4)
+        return Cost(12.0 * count, (4 + 2 * element) * count, (4 + copy) * count, True, moved)
 
     return cost
 

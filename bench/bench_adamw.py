@@ -28,6 +28,18 @@ def parameters(shapes: Sequence[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
+def streams(count: int, element: int, state: int, *, norm: bool = True) -> tuple[tuple[str, float], ...]:
+    """(kind, bytes) of a step that updates ``state`` bytes of f32 a parameter by gradients of ``element`` bytes.
+
+    The norm reads the gradients. f32 ones then go into the first array of the state; as many bytes of bf16 ones are
+    read as of the bf16 copies written. What is left of the state is updated in place.
+    """
+    low = element == 2
+    mixed = ("copy", 4.0 * count) if low else ("update", 12.0 * count)
+    in_place = 2.0 * count * (state if low else state - 4)
+    return ("read", float(element * count if norm else 0)), mixed, ("in_place", in_place)
+
+
 def _setup(
     shapes: Sequence[tuple[int, ...]],
     *,
@@ -116,7 +128,8 @@ def _cost(
 
     def cost(element: int) -> Cost:
         copy = 2 if element == 2 and not split else 0
-        return Cost(20.0 * count, (state + 2 * element) * count, (state + copy) * count, in_place=True)
+        moved = () if split else streams(count, element, state)
+        return Cost(20.0 * count, (state + 2 * element) * count, (state + copy) * count, True, moved)
 
     return cost
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.bench_adamw import gpt2_shapes, parameters
+from bench.bench_adamw import gpt2_shapes, parameters, streams
 from bench.case import Callables, Case, Cost, Target
 
 LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.1, 1.0
@@ -71,23 +71,15 @@ def _torch_step(start: list, grads: list, low: bool, clip: bool, form: dict[str,
 def _cost(
     shapes: Sequence[tuple[int, ...]], *, clip: bool = True, momentum: bool = True
 ) -> Callable[[int], Cost]:
-    """One or two reads of the gradient (norm, update), p and b read and written, the bf16 copy written.
-
-    As streams: the norm reads; the gradient goes into the first of p and b (f32), or beside them as many bytes
-    of it are read as of the copy written (bf16); what is left is updated in place.
-    """
+    """One or two reads of the gradient (norm, update), p and b read and written, the bf16 copy written."""
     count = parameters(shapes)
     state = 8 if momentum else 4
 
     def cost(element: int) -> Cost:
         copy = 2 if element == 2 else 0
-        norm = element if clip else 0
-        mixed = ("copy", 4.0 * count) if copy else ("update", 12.0 * count)
-        in_place = 2.0 * count * (state if copy else state - 4)
-        return Cost(
-            10.0 * count, (state + norm + element) * count, (state + copy) * count,
-            streams=(("read", float(norm * count)), mixed, ("in_place", in_place)),
-        )  # fmt: skip
+        passes = 2 if clip else 1
+        moved = streams(count, element, state, norm=clip)
+        return Cost(10.0 * count, (state + passes * element) * count, (state + copy) * count, True, moved)
 
     return cost
 
