@@ -49,7 +49,7 @@ inline const float* factors(const void* weight, bool is_bf16, int64_t width, flo
 typedef uint32_t VecUUnaligned __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
 // Two vectors side by side, which in bf16 are one: rows go by pairs, and one vector or a part of one is left.
-constexpr int64_t kPair = 2 * kLanes;
+constexpr int64_t kPairLanes = 2 * kLanes;
 struct Pair {
   Vec low, high;
 };
@@ -92,7 +92,7 @@ GPTCORE_INLINE Pair plus(Pair a, Pair b) { return {a.low + b.low, a.high + b.hig
 template <class T>
 GPTCORE_INLINE void prefetch_pair(const T* p) {
   __builtin_prefetch(p);
-  if constexpr (kPair * sizeof(T) > 64) __builtin_prefetch(p + kLanes);
+  if constexpr (kPairLanes * sizeof(T) > 64) __builtin_prefetch(p + kLanes);
 }
 
 // pair(offset, s) over a row's pairs, where s counts 0, 1, 0, ...: one of two sets of running sums; then
@@ -100,8 +100,8 @@ GPTCORE_INLINE void prefetch_pair(const T* p) {
 template <class P, class S>
 GPTCORE_INLINE void for_pairs(int64_t width, const P& pair, const S& some) {
   int64_t c = 0;
-  for (; c + 2 * kPair <= width; c += 2 * kPair) pair(c, 0), pair(c + kPair, 1);
-  if (c + kPair <= width) pair(c, 0), c += kPair;
+  for (; c + 2 * kPairLanes <= width; c += 2 * kPairLanes) pair(c, 0), pair(c + kPairLanes, 1);
+  if (c + kPairLanes <= width) pair(c, 0), c += kPairLanes;
   for_lanes(width - c, [&](int64_t at, int64_t n) { some(c + at, n); });
 }
 
