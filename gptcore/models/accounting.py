@@ -51,6 +51,7 @@ def parameter_counts(config: GPTConfig) -> ParameterCounts:
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     spec = config.attention
     attention = c * (q + 2 * kv) + q * c + spec.qkv_bias * (q + 2 * kv) + spec.out_bias * c
+    attention += spec.sinks * config.num_heads
     up = 2 * f if config.mlp.gated else f
     mlp = c * up + f * c + config.mlp.bias * (up + c)
     projected = config.table_width != c

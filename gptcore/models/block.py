@@ -36,13 +36,15 @@ class KeyValueCache(Protocol):
 class Context(NamedTuple):
     """What every layer of one forward shares.
 
-    ``positions`` is the number of tokens before the first, or (N,) int32 places inside packed documents.
+    ``positions`` is the number of tokens before the first, or (N,) int32 places inside packed documents;
+    ``seed`` (1,) int64 what attention drops, where it does.
     """
 
     cu_seqlens: Tensor | None = None
     positions: int | Tensor = 0
     cache: KeyValueCache | None = None
     rotary: RotaryTables | None = None
+    seed: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -57,12 +59,14 @@ class Attention(nn.Module):
         self.window_size = config.window_size(layer)
         self.softmax_scale = spec.softmax_scale or self.head_dim**-0.5
         self.soft_cap = spec.soft_cap
+        self.dropout = spec.dropout
         self.interleaved = config.position.interleaved
         self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, spec.qkv_bias)
         self.out = Linear(self.heads * self.head_dim, config.width, spec.out_bias)
         normed = spec.qk_norm != "none"
         self.q_norm = Norm(config.norm, self.head_dim, spec.qk_norm) if normed else None
         self.k_norm = Norm(config.norm, self.head_dim, spec.qk_norm) if normed else None
+        self.sinks = nn.Parameter(torch.empty(self.heads)) if spec.sinks else None
         self.slopes = alibi_slopes(self.heads) if config.position.kind == "alibi" else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -94,10 +98,15 @@ class Attention(nn.Module):
     def _options(self, x: Tensor, context: Context) -> dict[str, Any]:
         # Slopes stay f32 whatever the parameters are cast to, so they are no buffer.
         slopes = None if self.slopes is None else torch.tensor(self.slopes, device=x.device)
-        return {
+        options = {
             "causal": self.causal, "window_size": self.window_size, "softmax_scale": self.softmax_scale,
             "soft_cap": self.soft_cap, "alibi_slopes": slopes, "cu_seqlens_q": context.cu_seqlens,
         }  # fmt: skip
+        if self.sinks is not None:
+            options["sinks"] = self.sinks.float()
+        if context.seed is not None:
+            options |= {"dropout_p": self.dropout, "seed": context.seed, "offset": self.layer}
+        return options
 
 
 class Mlp(nn.Module):

@@ -28,8 +28,9 @@ class AttentionSpec(Spec):
 
     ``pattern`` is repeated over the layers; a ``banded`` layer sees ``window`` tokens, the query's own
     included (and as many after it where ``causal`` is false). ``softmax_scale`` None is D**-0.5. A scaled score s
-    becomes soft_cap * tanh(s / soft_cap). ``dropout``, ``sinks``, ``relative_bias`` and ``cross_attention``
-    are part of the format, but ``GPT`` refuses them so far.
+    becomes soft_cap * tanh(s / soft_cap). ``dropout`` acts on the probabilities, in training. ``sinks`` gives each
+    head a learned score that joins the softmax and leads to no value (Xiao et al. 2023). ``relative_bias`` and
+    ``cross_attention`` are part of the format, but ``GPT`` refuses them so far.
     """
 
     section: ClassVar[str] = "model.attention"

@@ -153,10 +153,17 @@ class GPT(nn.Module):
             tokens = tokens.reshape(-1)
             positions = document_positions(cu_seqlens, tokens.shape[0])
         x, delta = self._embed(tokens, positions, table)
-        x = self.stack(x, delta, Context(cu_seqlens, positions, cache, self.rotary), last_only=last_only)
+        context = Context(cu_seqlens, positions, cache, self.rotary, self._attention_seed(tokens.device))
+        x = self.stack(x, delta, context, last_only=last_only)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x
+
+    def _attention_seed(self, device: torch.device) -> Tensor | None:
+        """One draw for all layers of this forward, from torch's generator like every other dropout."""
+        if not (self.training and self.config.attention.dropout):
+            return None
+        return torch.randint(2**63 - 1, (1,), device=device)
 
     def _tied_table(self) -> TiedTable | None:
         """For a pass that ends in the loss of a tied head: see ``gptcore.models.tied``."""
@@ -287,8 +294,6 @@ def refuse_unimplemented(config: GPTConfig) -> None:
     """Raises ``UserError`` for what the configuration can say but no forward path computes yet."""
     spec = config.attention
     foreseen = {
-        "model.attention.dropout": spec.dropout > 0.0,
-        "model.attention.sinks": spec.sinks,
         "model.attention.relative_bias": spec.relative_bias,
         "model.attention.cross_attention": spec.cross_attention,
     }

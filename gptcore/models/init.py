@@ -12,7 +12,7 @@
 | deepnet | Xavier, see below      | Xavier                   | N(0, 0.02)       | Wang et al. 2022      |
 
 Xavier-normal deviations are scaled by (2L)**-0.5 (glm) or (8L)**-0.25 (deepnet) on value, output and
-feed-forward projections, and not on query and key. Biases are 0, gains 1. Values are drawn in f32 from one
+feed-forward projections, and not on query and key. Biases and sinks are 0, gains 1. Values are drawn in f32 from one
 CPU generator in the order of the parameters and then rounded, so that a seed means the same model in every
 dtype, on every device and with every number of threads.
 """
@@ -59,9 +59,9 @@ def initialise(model: nn.Module, config: GPTConfig, seed: int) -> None:
         for module in model.modules():
             if isinstance(module, Norm):
                 module.weight.fill_(0.0 if module.zero_centred else 1.0)
-            bias = getattr(module, "bias", None)
-            if isinstance(bias, Tensor):
-                bias.zero_()
+            for name in ("bias", "sinks"):
+                if isinstance(vector := getattr(module, name, None), Tensor):
+                    vector.zero_()
             for part in _parts(module):
                 _fill(part.rows, deviation(config, part.role, part.rows), generator)
 

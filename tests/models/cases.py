@@ -67,6 +67,7 @@ CASES: dict[str, GPTConfig] = {
             "norm": {"placement": "post"}, "mlp": {"activation": "silu"}, "embedding_norm": True,
         },
     ),
+    "sinks": _shrunk("gpt2", {"attention": {"sinks": True, "pattern": ["banded", "dense"], "window": 4}}),
     "zero-centred": _shrunk("gpt2", {"norm": {"zero_centred": True}}),
     "no-positions": _shrunk("gpt2", {"position": {"kind": "none"}, "mlp": {"bias": False}}),
     "alibi-gqa-banded": _shrunk(

@@ -107,7 +107,11 @@ def attention(
             score = spec.soft_cap * torch.tanh(score / spec.soft_cap)
         if config.position.kind == "alibi":
             score = score - slope(i, h) * distance.abs().to(x.dtype)
-        heads.append(score.masked_fill(~allowed, -math.inf).softmax(-1) @ v[:, :, j])
+        score = score.masked_fill(~allowed, -math.inf)
+        if spec.sinks:
+            sink = w[f"{name}.sinks"][i].expand(*score.shape[:2], 1)
+            score = torch.cat([score, sink], -1)
+        heads.append(score.softmax(-1)[..., :t] @ v[:, :, j])
     return affine(w, f"{name}.out", torch.cat(heads, -1))
 
 

@@ -256,11 +256,30 @@ def test_dropout_acts_in_training_only():
         assert _error(model.eval()(tokens), plain(tokens).double()) < 1e-6
 
 
+def test_attention_dropout_draws_from_the_generator_and_differs_by_layer():
+    config = CASES["gpt2"].merged({"attention": {"dropout": 0.5}})
+    model, plain = GPT(config, seed=1), GPT(CASES["gpt2"], seed=1)
+    tokens, targets = tokens_of(config)
+    torch.manual_seed(0)
+    first = model(tokens, targets).loss
+    assert not torch.equal(first, model(tokens, targets).loss)
+    torch.manual_seed(0)
+    assert torch.equal(first, model(tokens, targets).loss)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens), plain.eval()(tokens))
+    model.train()
+    dropped = []
+    for block in model.stack.blocks:
+        block.attention.register_forward_pre_hook(
+            lambda module, args: dropped.append((module._options(args[0], args[1])["offset"], args[1].seed))
+        )
+    model(tokens)
+    assert [offset for offset, _ in dropped] == [0, 1, 2] and len({int(seed) for _, seed in dropped}) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"dropout": 0.1}, "dropout"),
-        ({"sinks": True}, "sinks"),
         ({"relative_bias": True}, "relative_bias"),
         ({"cross_attention": True}, "cross_attention"),
     ],
