@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptcore.ops.linear_cross_entropy import (
     LinearCrossEntropyOptions,
@@ -106,6 +108,31 @@ Modifiers = Callable[[int, int], dict[str, Any]]
 def test_matches_float64_on_every_isa(isa: str, dtype: torch.dtype, modifiers: Modifiers) -> None:
     for shape in SHAPES:
         check(*inputs(*shape, dtype), **modifiers(shape[0], shape[2]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70), width=st.integers(1, 70), classes=st.integers(1, 600), dtype=st.sampled_from(DTYPES),
+    weighted=st.booleans(), classed=st.booleans(), bias=st.sampled_from([None, *DTYPES]), seed=st.integers(0, 2**16),
+    cap=st.sampled_from([None, 3.0, 30.0]), scale=st.sampled_from([1.0, 0.5]), smoothing=st.sampled_from([0.0, 0.2]),
+    reduction=st.sampled_from(["mean", "sum", "none"]), observed=st.booleans(),
+)  # fmt: skip
+def test_any_combination(
+    rows, width, classes, dtype, weighted, classed, bias, seed, cap, scale, smoothing, reduction, observed
+) -> None:
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"logit_scale": scale, "label_smoothing": smoothing, "reduction": reduction}
+    if weighted:
+        options["token_weight"] = torch.rand(rows) + 0.5 if reduction == "mean" else torch.randn(rows)
+    if classed:
+        options["class_weight"] = torch.rand(classes) + 0.1
+    if bias is not None:
+        options["bias"] = torch.randn(classes).to(bias)
+    if cap is not None:
+        options["logit_soft_cap"] = cap
+    if observed:
+        options |= {"return_entropy": True, "return_predicted": True, "z_loss": 1e-2}
+    check(*inputs(rows, width, classes, dtype), **options)
 
 
 @pytest.mark.parametrize("modifiers", MODIFIERS)
