@@ -51,6 +51,23 @@ py::object layer_norm_eager_backward(PyObject* const* arguments) {
   return py::make_tuple(dx.tensor(), dweight.tensor(), dbias.tensor(), py::none(), py::none());
 }
 
+// (x, weight, bias, eps, weight_offset, out)
+py::object layer_norm_plain(PyObject* const* arguments) {
+  PyObject *const x_object = arguments[0], *const out = arguments[5];
+  const bool fresh = out == Py_None;
+  if (!gptcore::bindings::is_plain(x_object)) return py::none();
+  if (!fresh && gptcore::bindings::wants_grad(x_object, arguments[1], arguments[2])) return py::none();
+  const Operand x = gptcore::bindings::operand(x_object), weight = gptcore::bindings::operand(arguments[1]),
+                bias = gptcore::bindings::operand(arguments[2]),
+                y = fresh ? x.empty_like() : gptcore::bindings::operand(out);
+  const float eps = py::cast<float>(arguments[3]), offset = py::cast<float>(arguments[4]);
+  {
+    const py::gil_scoped_release_simple release;
+    gptcore::layer_norm_forward(x.view(), {}, weight.view(), bias.view(), eps, offset, y.view(), {}, {});
+  }
+  return y.tensor();
+}
+
 }  // namespace
 
 void register_layer_norm(py::module_& m) {
@@ -62,6 +79,13 @@ void register_layer_norm(py::module_& m) {
         py::arg("h"), py::arg("weight"), py::arg("weight_offset"), py::arg("stats"), py::arg("dx"),
         py::arg("dweight"), py::arg("dbias"), py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of layer_norm_forward, overwritten.");
+  gptcore::bindings::define<layer_norm_plain, 6>(
+      m, "layer_norm_plain",
+      "layer_norm_plain(x: object, weight: object, bias: object, eps: float, weight_offset: float, "
+      "out: object) -> object\n\n"
+      "layer_norm of a torch tensor, into out or, for None, a fresh tensor; None, with nothing done, where x "
+      "has "
+      "to be copied first, comes from elsewhere, or a gradient is wanted beside out.");
   gptcore::bindings::define_hooks<layer_norm_eager_forward, 5, layer_norm_eager_backward>(
       m, "layer_norm", "x: object, weight: object, bias: object, eps: float, weight_offset: float",
       "grad_y: object");

@@ -164,6 +164,32 @@ inline Operand as_rows(py::handle tensor) {
   return !kept.view() || rows_at_one_stride(kept.view()) ? std::move(kept) : made_contiguous(tensor);
 }
 
+// Whether a torch tensor may be read in place, row by row: the plain case that native paths take, where Python
+// would spend more on asking than a small kernel on working. Other frameworks and layouts are Python's.
+inline bool is_plain(py::handle tensor) {
+  const dlpack::ExchangeApi* api = exchange_api_of(Py_TYPE(tensor.ptr()));
+  dlpack::Tensor fields;
+  if (!api) return false;
+  if (api->tensor_from_py_object(tensor.ptr(), &fields) != 0) {  // sparse, say: Python says why
+    PyErr_Clear();
+    return false;
+  }
+  TensorView view;
+  view_dlpack(fields, false, tensor, &view);
+  return rows_at_one_stride(view);
+}
+
+// Whether torch would record an operation on one of these tensors, or None.
+template <class... Tensors>
+bool wants_grad(Tensors... tensors) {
+  static PyObject* const name = interned("requires_grad");
+  static PyObject* const is_grad_enabled = imported("torch", "is_grad_enabled");
+  const auto requires_grad = [](PyObject* tensor) {
+    return tensor != Py_None && attribute_or_none(tensor, name).ptr() == Py_True;
+  };
+  return (requires_grad(tensors) || ...) && checked(PyObject_CallNoArgs(is_grad_enabled)).ptr() == Py_True;
+}
+
 // --- ctx -----------------------------------------------------------------------------------------------------
 
 // As ctx.save_for_backward does, a Python function.

@@ -276,10 +276,15 @@ class GPT(nn.Module):
 class _ShrinkGradient(torch.autograd.Function):
     """alpha * x + (1 - alpha) * stop_gradient(x): x itself, with alpha of its gradient (GLM-130B)."""
 
+    generate_vmap_rule = True  # with setup_context what torch.func asks for
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: float) -> Tensor:
-        ctx.alpha = alpha
+    def forward(x: Tensor, alpha: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.alpha = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

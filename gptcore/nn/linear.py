@@ -10,7 +10,8 @@ Plain large products go to torch. These don't:
 * up to 64 rows without gradients (decoding): ``ops.matmul`` gives a row the same bits in every batch.
 
 ``GPTCORE_FIXED_ORDER=0`` in the environment leaves training's products to the library, whatever its bits.
-Under torch.compile, autocast and on other devices or dtypes it is ``torch.nn.functional.linear``.
+Under torch.compile, torch.func's transforms, autocast and on other devices or dtypes it is
+``torch.nn.functional.linear``.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1:] == weight.shape[1:]
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func
     )
 
 

@@ -43,6 +43,10 @@ def layer_norm(
             y = _layer_norm(x, weight, bias, eps, weight_offset)
             return y[0] if type(y) is tuple else y
         return _add_layer_norm(x, residual, weight, bias, eps, weight_offset)[:2]
+    if residual is None:
+        plain = backend.extension().layer_norm_plain(x, weight, bias, eps, weight_offset, out)
+        if plain is not None:
+            return plain
     refuse_out_with_grad("layer_norm", x, residual, weight, bias)
     y, h, _ = _run(x, residual, weight, bias, eps, weight_offset, None, out)
     return y if residual is None else (y, h)
@@ -144,7 +148,8 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float = 
 
 
 def _inference(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float = 0.0) -> Any:
-    return _run(x, None, weight, bias, eps, weight_offset, None)[0]
+    plain = backend.extension().layer_norm_plain(x, weight, bias, eps, weight_offset, None)
+    return _run(x, None, weight, bias, eps, weight_offset, None)[0] if plain is None else plain
 
 
 def _fake(x: Any, weight: Any, bias: Any, eps: float, weight_offset: float = 0.0) -> tuple[Any, ...]:

@@ -6,7 +6,8 @@ A kernel call has three routes, the cheapest that is right:
 - eager with gradients: one ``autograd.Function`` around it;
 - under torch.compile, FakeTensor, functorch or any dispatch mode: the op ``torch.ops.gptcore.<name>``, which
   is functional, has a fake implementation and an autograd formula, and is registered when gptcore.ops is
-  imported after torch, else with the first eager call.
+  imported after torch, else with the first eager call. torch.func's differentiation goes through an
+  ``autograd.Function`` around that op.
 
 All three share the same forward and backward functions.
 """
@@ -126,7 +127,30 @@ class TorchOp:
         self.overload = getattr(_torch.ops.gptcore, self.name).default
         # The C function behind Function.apply, whose Python half (2 us) only looks for functorch, as the router has.
         apply = super(_torch.autograd.Function, self._autograd_function()).apply  # type: ignore[misc]
-        self.route = _router(self.inference, apply, self.overload, self.name)
+        self.route = _router(self.inference, apply, self._dispatched, self.name)
+
+    def _dispatched(self, *inputs: Any) -> Any:
+        """Under a mode or a transform: the registered op, but by a Function of ours where torch.func differentiates,
+        which the one that torch generates for an op refuses (it has no ``setup_context``)."""
+        functorch = _torch._C._functorch
+        interpreter = functorch.peek_interpreter_stack()
+        if interpreter is None or interpreter.key() != functorch.TransformType.Grad:
+            return self.overload(*inputs)
+        return self._transformed.apply(*inputs)
+
+    @functools.cached_property
+    def _transformed(self) -> Any:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if self.setup_context is not None:
+                self.setup_context(ctx, inputs, output)
+
+        methods = {
+            "forward": staticmethod(lambda *inputs: self.overload(*inputs)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(self.backward),
+            "generate_vmap_rule": True,  # gradients for each sample
+        }
+        return type(f"gptcore_{self.name}_transformed", (_torch.autograd.Function,), methods)
 
     def _register_and_call(self, *inputs: Any) -> Any:
         if not any(map(is_torch, inputs)):
@@ -203,6 +227,8 @@ def refuse_out_with_grad(op: str, *tensors: Any) -> None:
     Raises:
         RuntimeError: gradients are enabled and a tensor among ``tensors`` requires one.
     """
+    if not any(getattr(x, "requires_grad", False) for x in tensors):  # the cheapest question first
+        return
     torch = sys.modules.get("torch")
     if torch is None or not torch.is_grad_enabled():
         return
