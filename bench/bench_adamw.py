@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,17 @@ def gpt2_shapes() -> list[tuple[int, ...]]:
 def parameters(shapes: Sequence[tuple[int, ...]]) -> int:
     """Elements of all tensors."""
     return sum(math.prod(shape) for shape in shapes)
+
+
+@functools.lru_cache(maxsize=3)
+def drawn(shapes: tuple[tuple[int, ...], ...], dtype: str) -> tuple[list, list]:
+    """Parameters in f32 and gradients in ``dtype``: one set for all optimizers, which clone what they write to.
+
+    Drawing those of GPT-2 takes as long as measuring it. Three are kept: the large one and the small ones between.
+    """
+    target = Target(dtype)
+    grads = [target.randn(*shape, scale=1e-3) for shape in shapes]
+    return [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes], grads
 
 
 def streams(count: int, element: int, state: int, *, norm: bool = True) -> tuple[tuple[str, float], ...]:
@@ -62,9 +74,7 @@ def _setup(
         from gptcore.ops.adamw import adamw_, split_master
 
         low = target.dtype != "float32"
-        grads = [target.randn(*shape, scale=1e-3) for shape in shapes]
-        start = [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes]
-
+        start, grads = drawn(tuple(shapes), target.dtype)
         mine = [p.clone() for p in start]
         copies = [p.bfloat16() for p in start] if low and not split else None
         lows = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from bench.bench_adamw import BETAS, EPS, LR, MAX_NORM, WEIGHT_DECAY, gpt2_shapes
+from bench.bench_adamw import BETAS, EPS, LR, MAX_NORM, WEIGHT_DECAY, drawn, gpt2_shapes
 from bench.case import Callables, Case, Cost, Target
 
 Shapes = Sequence[tuple[int, ...]]
@@ -22,14 +22,13 @@ def _setup(shapes: Shapes, clip: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
 
-        start = [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes]
-        grads = [target.randn(*shape, dtype="float32", scale=1e-3) for shape in shapes]
+        start, grads = drawn(tuple(shapes), "float32")
         params = [torch.nn.Parameter(p.clone()) for p in start]
         optimizer = torch.optim.AdamW(
             params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
         )
         for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
+            p.grad = grad.clone()  # the clip scales it in place
 
         def theirs() -> list[torch.Tensor]:
             if clip:

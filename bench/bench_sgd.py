@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.bench_adamw import gpt2_shapes, parameters, streams
+from bench.bench_adamw import drawn, gpt2_shapes, parameters, streams
 from bench.case import Callables, Case, Cost, Target
 
 LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.1, 1.0
@@ -25,8 +25,7 @@ def _setup(
         from gptcore.ops.sgd import sgd_
 
         low = target.dtype != "float32"
-        grads = [target.randn(*shape, scale=1e-3) for shape in shapes]
-        start = [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes]
+        start, grads = drawn(tuple(shapes), target.dtype)
         mine = [p.clone() for p in start]
         copies = [p.bfloat16() for p in start] if low else None
         buffers = [torch.zeros_like(p) for p in start] if form.get("momentum") else None
