@@ -28,6 +28,8 @@ class ForwardTask {
   static constexpr int kScoreRow =
       kKeys + 16;  // not a power of two, so that rows fall into different cache sets
   static constexpr int kPer = Units::kPerUnit;
+  // Blocks begin at multiples of it: what dropout draws at a time for a vector of words, and steps of keys.
+  static constexpr int kAlign = 32;
 
   ForwardTask(const AttentionProblem& p, const Sequence& s, Range blocks)
       : p_(p),
@@ -39,48 +41,40 @@ class ForwardTask {
         width_(round_up(p.head_dim, kLanes)),
         keys_(s.keys_of_rows(blocks.begin * kRows, last_row())),
         resident_(blocks.end - blocks.begin > 1),
-        key_units_(kKeys * depth_),
-        value_units_(kKeys / kPer * width_),
+        origin_(round_down(keys_.begin, kAlign)),
+        room_(keys_.empty() ? 0
+              : resident_   ? round_up(keys_.end - origin_, kAlign)
+                            : kKeys),
         scratch_(bytes()) {
-    first_block_ = keys_.begin / kKeys;
-    packed_ = scratch_.template as<Unit>();
-    queries_ = packed_ + packed_blocks() * (key_units_ + value_units_);
+    packed_keys_ = scratch_.template as<Unit>();
+    packed_values_ = packed_keys_ + room_ * depth_;
+    queries_ = packed_values_ + room_ / kPer * width_;
     scores_ = reinterpret_cast<float*>(queries_ + kRows * depth_);
     sums_ = scores_ + kRows * kScoreRow;
   }
 
   void run() {
-    if (resident_) {
-      for (int64_t block = 0; block < packed_blocks(); ++block) pack_keys(first_block_ + block);
-    }
+    if (resident_) pack_keys(origin_, keys_.end - origin_);
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) row_block(block * kRows);
   }
 
  private:
   int64_t last_row() const { return at_most(blocks_.end * kRows, s_.rows()); }
 
-  int64_t packed_blocks() const {
-    if (keys_.empty()) return 0;
-    return resident_ ? (keys_.end + kKeys - 1) / kKeys - keys_.begin / kKeys : 1;
-  }
-
   size_t bytes() const {
-    const int64_t units =
-        packed_blocks() * (key_units_ + value_units_) + kRows * (depth_ + kScoreRow + width_);
+    const int64_t units = room_ * depth_ + room_ / kPer * width_ + kRows * (depth_ + kScoreRow + width_);
     return static_cast<size_t>(units) * sizeof(Unit);
   }
 
-  Unit* packed_keys(int64_t block) const {
-    return packed_ + (resident_ ? block - first_block_ : 0) * (key_units_ + value_units_);
-  }
-
-  void pack_keys(int64_t block) {
-    const int64_t first = block * kKeys, count = at_most(s_.keys - first, kKeys);
+  // From key `first` on, which becomes the origin; none where the task sees none.
+  void pack_keys(int64_t first, int64_t count) {
+    if (keys_.empty()) return;
+    origin_ = first;
     const int64_t padded = round_up(count, Engine::kKeyStep);
-    Unit* out = packed_keys(block);
-    pack_columns<Units, T>(KeyRows<const T>(p_.k, s_), first, count, padded, p_.head_dim, depth_, out);
-    pack_pairs<Units, T>(KeyRows<const T>(p_.v, s_), first, count, padded / kPer, kKeys / kPer * kLanes,
-                         p_.head_dim, out + key_units_);
+    pack_columns<Units, T>(KeyRows<const T>(p_.k, s_), first, count, padded, p_.head_dim, depth_,
+                           packed_keys_);
+    pack_pairs<Units, T>(KeyRows<const T>(p_.v, s_), first, count, padded / kPer, room_ / kPer * kLanes,
+                         p_.head_dim, packed_values_);
   }
 
   void row_block(int64_t first) {
@@ -96,13 +90,12 @@ class ForwardTask {
       pack_rows<Units, T>(QueryRows<const T>(p_.q, s_), first, count, padded, p_.head_dim, depth_,
                           p_.scale < 0, queries_);
       const float scale = p_.modified ? 1 : (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
-      for (int64_t block = keys.begin / kKeys; block * kKeys < keys.end; ++block) {
-        const int64_t base = block * kKeys;
-        const Range width{round_down(at_least(keys.begin - base, 0), Engine::kKeyStep),
-                          round_up(at_most(keys.end - base, kKeys), Engine::kKeyStep)};
-        const Range columns = find_runs(first, count, base, width);
+      // Blocks begin at the first key that the rows see: a window then meets as few as can be.
+      for (int64_t base = round_down(keys.begin, kAlign); base < keys.end; base += kKeys) {
+        const int64_t width = at_most(keys.end - base, kKeys);
+        const Range columns = find_runs(first, count, base, round_up(width, Engine::kKeyStep));
         if (columns.empty()) continue;
-        if (!resident_) pack_keys(block);
+        if (!resident_) pack_keys(base, width);
         key_block(first, count, base, columns, scale, any);
         any = true;
       }
@@ -126,18 +119,18 @@ class ForwardTask {
     int64_t key, column, count;
   };
 
-  // Splits the keys `width` of a block into runs that some row sees, and returns their columns. Without a pattern
-  // one run stands in its own place; with one, runs close up.
-  Range find_runs(int64_t first, int64_t count, int64_t base, Range width) {
+  // Splits the first `width` keys of a block into runs that some row sees, and returns their columns. Without a
+  // pattern one run stands in its own place; with one, runs close up.
+  Range find_runs(int64_t first, int64_t count, int64_t base, int64_t width) {
     if (!pattern_.active()) {
-      run_count_ = 1, runs_[0] = {width.begin, width.begin, width.end - width.begin};
-      return width;
+      run_count_ = 1, runs_[0] = {0, 0, width};
+      return {0, width};
     }
     Range columns{0, 0};
     run_count_ = 0;
-    for (int64_t key = round_down(width.begin, kPatternStep); key < width.end; key += kPatternStep) {
+    for (int64_t key = 0; key < width; key += kPatternStep) {
       if (!pattern_.any(first, first + count, base + key, base + key + kPatternStep)) continue;
-      const int64_t keys = at_most(width.end - key, kPatternStep);
+      const int64_t keys = at_most(width - key, kPatternStep);
       if (run_count_ > 0 && runs_[run_count_ - 1].key + runs_[run_count_ - 1].count == key) {
         runs_[run_count_ - 1].count += keys;
       } else {
@@ -150,7 +143,8 @@ class ForwardTask {
 
   void key_block(int64_t first, int64_t count, int64_t base, Range columns, float scale, bool any) {
     const int64_t padded = round_up(count, Engine::kRowStep);
-    const Unit *keys = packed_keys(base / kKeys), *values = keys + key_units_;
+    const Unit* keys = packed_keys_ + (base - origin_) * depth_;
+    const Unit* values = packed_values_ + (base - origin_) / kPer * kLanes;
     for (int i = 0; i < run_count_; ++i) {
       Engine::product(queries_, depth_, {keys + runs_[i].key * depth_, kLanes, kLanes * depth_},
                       scores_ + runs_[i].column, kScoreRow, padded, runs_[i].count, depth_, false);
@@ -166,11 +160,11 @@ class ForwardTask {
       }
       softmax_row<Engine>(state_, r, row, visible, columns, pattern_.active() ? 1 : scale, sums_ + r * width_,
                           any ? width_ : 0);
+      if (dropout_.active() && (r % 2 == 1 || r + 1 == count)) drop(first, round_down(r, 2), r, base);
     }
-    if (dropout_.active()) drop(first, count, base);
     for (int i = 0; i < run_count_; ++i) {
       Engine::product(reinterpret_cast<const Unit*>(scores_) + runs_[i].column / kPer, kScoreRow,
-                      {values + runs_[i].key / kPer * kLanes, kLanes, kKeys / kPer * kLanes}, sums_, width_,
+                      {values + runs_[i].key / kPer * kLanes, kLanes, room_ / kPer * kLanes}, sums_, width_,
                       padded, width_, runs_[i].count / kPer, any || i > 0);
     }
   }
@@ -191,18 +185,15 @@ class ForwardTask {
     return hull;
   }
 
-  // Rows two by two: what both see is nearly the same.
-  void drop(int64_t first, int64_t count, int64_t base) {
-    for (int64_t r = 0; r < count; r += 2) {
-      const int64_t next = at_most(r + 1, count - 1);
-      for (int i = 0; i < run_count_; ++i) {
-        const int64_t begin = base + runs_[i].key, shift = begin - runs_[i].column;
-        const Range keys{at_least(round_down(seen_[r].begin, Engine::kKeyStep), begin),
-                         at_most(round_up(seen_[next].end, Engine::kKeyStep), begin + runs_[i].count)};
-        if (keys.empty()) continue;
-        dropout_.drop(first + r, first + next, keys, shift, reinterpret_cast<Score*>(scores_ + r * kScoreRow),
-                      reinterpret_cast<Score*>(scores_ + next * kScoreRow));
-      }
+  // Two rows while their probabilities are in the first-level cache; what both see is nearly the same.
+  void drop(int64_t first, int64_t r, int64_t next, int64_t base) {
+    for (int i = 0; i < run_count_; ++i) {
+      const int64_t begin = base + runs_[i].key, shift = begin - runs_[i].column;
+      const Range keys{at_least(round_down(seen_[r].begin, Engine::kKeyStep), begin),
+                       at_most(round_up(seen_[next].end, Engine::kKeyStep), begin + runs_[i].count)};
+      if (keys.empty()) continue;
+      dropout_.drop(first + r, first + next, keys, shift, reinterpret_cast<Score*>(scores_ + r * kScoreRow),
+                    reinterpret_cast<Score*>(scores_ + next * kScoreRow));
     }
   }
 
@@ -230,11 +221,11 @@ class ForwardTask {
   const Range blocks_;
   const int64_t depth_, width_;  // head size in units, and in values, padded
   const Range keys_;
-  const bool resident_;  // all key blocks stay packed; else one at a time
-  const int64_t key_units_, value_units_;
+  const bool resident_;  // all keys stay packed; else a block at a time
+  int64_t origin_;       // the first packed key
+  const int64_t room_;   // for so many keys
   Scratch scratch_;
-  int64_t first_block_;
-  Unit *packed_, *queries_;
+  Unit *packed_keys_, *packed_values_, *queries_;
   float *scores_, *sums_;
   Range seen_[kRows];
   Run runs_[kKeys / kPatternStep / 2 + 1];
