@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, compiled, with_gradient
+from bench.case import PLAIN, Callables, Case, Cost, Target, compiled, with_gradient
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ class Shape:
     @property
     def kv_heads(self) -> int:
         return self.Hkv or self.H
+
+    @property
+    def plain(self) -> Shape:
+        """The same without what changes or hides scores; packed documents as a batch."""
+        length = self.T // self.documents
+        return Shape(self.B * self.documents, length, self.H, self.D, self.Hkv, self.S, self.causal)
 
     @property
     def label(self) -> str:
@@ -231,6 +237,15 @@ def _ours(shape: Shape, device: str) -> Callable[..., Any]:
     return packed
 
 
+def _plainly(shape: Shape, device: str) -> Callable[..., Any]:
+    plain = _ours(shape.plain, device)
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return plain(*(x.reshape(-1, shape.plain.T, *x.shape[2:]) for x in (q, k, v))).view(q.shape)
+
+    return call
+
+
 def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         inputs = _inputs(shape, target, grad=backward)
@@ -240,6 +255,8 @@ def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
             "torch_eager": sdpa,
             "torch_compiled": compiled(sdpa),
         }
+        if shape != shape.plain:
+            functions[PLAIN] = _plainly(shape, target.device)
         if shape.documents > 1:
             functions["torch_per_document_eager"] = _per_document(shape)
         if not backward and shape.keys == shape.T and not target.quick and not shape.dropout:

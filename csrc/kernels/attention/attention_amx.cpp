@@ -1,4 +1,5 @@
 #include "kernels/attention/backward.h"
+#include "kernels/attention/decode_amx.h"
 #include "kernels/attention/engine.h"
 #include "kernels/attention/forward.h"
 #include "kernels/attention/tile_product.h"
@@ -12,6 +13,7 @@ namespace {
 // the second-level cache; a row of them is in the first while its softmax runs.
 struct TileEngine : PairEngine {
   using Scope = TileScope;
+  using Decode = TileDecodeTask<PairEngine>;
   static constexpr int kRowStep = 16;
   static constexpr int kForwardRows = 64, kForwardKeys = 512;
   static constexpr int kBackwardRows = 128, kBackwardKeys = 128;

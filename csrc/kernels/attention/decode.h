@@ -27,6 +27,10 @@ struct DecodeEngine {
 template <class T>
 class DecodeTask {
  public:
+  // Nothing to set up on a thread.
+  struct Scope {
+    explicit Scope(int64_t) {}
+  };
   static constexpr int kMaxRows = 4;
   static constexpr int kKeys =
       64;  // keys and values of a block stay in cache for all rows and neighbouring heads
@@ -137,7 +141,7 @@ class DecodeTask {
   RowStates<kLanes> state_;
 };
 
-template <class T>
+template <class Task>
 void decode(const AttentionProblem& p) {
   // Two tasks a thread; a row's bits do not depend on the split.
   const int64_t wanted = 2 * num_threads();
@@ -146,13 +150,14 @@ void decode(const AttentionProblem& p) {
     const int64_t index = task / parts, part = task % parts;
     const int64_t first = p.kv_heads * part / parts, heads = p.kv_heads * (part + 1) / parts - first;
     const FlushDenormals flush(p.modified);
-    const Scratch scratch(static_cast<size_t>(heads) * sizeof(DecodeTask<T>));
-    DecodeTask<T>* tasks = scratch.as<DecodeTask<T>>();
+    const Scratch scratch(static_cast<size_t>(heads) * sizeof(Task));
+    Task* tasks = scratch.as<Task>();
     for (int64_t h = 0; h < heads; ++h) tasks[h].begin(p, sequence_of(p, index, first + h));
     const Sequence s = sequence_of(p, index, first);
+    [[maybe_unused]] const typename Task::Scope scope(at_least(s.rows(), 1));
     const Range keys = s.rows() ? s.keys_of_rows(0, s.rows()) : Range{0, 0};
-    for (int64_t base = keys.begin; base < keys.end; base += DecodeTask<T>::kKeys) {
-      const int64_t count = at_most(keys.end - base, DecodeTask<T>::kKeys);
+    for (int64_t base = keys.begin; base < keys.end; base += Task::kKeys) {
+      const int64_t count = at_most(keys.end - base, Task::kKeys);
       for (int64_t h = 0; h < heads; ++h) tasks[h].keys(base, count);
     }
     for (int64_t h = 0; h < heads; ++h) tasks[h].write();

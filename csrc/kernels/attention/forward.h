@@ -237,8 +237,10 @@ template <class Engine, class T>
 void forward(const AttentionProblem& p) {
   const int64_t units = p.batch * p.kv_heads;
   if (p.queries * (p.heads / p.kv_heads) <= DecodeTask<T>::kMaxRows && p.keep == kKeepAll && p.stride == 0) {
-    decode<T>(p);
-    return;
+    if constexpr (requires { typename Engine::Decode; }) {
+      if (Engine::Decode::serves(p)) return decode<typename Engine::Decode>(p);
+    }
+    return decode<DecodeTask<T>>(p);
   }
   const int64_t row_blocks =
       (p.queries * (p.heads / p.kv_heads) + Engine::kForwardRows - 1) / Engine::kForwardRows;

@@ -1,0 +1,171 @@
+// decode.h's task for bf16 on AMX tiles, for head sizes of whole tiles. Arithmetic then is so little that memory is
+// all that counts: keys are the left operand where they lie, 16 of them by 32 of their depth to a tile, and give
+// scores of all rows; values are joined in pairs of keys on their way to tiles. While a block is at work, the next
+// one's lines are asked for, so that the memory never waits.
+#pragma once
+
+#include "core/amx.h"
+#include "kernels/attention/decode.h"
+
+namespace gptcore {
+namespace GPTCORE_ISA_NS {
+namespace {
+
+// Tiles 0-3 hold sums of values and 4 probabilities, as many rows as there are queries; 5 is the right operand,
+// 6 keys, 7 their scores.
+struct DecodeTiles {
+  explicit DecodeTiles(int64_t rows) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+      config.row_bytes[tile] = 64;
+      config.rows[tile] = tile < 5 ? static_cast<uint8_t>(rows) : kTileRows;
+    }
+    __asm__ volatile("" : : "r"(&config) : "memory");  // see tile_fence
+    _tile_loadconfig(&config);
+  }
+  ~DecodeTiles() { release_tiles(); }
+};
+
+template <class Engine>
+class TileDecodeTask {
+ public:
+  using Scope = DecodeTiles;
+  static constexpr int kMaxRows = 4, kKeys = 64, kMaxWidth = 256;
+
+  static bool serves(const AttentionProblem& p) { return p.head_dim % kTileDepth == 0; }
+
+  void begin(const AttentionProblem& p, const Sequence& s) {
+    p_ = p, s_ = s, k_ = KeyRows<const bf16>(p.k, s), v_ = KeyRows<const bf16>(p.v, s);
+    const int64_t rows = s_.rows();
+    const QueryRows<const bf16> q(p_.q, s_);
+    __builtin_memset(query_, 0, sizeof(query_));
+    __builtin_memset(sum_, 0, sizeof(sum_));
+    const uint16_t sign = p_.scale < 0 ? 0x8000 : 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint16_t* row = reinterpret_cast<const uint16_t*>(q(r));
+      for (int64_t d = 0; d < p_.head_dim; d += 2) {
+        const uint32_t low = row[d] ^ sign, high = row[d + 1] ^ sign;
+        query_[d / kTileDepth][d % kTileDepth / 2][r] = low | high << 16;
+      }
+    }
+    state_.reset(rows);
+    if (p_.sinks) add_sinks(p_, s_, 0, rows, &state_);
+  }
+
+  void keys(int64_t base, int64_t count) {
+    const int64_t rows = s_.rows();
+    for (int64_t key = 0; key < count; key += kTileRows) {
+      scores(base + key, at_most(count - key, kTileRows), key, rows);
+    }
+    const Range width{0, round_up(count, kTileDepth)};
+    const float scale = p_.modified ? 1 : (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
+    for (int64_t r = 0; r < rows; ++r) {
+      const Range seen = s_.keys_of(r);
+      const Range visible{at_least(seen.begin - base, 0), at_most(seen.end - base, count)};
+      if (p_.modified && !visible.empty()) {
+        modify_row<Engine::kFine>(p_, s_, r, base, scores_[r], visible);
+      }
+      softmax_row<Engine>(state_, r, scores_[r], visible, width, scale, sum_[r], p_.head_dim);
+    }
+    for (int64_t key = 0; key < count; key += kTileDepth) values(base, key, count);
+  }
+
+  void write() {
+    const int64_t rows = s_.rows();
+    const QueryRows<bf16> out(p_.out, s_);
+    const LseRows<float> lse(p_.lse, p_, s_);
+    state_.finish(rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      bf16* row = out(r);
+      const float factor = state_.raw_max[r];
+      for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
+        store(row + d, factor == 0 ? Vec{} : load(sum_[r] + d) * factor);
+      }
+      if (p_.lse) lse(r) = state_.shift[r];
+    }
+  }
+
+ private:
+  // Scores of keys [first, first + n) with all rows, into scores_[row][at...].
+  void scores(int64_t first, int64_t n, int64_t at, int64_t rows) {
+    alignas(64) bf16 edge[kTileRows][kMaxWidth];
+    const bf16* keys = k_(first);
+    int64_t bytes = k_.token * 2;
+    if (n < kTileRows) {
+      __builtin_memset(edge, 0, sizeof(edge));
+      for (int64_t i = 0; i < n; ++i) {
+        __builtin_memcpy(edge[i], k_(first + i), static_cast<size_t>(p_.head_dim) * 2);
+      }
+      keys = edge[0], bytes = sizeof(edge[0]);
+    }
+    tile_fence();
+    _tile_zero(7);
+    for (int64_t d = 0; d < p_.head_dim; d += kTileDepth) {
+      _tile_loadd(6, keys + d, bytes);
+      _tile_loadd(5, query_[d / kTileDepth], 64);
+      _tile_dpbf16ps(7, 6, 5);
+      fetch_next(k_(first) + d, k_.token, n);
+    }
+    alignas(64) float tile[kTileRows][kTileCols];
+    _tile_stored(7, tile, 64);
+    tile_fence();
+    Vec column[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) column[i] = load(tile[i]);
+    transpose(column);
+    for (int64_t r = 0; r < rows; ++r) store(scores_[r] + at, column[r]);
+  }
+
+  // The lines of the same keys of the next block.
+  static void fetch_next(const bf16* rows, int64_t stride, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(rows + (kKeys + i) * stride, 0, 2);
+  }
+
+  // Adds probabilities times values of keys [key, key + 32) of the block.
+  void values(int64_t base, int64_t key, int64_t count) {
+    alignas(64) uint32_t panel[kMaxWidth / kTileCols][kTileRows][kTileCols];
+    const int64_t panels = p_.head_dim / kTileCols;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t low = key + 2 * i;
+      const bf16* row = v_(base + low);
+      for (int64_t d = 0; d < panels; ++d) {
+        const __m512i a = low < count ? half(row + d * kTileCols) : __m512i{};
+        const __m512i b = low + 1 < count ? half(row + v_.token + d * kTileCols) : __m512i{};
+        _mm512_store_si512(panel[d][i], _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+      }
+      for (int64_t d = 0; d < p_.head_dim && low < count; d += kTileDepth) fetch_next(row + d, v_.token, 2);
+    }
+    tile_fence();
+    const bf16* p = reinterpret_cast<const bf16*>(scores_[0]) + key;
+    _tile_loadd(4, p, sizeof(scores_[0]));
+    for (int64_t d = 0; d < panels; d += 2) {
+      float* sum = sum_[0] + d * kTileCols;
+      _tile_loadd(0, sum, sizeof(sum_[0]));
+      _tile_loadd(1, sum + kTileCols, sizeof(sum_[0]));
+      _tile_loadd(5, panel[d], 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, panel[d + 1], 64);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_stored(0, sum, sizeof(sum_[0]));
+      _tile_stored(1, sum + kTileCols, sizeof(sum_[0]));
+    }
+    tile_fence();
+  }
+
+  // 16 values of a key as the lower halves of words.
+  static __m512i half(const bf16* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  AttentionProblem p_;
+  Sequence s_;
+  KeyRows<const bf16> k_, v_;
+  alignas(64) uint32_t query_[kMaxWidth / kTileDepth][kTileRows][kTileCols];
+  alignas(64) float sum_[kMaxRows][kMaxWidth];
+  alignas(64) float scores_[kMaxRows][kKeys];
+  RowStates<kLanes> state_;
+};
+
+}  // namespace
+}  // namespace GPTCORE_ISA_NS
+}  // namespace gptcore
