@@ -164,7 +164,7 @@ GPTCORE_INLINE VecU rotate_left(VecU x, VecI count) {
   return (VecU)_mm512_rolv_epi32((__m512i)x, (__m512i)count);
 #else
   count &= 31;
-  return (x << (VecU)count) | (x >> (VecU)(32 - count));
+  return (x << (VecU)count) | (x >> (VecU)((32 - count) & 31));
 #endif
 }
 
@@ -201,23 +201,26 @@ GPTCORE_INLINE VecI plus_one_from(VecI x, Vec y, Vec limit) {
 
 constexpr float kLeastMagnitude = 1.1920929e-7f;  // 2^-23, far below the first value
 
-// Place of the magnitude y, kLeastMagnitude to 1, in the lowest byte of each lane.
-GPTCORE_INLINE VecI place_of(Vec y, const DynamicMap& map) {
+// Place of the magnitude y, kLeastMagnitude to 1, in the lowest byte of each lane; what lies above wraps around.
+GPTCORE_INLINE VecU place_of(Vec y, const DynamicMap& map) {
   const Vec border = table32(map.border, (VecI)y >> 23);
   const VecI rotation = plus_one_from((VecI)border, y, border);
   const Vec mantissa = at_most(y * table16(map.slope, rotation) + 8.0f / 9, 1.9999999f);
-  return (VecI)rotate_left(whole_mantissa(mantissa), rotation);
+  return rotate_left(whole_mantissa(mantissa), rotation);
 }
 
 // The map of both signs: codes 0 .. 126 negative, 127 zero, 255 one; in the lowest byte of each lane.
 GPTCORE_INLINE VecI signed_code(Vec y) {
   y = at_least(y, -0.99f);  // there is no -1
-  const VecI place = place_of(magnitude_at_least(y, kLeastMagnitude), kSignedMap);
-  return (VecI)y < 0 ? kSignedZero - place : kSignedZero + place;
+  const VecU place = place_of(magnitude_at_least(y, kLeastMagnitude), kSignedMap);
+  const VecU zero = (VecU)splat_int(kSignedZero);
+  return (VecI)((VecI)y < 0 ? zero - place : zero + place);
 }
 
 // The map of numbers above zero: codes 0 zero, 255 one; in the lowest byte of each lane.
-GPTCORE_INLINE VecI unsigned_code(Vec y) { return place_of(at_least(y, kLeastMagnitude), kUnsignedMap) - 1; }
+GPTCORE_INLINE VecI unsigned_code(Vec y) {
+  return (VecI)(place_of(at_least(y, kLeastMagnitude), kUnsignedMap) - 1u);
+}
 
 // --- values -----------------------------------------------------------------------------------------------
 
