@@ -100,7 +100,7 @@ _MANY = [(64, 64)] * 1000
 _FEW = [(64, 64)] * 4
 
 CASES = [
-    Case("adafactor/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), quick="float32"),
+    Case("adafactor/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), repeats=7, quick="float32"),
     Case("adafactor/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
     Case("adafactor/4_tensors_64x64/step", _setup(_FEW), _cost(_FEW), small=True),
 ]

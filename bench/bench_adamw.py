@@ -150,12 +150,13 @@ _ONE_SMALL = [(64, 64)] * 4
 _BLOCKS = block_shapes(4)  # 28M parameters: half a gigabyte with its state, far beyond any cache
 
 CASES = [
-    Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), quick="float32"),
+    Case("adamw/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), repeats=7, quick="float32"),
     Case(
         "adamw/gpt2_124m_split_master/step",
         _setup(_GPT2, split=True),
         _cost(_GPT2, split=True),
         dtypes=("bfloat16",),
+        repeats=7,
         quick=False,
     ),
     Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),

@@ -78,8 +78,10 @@ _MANY = [(64, 64)] * 1000
 _FEW = [(64, 64)] * 4
 
 CASES = [
-    Case("adamw_8bit/gpt2_124m/step", _setup(_GPT2, clip=True), _cost(_GPT2), quick="float32"),
-    Case("adamw_8bit/gpt2_124m_unclipped/step", _setup(_GPT2, clip=False), _cost(_GPT2), quick=False),
+    Case("adamw_8bit/gpt2_124m/step", _setup(_GPT2, clip=True), _cost(_GPT2), repeats=7, quick="float32"),
+    Case(
+        "adamw_8bit/gpt2_124m_unclipped/step", _setup(_GPT2, clip=False), _cost(_GPT2), repeats=7, quick=False
+    ),
     Case("adamw_8bit/1000_tensors_64x64/step", _setup(_MANY, clip=True), _cost(_MANY)),
     Case("adamw_8bit/4_tensors_64x64/step", _setup(_FEW, clip=True), _cost(_FEW), small=True),
 ]

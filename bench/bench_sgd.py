@@ -88,15 +88,22 @@ _MANY = [(64, 64)] * 1000
 _MOMENTUM = {"momentum": 0.9}
 
 CASES = [
-    Case("sgd/gpt2_124m_momentum/step", _setup(_GPT2, **_MOMENTUM), _cost(_GPT2), quick="float32"),
-    Case("sgd/gpt2_124m_nesterov/step", _setup(_GPT2, nesterov=True, **_MOMENTUM), _cost(_GPT2), quick=False),
+    Case("sgd/gpt2_124m_momentum/step", _setup(_GPT2, **_MOMENTUM), _cost(_GPT2), repeats=7, quick="float32"),
+    Case(
+        "sgd/gpt2_124m_nesterov/step",
+        _setup(_GPT2, nesterov=True, **_MOMENTUM),
+        _cost(_GPT2),
+        repeats=7,
+        quick=False,
+    ),
     Case(
         "sgd/gpt2_124m_momentum_no_clip/step",
         _setup(_GPT2, clip=False, **_MOMENTUM),
         _cost(_GPT2, clip=False),
+        repeats=7,
         quick=False,
     ),
-    Case("sgd/gpt2_124m_plain/step", _setup(_GPT2), _cost(_GPT2, momentum=False), quick=False),
+    Case("sgd/gpt2_124m_plain/step", _setup(_GPT2), _cost(_GPT2, momentum=False), repeats=7, quick=False),
     Case("sgd/1000_tensors_64x64/step", _setup(_MANY, **_MOMENTUM), _cost(_MANY)),
     Case("sgd/4_tensors_64x64/step", _setup([(64, 64)] * 4, **_MOMENTUM), _cost([(64, 64)] * 4), small=True),
 ]
