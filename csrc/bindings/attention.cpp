@@ -126,7 +126,7 @@ py::object attention_eager_backward(PyObject* const* arguments) {
   py::tuple gradients(kFields + 6);
   for (size_t i = 3; i < kFields + 6; ++i) gradients[i] = py::none();
   gradients[0] = dq.tensor(), gradients[1] = dk.tensor(), gradients[2] = dv.tensor();
-  return std::move(gradients);
+  return gradients;
 }
 
 }  // namespace
