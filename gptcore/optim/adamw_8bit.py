@@ -68,11 +68,7 @@ class AdamW8bit(FusedOptimizer):
         super().__init__(params, defaults, max_norm)
 
     def _check(self, group: dict[str, Any]) -> None:
-        for name in ("lr", "eps", "weight_decay"):
-            self._check_number(group, name)
-        betas = group["betas"]
-        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
-            raise self._bad("betas", betas, "two numbers in [0, 1)")
+        self._check_adam(group)
         if not 0 <= group["seed"] < 2**64:
             raise self._bad("seed", group["seed"], "a number from 0 to 2^64 - 1")
 

@@ -219,6 +219,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not 0.0 <= float(value) < math.inf:
             raise self._bad(name, value, "a finite number >= 0")
 
+    def _check_adam(self, group: dict[str, Any]) -> None:
+        """The settings of Adam in any of its forms."""
+        for name in ("lr", "eps", "weight_decay"):
+            self._check_number(group, name)
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
+            raise self._bad("betas", betas, "two numbers in [0, 1)")
+
 
 def _refuse_unsupported(name: str, defaults: dict[str, Any]) -> None:
     """torch's switches between its implementations: ours is always fused, over all tensors at once."""

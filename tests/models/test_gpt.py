@@ -243,8 +243,9 @@ def test_formula_counts_what_is_built_at_full_size(name: str):
     assert model.state_bytes().parameters == 2 * model.num_parameters()
 
 
-def test_dropout_acts_in_training_only():
-    config = CASES["gpt2"].merged({"dropout": 0.5})
+@pytest.mark.parametrize("changes", [{"dropout": 0.5}, {"attention": {"dropout": 0.5}}])
+def test_dropout_acts_in_training_only_and_draws_from_the_generator(changes: dict):
+    config = CASES["gpt2"].merged(changes)
     model, plain = GPT(config, seed=1), GPT(CASES["gpt2"], seed=1)
     tokens, targets = tokens_of(config)
     torch.manual_seed(0)
@@ -253,21 +254,14 @@ def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
     assert torch.equal(first, model(tokens, targets).loss)
     with torch.no_grad():
-        assert _error(model.eval()(tokens), plain(tokens).double()) < 1e-6
+        got, expected = model.eval()(tokens), plain.eval()(tokens)
+    assert _error(got, expected.double()) < 1e-6
+    assert "attention" not in changes or torch.equal(got, expected)
 
 
-def test_attention_dropout_draws_from_the_generator_and_differs_by_layer():
+def test_attention_dropout_differs_by_layer():
     config = CASES["gpt2"].merged({"attention": {"dropout": 0.5}})
-    model, plain = GPT(config, seed=1), GPT(CASES["gpt2"], seed=1)
-    tokens, targets = tokens_of(config)
-    torch.manual_seed(0)
-    first = model(tokens, targets).loss
-    assert not torch.equal(first, model(tokens, targets).loss)
-    torch.manual_seed(0)
-    assert torch.equal(first, model(tokens, targets).loss)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(tokens), plain.eval()(tokens))
-    model.train()
+    model, (tokens, _) = GPT(config, seed=1), tokens_of(config)
     dropped = []
     for block in model.stack.blocks:
         block.attention.register_forward_pre_hook(

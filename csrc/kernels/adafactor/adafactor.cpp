@@ -6,6 +6,7 @@
 
 #include "core/arena.h"
 #include "core/isa.h"
+#include "core/optimizer.h"
 #include "core/tensor_lists.h"
 #include "kernels/adafactor/adafactor_body.h"
 
@@ -296,7 +297,7 @@ std::pair<double, bool> adafactor(const AdafactorLists& lists, const std::vector
   place_scratch(&tensors, scratch.as<float>());
   Step step(&tensors, &plan, weight_decay, o);
   const auto factor_at = [&](double norm) {
-    const double clip = o.max_norm && *o.max_norm < norm + 1e-6 ? *o.max_norm / (norm + 1e-6) : 1.0;
+    const double clip = clip_factor(o.max_norm, norm);
     return clip / o.grad_scale;
   };
   // Without a clip, and with one whose norm is known, the squares are scaled from the start.

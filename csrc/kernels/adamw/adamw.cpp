@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/isa.h"
+#include "core/optimizer.h"
 #include "core/tensor_lists.h"
 #include "kernels/adamw/adamw_body.h"
 
@@ -11,17 +12,6 @@ namespace gptcore {
 GPTCORE_BODIES(AdamwBodies, adamw_bodies)
 
 namespace {
-
-void check_options(const Checker& check, const AdamwOptions& o) {
-  if (o.step < 1) check.fail("step", std::to_string(o.step), "1 or more");
-  check.number(o.lr >= 0 && std::isfinite(o.lr), "lr", o.lr, "a finite number, 0 or more");
-  check.number(o.beta1 >= 0 && o.beta1 < 1, "beta1", o.beta1, "a number in [0, 1)");
-  check.number(o.beta2 >= 0 && o.beta2 < 1, "beta2", o.beta2, "a number in [0, 1)");
-  check.number(o.eps >= 0 && std::isfinite(o.eps), "eps", o.eps, "a finite number, 0 or more");
-  check.number(o.grad_scale > 0 && std::isfinite(o.grad_scale), "grad_scale", o.grad_scale,
-               "a finite number above 0");
-  if (o.max_norm) check.number(*o.max_norm > 0, "max_norm", *o.max_norm, "a number above 0, or None");
-}
 
 void check_steps(const Checker& check, const std::vector<TensorView>& steps, size_t expected) {
   if (!steps.empty()) check.length(steps.size(), "steps", expected);
@@ -68,13 +58,13 @@ std::vector<AdamwTensor> checked_tensors(const Checker& check, const AdamwLists&
 
 void adamw(const AdamwLists& lists, const AdamwOptions& o, double norm) {
   const Checker check("adamw_");
-  check_options(check, o);
+  check_adam_options(check, o);
   check.number(norm >= 0 && std::isfinite(norm), "grad_norm", norm, "a finite number, 0 or more");
   const std::vector<AdamwTensor> tensors = checked_tensors(check, lists, o);
   check_steps(check, lists.steps, lists.params.size());
   const std::vector<Chunk> chunks = chunks_of(lists.params);
 
-  const double clip = o.max_norm && *o.max_norm < norm + 1e-6 ? *o.max_norm / (norm + 1e-6) : 1.0;
+  const double clip = clip_factor(o.max_norm, norm);
   const double scale = o.maximize ? -o.grad_scale : o.grad_scale;
   AdamwNumbers numbers;
   numbers.grad_factor = static_cast<float>(clip / scale);

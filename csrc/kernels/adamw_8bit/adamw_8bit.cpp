@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/isa.h"
+#include "core/optimizer.h"
 #include "core/tensor_lists.h"
 #include "kernels/adamw_8bit/adamw_8bit_body.h"
 
@@ -15,17 +16,6 @@ namespace {
 static_assert(kChunkElements % kQuantBlock == 0);
 
 using Views = std::vector<TensorView>;
-
-void check_options(const Checker& check, const Adamw8bitOptions& o) {
-  if (o.step < 1) check.fail("step", std::to_string(o.step), "1 or more");
-  check.number(o.lr >= 0 && std::isfinite(o.lr), "lr", o.lr, "a finite number, 0 or more");
-  check.number(o.beta1 >= 0 && o.beta1 < 1, "beta1", o.beta1, "a number in [0, 1)");
-  check.number(o.beta2 >= 0 && o.beta2 < 1, "beta2", o.beta2, "a number in [0, 1)");
-  check.number(o.eps >= 0 && std::isfinite(o.eps), "eps", o.eps, "a finite number, 0 or more");
-  check.number(o.grad_scale > 0 && std::isfinite(o.grad_scale), "grad_scale", o.grad_scale,
-               "a finite number above 0");
-  if (o.max_norm) check.number(*o.max_norm > 0, "max_norm", *o.max_norm, "a number above 0, or None");
-}
 
 // One f32 for each block of params[i].
 void check_scales(const Checker& check, const Views& list, const char* name, size_t i,
@@ -69,11 +59,11 @@ std::vector<Adamw8bitTensor> checked_tensors(const Checker& check, const Adamw8b
 
 void adamw_8bit(const Adamw8bitLists& lists, const Adamw8bitOptions& o, double norm) {
   const Checker check("adamw_8bit_");
-  check_options(check, o);
+  check_adam_options(check, o);
   check.number(norm >= 0 && std::isfinite(norm), "grad_norm", norm, "a finite number, 0 or more");
   const std::vector<Adamw8bitTensor> tensors = checked_tensors(check, lists, o);
   const std::vector<Chunk> chunks = chunks_of(lists.params);
-  const double clip = o.max_norm && *o.max_norm < norm + 1e-6 ? *o.max_norm / (norm + 1e-6) : 1.0;
+  const double clip = clip_factor(o.max_norm, norm);
   const double step = static_cast<double>(o.step);
   Adamw8bitNumbers numbers;
   const double factor = (o.maximize ? -clip : clip) / o.grad_scale;

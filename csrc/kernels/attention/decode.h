@@ -24,6 +24,24 @@ struct DecodeEngine {
   }
 };
 
+// Sums over the sums of exponentials to the output of the rows, and their lse.
+template <class T, int kRows, int kWidth>
+void write_rows(const AttentionProblem& p, const Sequence& s, RowStates<kLanes>* state,
+                const float (&sums)[kRows][kWidth]) {
+  const int64_t rows = s.rows();
+  const QueryRows<T> out(p.out, s);
+  const LseRows<float> lse(p.lse, p, s);
+  state->finish(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = out(r);
+    const float factor = state->raw_max[r];
+    for_lanes(p.head_dim, [&](int64_t d, int64_t n) {
+      store_some(row + d, factor == 0 ? Vec{} : load(sums[r] + d) * factor, n);
+    });
+    if (p.lse) lse(r) = state->shift[r];
+  }
+}
+
 template <class T>
 class DecodeTask {
  public:
@@ -57,20 +75,7 @@ class DecodeTask {
     for (int64_t r = 0; r < s_.rows(); ++r) block(r, base, count, r == 0);
   }
 
-  void write() {
-    const int64_t rows = s_.rows();
-    const QueryRows<T> out(p_.out, s_);
-    const LseRows<float> lse(p_.lse, p_, s_);
-    state_.finish(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      T* row = out(r);
-      const float factor = state_.raw_max[r];
-      for_lanes(p_.head_dim, [&](int64_t d, int64_t n) {
-        store_some(row + d, factor == 0 ? Vec{} : load(sum_[r] + d) * factor, n);
-      });
-      if (p_.lse) lse(r) = state_.shift[r];
-    }
-  }
+  void write() { write_rows<T>(p_, s_, &state_, sum_); }
 
  private:
   void block(int64_t r, int64_t base, int64_t count, bool cold) {

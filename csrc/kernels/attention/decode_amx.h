@@ -70,20 +70,7 @@ class TileDecodeTask {
     for (int64_t key = 0; key < count; key += kTileDepth) values(base, key, count);
   }
 
-  void write() {
-    const int64_t rows = s_.rows();
-    const QueryRows<bf16> out(p_.out, s_);
-    const LseRows<float> lse(p_.lse, p_, s_);
-    state_.finish(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      bf16* row = out(r);
-      const float factor = state_.raw_max[r];
-      for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
-        store(row + d, factor == 0 ? Vec{} : load(sum_[r] + d) * factor);
-      }
-      if (p_.lse) lse(r) = state_.shift[r];
-    }
-  }
+  void write() { write_rows<bf16>(p_, s_, &state_, sum_); }
 
  private:
   // Scores of keys [first, first + n) with all rows, into scores_[row][at...].

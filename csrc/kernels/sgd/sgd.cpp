@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core/isa.h"
+#include "core/optimizer.h"
 #include "core/tensor_lists.h"
 #include "kernels/sgd/sgd_body.h"
 
@@ -57,7 +58,7 @@ void sgd(const SgdLists& lists, const SgdOptions& o, double norm) {
   }
   const std::vector<SgdTensor> tensors = checked_tensors(check, lists, o);
   const std::vector<Chunk> chunks = chunks_of(lists.params);
-  const double clip = o.max_norm && *o.max_norm < norm + 1e-6 ? *o.max_norm / (norm + 1e-6) : 1.0;
+  const double clip = clip_factor(o.max_norm, norm);
   const double scale = o.maximize ? -o.grad_scale : o.grad_scale;
   const SgdNumbers numbers = {static_cast<float>(clip / scale), static_cast<float>(o.lr),
                               static_cast<float>(o.momentum), o.nesterov};
