@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -20,7 +20,10 @@ _SUBMODULES = frozenset(
     }
 )  # fmt: skip
 
-__all__ = ["__version__", *sorted(_SUBMODULES)]
+# Names of submodules that many programs want at hand.
+_SHORTCUTS = {"from_hf": "checkpoint", "to_hf": "checkpoint"}
+
+__all__ = ["__version__", *sorted(_SUBMODULES), *_SHORTCUTS]
 
 
 def _fix_product_bits() -> None:
@@ -42,11 +45,13 @@ def _fix_product_bits() -> None:
 _fix_product_bits()
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"gptcore.{name}")
+    if name in _SHORTCUTS:
+        return getattr(importlib.import_module(f"gptcore.{_SHORTCUTS[name]}"), name)
     raise AttributeError(f"module 'gptcore' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *_SUBMODULES, *_SHORTCUTS})

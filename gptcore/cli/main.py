@@ -23,6 +23,7 @@ VERBS = {
     "prepare": "turn text into a tokenizer and token shards",
     "train": "train a GPT, or continue a run",
     "generate": "continue a text with a trained GPT",
+    "convert": "turn a Hugging Face model into a run, or a run into one",
     "info": "show versions, instruction sets, threads and devices",
     "presets": "list the model sizes that have a name",
 }

@@ -71,6 +71,12 @@ def load(spec: str | os.PathLike[str], *, eot: str | None = None) -> Tokenizer:
     raise UserError(f"no tokenizer at '{path}'; give 'bytes', a tokenizer.json or a directory that holds one")
 
 
+def is_there(directory: str | os.PathLike[str]) -> bool:
+    """Whether ``load(directory)`` would find a tokenizer's files."""
+    pairs = [("tokenizer.json", "tokenizer.json"), *_GPT2_PAIRS]
+    return any(all((Path(directory) / name).is_file() for name in pair) for pair in pairs)
+
+
 def _load_json(path: Path, eot: str | None) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")

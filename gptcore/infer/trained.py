@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, from a run's directory or one checkpoint file."""
+"""A trained model and its tokenizer, from a run's directory, one checkpoint file or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ _CHECKPOINT_DIRECTORY = "checkpoints"
 def load(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
 ) -> tuple[GPT, Tokenizer]:
-    """The newest good model of run ``path``, or that of checkpoint file ``path``, and its tokenizer.
+    """The newest good model of run ``path``, or that of a checkpoint file or Hugging Face directory, and its tokenizer.
 
-    tokenizer: what ``gptcore.data.tokenizer.load`` takes; default the one kept in the run's directory.
+    tokenizer: what ``gptcore.data.tokenizer.load`` takes; default the one kept with the model.
 
     Raises UserError when there is no run or checkpoint, when it is damaged, when there is no tokenizer, and
     when the tokenizer is not the one the model was trained with.
     """
+    if (Path(path) / "config.json").is_file() and not (Path(path) / _CHECKPOINT_DIRECTORY).is_dir():
+        return _published(Path(path), tokenizer)
     run, tensors, state = _read(Path(path))
     return _model(run, tensors, state), _tokenizer(run, state, tokenizer)
+
+
+def _published(directory: Path, tokenizer: str | os.PathLike[str] | None) -> tuple[GPT, Tokenizer]:
+    from gptcore.data import tokenizer as tokenizers
+
+    return checkpoint.from_hf(directory), tokenizers.load(directory if tokenizer is None else tokenizer)
 
 
 def _read(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -63,7 +63,7 @@ def parameter_counts(config: GPTConfig) -> ParameterCounts:
         attention=layers * attention,
         mlp=layers * mlp,
         norms=_norm_parameters(config),
-        head=0 if config.tied_head else config.vocab_size * config.table_width,
+        head=0 if config.tied_head else config.vocab_size * (config.table_width + config.head_bias),
     )
 
 

@@ -166,7 +166,8 @@ class ScalingSpec(Spec):
 class PositionSpec(Spec):
     """How tokens know their place: a learned table, rotated queries and keys, ALiBi's linear bias, nothing.
 
-    ``base`` may be a list, repeated over the layers. The first ``rotary_dim`` of D are rotated (None: the
+    ``base`` may be a list, repeated over the layers, and so may ``scaled``, which says whether ``scaling`` is for
+    a layer (Gemma 3 stretches its global layers only). The first ``rotary_dim`` of D are rotated (None: the
     largest even number within ``rotary_fraction`` of D), as pairs (2i, 2i+1) if ``interleaved``, otherwise
     (i, i + R/2). ``offset`` rows of a learned table are never read (OPT keeps 2).
     """
@@ -179,15 +180,25 @@ class PositionSpec(Spec):
     rotary_dim: int | None = None
     interleaved: bool = False
     scaling: ScalingSpec = field(default_factory=ScalingSpec)
+    scaled: bool | tuple[bool, ...] = True
     offset: int = 0
 
     @property
     def bases(self) -> tuple[float, ...]:
         return self.base if isinstance(self.base, tuple) else (self.base,)
 
+    def scaling_of(self, layer: int) -> ScalingSpec:
+        """How the frequencies of ``layer`` are stretched."""
+        scaled = self.scaled if isinstance(self.scaled, tuple) else (self.scaled,)
+        return self.scaling if scaled[layer % len(scaled)] else ScalingSpec()
+
     def validate(self) -> None:
         if not self.bases or min(self.bases) <= 1.0:
             raise UserError(f"{self.section}.base: expected numbers above 1, got {self.base}")
+        if self.scaled == ():
+            raise UserError(
+                f"{self.section}.scaled: expected true, false or a list of them, got an empty list"
+            )
         if not 0.0 < self.rotary_fraction <= 1.0:
             raise UserError(
                 f"{self.section}.rotary_fraction: expected above 0, at most 1, got {self.rotary_fraction}"
@@ -206,8 +217,8 @@ class GPTConfig(Spec):
 
     ``embedding_width`` differs from ``width`` only in OPT-350M, which projects in and out.
     ``embedding_grad_shrink`` alpha lets alpha of the gradient through to the token embedding (GLM: 0.1).
-    Logits are soft_cap(logit_scale * x @ head). ``dropout`` acts on embeddings and on what attention and
-    feed-forward add to the residual stream.
+    Logits are soft_cap(logit_scale * (x @ head + bias)), the bias with ``head_bias`` only (GPT-J). ``dropout``
+    acts on embeddings and on what attention and feed-forward add to the residual stream.
     """
 
     section: ClassVar[str] = "model"
@@ -221,6 +232,7 @@ class GPTConfig(Spec):
     mlp: MlpSpec = field(default_factory=MlpSpec)
     position: PositionSpec = field(default_factory=PositionSpec)
     tied_head: bool = True
+    head_bias: bool = False
     embedding_width: int | None = None
     embedding_norm: bool = False
     embedding_scale: float = 1.0
@@ -288,6 +300,8 @@ class GPTConfig(Spec):
                 f"model.width: {self.width} is not a multiple of {self.attention.num_heads} heads; "
                 "change one of them or give model.attention.head_dim"
             )
+        if self.head_bias and self.tied_head:
+            raise UserError("model.head_bias: belongs to a head of its own; set model.tied_head to false")
         if self.position.kind == "rotary" and not 2 <= self.rotary_dim <= self.head_dim:
             raise UserError(
                 f"model.position.rotary_dim: expected 2 to the head size {self.head_dim}, "

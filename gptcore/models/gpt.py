@@ -68,18 +68,23 @@ class GPT(nn.Module):
         learned = config.position.kind == "learned"
         rows = config.context_length + config.position.offset
         self.position_embedding = Embedding(rows, c) if learned else None
-        self.project_in = _projection(table, c) if table != c else None
+        self.project_in = Projection(table, c, bias=False) if table != c else None
         self.embedding_norm = Norm(config.norm, c) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
         self.rotary = RotaryTables(config) if config.position.kind == "rotary" else None
         self.stack = Stack(config)
-        self.project_out = _projection(c, table) if table != c else None
-        self.head = None if config.tied_head else _projection(table, config.vocab_size)
+        self.project_out = Projection(c, table, bias=False) if table != c else None
+        self.head = None if config.tied_head else Projection(table, config.vocab_size, config.head_bias)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, C): the token embedding where it is tied."""
         return self.token_embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """(V,) or None."""
+        return None if self.head is None else self.head.bias
 
     def forward(
         self,
@@ -122,11 +127,11 @@ class GPT(nn.Module):
         """f32 logits (..., V) for hidden states x (..., C)."""
         x, weight = self._to_head(x), self.head_weight
         if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
-            logits = linear(x, weight).float()
+            logits = linear(x, weight, self.head_bias).float()
         else:  # straight to f32: rounding logits to bf16 would make ties
             flat = x.reshape(-1, x.shape[-1])
             out = flat.new_empty(flat.shape[0], weight.shape[0], dtype=torch.float32)
-            ops.matmul(flat, weight, out=out, transpose_b=True)
+            ops.matmul(flat, weight, out=out, bias=self.head_bias, transpose_b=True)
             logits = out.view(*x.shape[:-1], -1)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
@@ -211,7 +216,7 @@ class GPT(nn.Module):
         flat, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         out = ops.linear_cross_entropy(
             flat, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
-            logit_scale=self.config.logit_scale, reduction=reduction,
+            logit_scale=self.config.logit_scale, reduction=reduction, bias=self.head_bias,
             logit_soft_cap=self.config.logit_soft_cap,
         )  # fmt: skip
         loss, z = out.loss, out.z_loss
@@ -289,10 +294,6 @@ class _ShrinkGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradient * ctx.alpha, None
-
-
-def _projection(fan_in: int, fan_out: int) -> Projection:
-    return Projection(fan_in, fan_out, bias=False)
 
 
 def refuse_unimplemented(config: GPTConfig) -> None:

@@ -53,23 +53,27 @@ def rotary_tables(length: int, dim: int, base: float, scaling: ScalingSpec) -> t
 
 
 class RotaryTables(nn.Module):
-    """The tables of a model, a pair per base; they stay f32 whatever the parameters are cast to."""
+    """The tables of a model, a pair for each kind of layer; they stay f32 whatever the parameters are cast to."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        kinds = [
+            (config.rotary_base(layer), config.position.scaling_of(layer))
+            for layer in range(config.num_layers)
+        ]
+        self._distinct = list(dict.fromkeys(kinds))
+        self._table_of = [self._distinct.index(kind) for kind in kinds]
         self._fill(torch.device("cpu"))
 
     def _fill(self, device: torch.device) -> None:
         config = self.config
-        for i, base in enumerate(config.position.bases):
+        for i, (base, scaling) in enumerate(self._distinct):
             if device.type == "meta":
                 shape = (config.context_length, config.rotary_dim // 2)
                 cos, sin = torch.empty(shape, device=device), torch.empty(shape, device=device)
             else:
-                cos, sin = rotary_tables(
-                    config.context_length, config.rotary_dim, base, config.position.scaling
-                )
+                cos, sin = rotary_tables(config.context_length, config.rotary_dim, base, scaling)
             self.register_buffer(f"cos{i}", cos.to(device), persistent=False)
             self.register_buffer(f"sin{i}", sin.to(device), persistent=False)
 
@@ -79,7 +83,7 @@ class RotaryTables(nn.Module):
 
     def forward(self, layer: int) -> tuple[Tensor, Tensor]:
         """cos and sin for ``layer``."""
-        i = layer % len(self.config.position.bases)
+        i = self._table_of[layer]
         return getattr(self, f"cos{i}"), getattr(self, f"sin{i}")
 
 

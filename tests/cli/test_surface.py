@@ -13,6 +13,7 @@ SURFACE = {
         "MODEL", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples", "--seed",
         "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",
     ],
+    "convert": ["SOURCE", "TARGET", "--dtype", "--family", "--tokenizer"],
     "info": ["--json"],
     "presets": ["NAME"],
 }  # fmt: skip

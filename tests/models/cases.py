@@ -47,8 +47,17 @@ CASES: dict[str, GPTConfig] = {
                           "pattern": ["banded", "dense"], "window": 4},
             "norm": {"placement": "sandwich", "zero_centred": True},
             "mlp": {"activation": "geglu_tanh"},
-            "position": {"base": [10000.0, 1000000.0], "scaling": {"kind": "linear", "factor": 4.0}},
+            "position": {"base": [10000.0, 1000000.0], "scaled": [False, True],
+                         "scaling": {"kind": "linear", "factor": 4.0}},
             "embedding_scale": 48**0.5, "logit_soft_cap": 5.0, "tied_head": True,
+        },
+    ),
+    "gptj": _shrunk(
+        "gpt2",
+        {
+            "attention": {"qkv_bias": False, "out_bias": False}, "norm": {"parallel": "shared"},
+            "tied_head": False, "head_bias": True, "logit_scale": 0.7,
+            "position": {"kind": "rotary", "rotary_dim": 6, "interleaved": True},
         },
     ),
     "neox": _shrunk(

@@ -59,7 +59,10 @@ def rotate(config: GPTConfig, layer: int, x: Tensor, places: Tensor) -> Tensor:
     """Pairs as complex numbers, multiplied by exp(i · place · frequency); x (B, T, heads, D), places (T,)."""
     r = config.rotary_dim
     frequency = config.rotary_base(layer) ** (-torch.arange(0, r, 2, dtype=torch.float64) / r)
-    if config.position.scaling.kind == "linear":
+    scaled = (
+        config.position.scaled if isinstance(config.position.scaled, tuple) else (config.position.scaled,)
+    )
+    if config.position.scaling.kind == "linear" and scaled[layer % len(scaled)]:
         frequency = frequency / config.position.scaling.factor
     angle = (places.double()[:, None] * frequency)[:, None, :].to(x.dtype)
     if config.position.interleaved:
@@ -163,7 +166,8 @@ def logits(config: GPTConfig, w: Weights, tokens: Tensor, lengths: list[int] | N
         x = norm(config, w, "stack.final_norm", x)
     if "project_out.weight" in w:
         x = affine(w, "project_out", x)
-    y = x @ w.get("head.weight", w["token_embedding.weight"]).T * config.logit_scale
+    y = x @ w.get("head.weight", w["token_embedding.weight"]).T
+    y = (y + w["head.bias"] if config.head_bias else y) * config.logit_scale
     if config.logit_soft_cap is not None:
         y = config.logit_soft_cap * torch.tanh(y / config.logit_soft_cap)
     return y.reshape(*shape, -1)

@@ -72,6 +72,8 @@ def test_windows_per_layer():
         ({"position": {"kind": "rotary", "rotary_dim": 66}}, "expected 2 to the head size 64, got 66"),
         ({"position": {"base": 0.5}}, "expected numbers above 1"),
         ({"position": {"scaling": {"factor": 0.5}}}, "expected at least 1, got 0.5"),
+        ({"position": {"scaled": []}}, "expected true, false or a list of them, got an empty list"),
+        ({"head_bias": True}, "belongs to a head of its own"),
         ({"dropout": 1.0}, "model.dropout: expected at least 0 and below 1"),
         ({"embedding_grad_shrink": 0.0}, "expected above 0, at most 1"),
         ({"init": "gtp2"}, "did you mean 'gpt2'?"),
