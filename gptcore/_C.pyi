@@ -138,6 +138,9 @@ def cross_entropy_forward(
     loss: Tensor | None,
     lse: Tensor | None,
 ) -> None: ...
+def cross_entropy_plain(
+    logits: object, targets: object, weight: object, ignore_index: int, label_smoothing: float, reduction: str
+) -> object: ...
 def embedding_backward(
     ids: Tensor | None, grad_out: Tensor | None, dweight: Tensor | None, accumulate: bool
 ) -> None: ...

@@ -17,6 +17,24 @@ struct Options {  // ignore_index, label_smoothing, reduction
   std::string reduction;
 };
 
+// (logits, targets, weight, ignore_index, label_smoothing, reduction): the loss, or None, see its docstring. What
+// Python asks about the tensors takes longer than the kernel where there are few logits.
+py::object cross_entropy_plain(PyObject* const* arguments) {
+  if (!gptcore::bindings::is_plain(arguments[0])) return py::none();
+  const Operand logits = gptcore::bindings::operand(arguments[0]),
+                targets = gptcore::bindings::operand(arguments[1]),
+                weight = gptcore::bindings::operand(arguments[2]);
+  const Options options(arguments + 3);
+  const int64_t rows = logits.view().size(0);
+  const Operand loss = logits.new_empty(&rows, options.reduction == "none");
+  {
+    const py::gil_scoped_release_simple release;
+    gptcore::cross_entropy_forward(logits.view(), targets.view(), weight.view(), options.ignore_index,
+                                   options.smoothing, options.reduction, loss.view(), {});
+  }
+  return loss.tensor();
+}
+
 // (ctx, logits, targets, weight, ignore_index, label_smoothing, reduction); ctx.options = the last three
 py::object cross_entropy_eager_forward(PyObject* const* arguments) {
   const Operand logits = gptcore::bindings::as_rows(arguments[1]),
@@ -69,6 +87,13 @@ void register_cross_entropy(py::module_& m) {
         py::arg("targets"), py::arg("weight"), py::arg("lse"), py::arg("ignore_index"),
         py::arg("label_smoothing"), py::arg("reduction"), py::arg("dlogits"),
         py::call_guard<py::gil_scoped_release_simple>(), "Gradient of cross_entropy_forward, overwritten.");
+  gptcore::bindings::define<cross_entropy_plain, 6>(
+      m, "cross_entropy_plain",
+      "cross_entropy_plain(logits: object, targets: object, weight: object, ignore_index: int, "
+      "label_smoothing: float, reduction: str) -> object\n\n"
+      "The loss of a torch tensor's logits; None, with nothing done, where they have to be copied first or "
+      "come "
+      "from elsewhere.");
   gptcore::bindings::define_hooks<cross_entropy_eager_forward, 6, cross_entropy_eager_backward>(
       m, "cross_entropy",
       "logits: object, targets: object, weight: object, ignore_index: int, label_smoothing: float, "

@@ -92,6 +92,9 @@ def _run(logits: Array, targets: Array, weight: Any, *options: Any) -> tuple[Arr
 
 
 def _loss_alone(logits: Array, targets: Array, weight: Any, *options: Any) -> Array:
+    plain = backend.extension().cross_entropy_plain(logits, targets, weight, *options)
+    if plain is not None:
+        return plain
     loss = _new_loss(logits, options[-1])
     backend.extension().cross_entropy_forward(last_contiguous(logits), targets, weight, *options, loss, None)
     return loss

@@ -11,6 +11,7 @@ namespace {
 constexpr int kSums = 4;
 // Below this many logits a parallel loop costs more than it saves.
 constexpr int64_t kGrainElements = 8192;
+constexpr float kLog2e = 1.44269504088896341f;
 
 // Joins term(offset, lanes) over a row by `join`, in kSums running vectors and a fixed tree.
 template <class Term, class Join>
@@ -25,29 +26,46 @@ GPTCORE_INLINE Vec join_row(int64_t size, float start, const Term& term, const J
   return join(join(sums[0], sums[1]), join(sums[2], sums[3]));
 }
 
+// A row's largest logit and the sum of its exponentials relative to that. By 2^u, half the instructions of e^x: the
+// rounding of u = d log2(e) costs a term e^-d at most d 2^-24 of itself, so 2^-25 of the sum.
+template <class T>
+GPTCORE_INLINE void sum_of_exponentials(const T* row, int64_t classes, float* top, float* sum) {
+  const Vec tops = join_row(
+      classes, -__builtin_inff(), [&](int64_t i, int64_t n) { return load_some(row + i, n); },
+      [](Vec x, Vec y) { return max(x, y); });
+  const float largest = reduce_max(tops);
+  *top = largest;
+  *sum = reduce_add(join_row(
+      classes, 0.0f, [&](int64_t i, int64_t n) { return exp2((load_some(row + i, n) - largest) * kLog2e); },
+      [](Vec x, Vec y) { return x + y; }));
+}
+
+template <class T>
+GPTCORE_INLINE float weighted_sum(const CrossEntropyForward& a, const T* row) {
+  return reduce_add(join_row(
+      a.classes, 0.0f,
+      [&](int64_t i, int64_t n) {
+        const Vec logits = load_some(row + i, n);
+        return a.class_weight ? logits * load_some(a.class_weight + i, n) : logits;
+      },
+      [](Vec x, Vec y) { return x + y; }));
+}
+
+// Rows go by kLanes, whose logarithms are one vector: for few classes one a row takes as long as its exponentials.
 template <class T>
 void forward(const CrossEntropyForward& a) {
-  const auto add = [](Vec x, Vec y) { return x + y; };
   parallel_ranges(a.rows, kGrainElements / a.classes + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const T* row = static_cast<const T*>(a.logits) + a.index[r] * a.stride;
-      const float infinity = __builtin_inff();
-      const Vec tops = join_row(
-          a.classes, -infinity, [&](int64_t i, int64_t n) { return load_some(row + i, n); },
-          [](Vec x, Vec y) { return max(x, y); });
-      const float top = reduce_max(tops);
-      const Vec sums = join_row(
-          a.classes, 0.0f, [&](int64_t i, int64_t n) { return exp(load_some(row + i, n) - top); }, add);
-      a.lse[r] = top + log(splat(reduce_add(sums)))[0];
-      a.target_logit[r] = load_n(row + a.targets[r], 1)[0];
-      if (!a.logit_sum) continue;
-      a.logit_sum[r] = reduce_add(join_row(
-          a.classes, 0.0f,
-          [&](int64_t i, int64_t n) {
-            const Vec logits = load_some(row + i, n);
-            return a.class_weight ? logits * load_some(a.class_weight + i, n) : logits;
-          },
-          add));
+    for (int64_t first = begin; first < end; first += kLanes) {
+      const int64_t count = first + kLanes < end ? int64_t{kLanes} : end - first;
+      float tops[kLanes] = {}, sums[kLanes] = {};
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t r = first + i;
+        const T* row = static_cast<const T*>(a.logits) + a.index[r] * a.stride;
+        sum_of_exponentials(row, a.classes, tops + i, sums + i);
+        a.target_logit[r] = load_n(row + a.targets[r], 1)[0];
+        if (a.logit_sum) a.logit_sum[r] = weighted_sum(a, row);
+      }
+      store_n(a.lse + first, load(tops) + log(load(sums)), count);
     }
   });
 }
