@@ -98,7 +98,7 @@ bool is_empty(const EmbeddingBackward& a, int64_t v) {
 template <class G, class W>
 void table_rows(const EmbeddingBackward& a, int64_t begin, int64_t end) {
   const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(W));
-  const bool streams = a.vocabulary * row_bytes >= kStreamBytes;
+  const bool streams = a.vocabulary * row_bytes >= kStreamZeroBytes;
   for (int64_t v = begin; v < end; ++v) {
     if (!is_empty(a, v)) {
       if (!is_frequent(a, v)) sum_row<G, W>(a, v, 0, a.width);

@@ -2,6 +2,7 @@
 #include "core/parallel.h"
 #include "core/row_blocks.h"
 #include "core/simd.h"
+#include "core/stream.h"
 #include "kernels/gated_activation/gated_activation.h"
 #include "kernels/gated_activation/gated_activation_body.h"
 #if defined(__AVX512F__)
@@ -33,6 +34,19 @@ GPTCORE_INLINE Vec logistic(Vec u) {
 }
 
 #if defined(__AVX512F__)
+// x above 0, -0 for x below it, but -inf gives NaN, as gelu does. One instruction that picks by kind: its nibbles, from
+// the lowest on, are for NaN, signalling NaN, 0, 1, -inf, inf, negative, positive; 1 keeps x, 2 quiets it, 3 is NaN and
+// 7 is -0.
+GPTCORE_INLINE Vec positive_part(Vec x) {
+  return (Vec)_mm512_fixupimm_ps((__m512)x, (__m512)x, _mm512_set1_epi32(0x17131121), 0);
+}
+// Where x is not negative 1 - p, else p.
+GPTCORE_INLINE Vec subtract_from_one_unless_negative(Vec x, Vec p) {
+  const __mmask16 negative = _mm512_movepi32_mask((__m512i)x);  // GCC compares, on the port of the lookups
+  return (Vec)_mm512_mask_sub_ps((__m512)p, static_cast<__mmask16>(~negative), _mm512_set1_ps(1.0f),
+                                 (__m512)p);
+}
+
 // Tables: fewer instructions than an exponential with its division, and exact to the same digits.
 template <const float (&kTail)[5][32], const float (&kSlope)[5][32]>
 struct Gelu {
@@ -55,8 +69,30 @@ struct Gelu {
     return from_tail(kSlope, x);
   }
 };
+
+// The same for results in bf16, whose half unit is 2^-9 of a result: polynomials of degree 3 in |x| itself, for
+// the value times x, which save the distance from the interval's middle, a lookup, and the product with x. Their error
+// is 2^-15 of the value down to x = -3 (2^-11 at -4, 2^-9 at -5, where torch's is 2^-3) and 2^-18 of the slope's range.
+template <const float (&kValue)[4][32], const float (&kSlope)[4][32]>
+struct ShortGelu {
+  GPTCORE_INLINE Vec from_table(const float (&table)[4][32], Vec x) {
+    const Vec z = at_most(abs(x), 6.2f);
+    const VecI interval = (VecI)(z * 5.0f + 12582912.0f);
+    Vec p = lookup32(table[3], interval);
+    p = p * z + lookup32(table[2], interval);
+    p = p * z + lookup32(table[1], interval);
+    return p * z + lookup32(table[0], interval);
+  }
+  GPTCORE_INLINE Vec value(Vec x) { return positive_part(x) + from_table(kValue, x); }
+  GPTCORE_INLINE Vec slope(Vec x, Vec* value_out) {
+    *value_out = value(x);
+    return subtract_from_one_unless_negative(x, from_table(kSlope, x));
+  }
+};
 using GeluTanh = Gelu<kTanhTail, kTanhSlope>;
 using GeluErf = Gelu<kErfTail, kErfSlope>;
+using ShortGeluTanh = ShortGelu<kShortTanhValue, kShortTanhSlope>;
+using ShortGeluErf = ShortGelu<kShortErfValue, kShortErfSlope>;
 #else
 struct GeluTanh {
   static constexpr float kA = 1.5957691216057308f;      // 2 sqrt(2/pi)
@@ -101,7 +137,21 @@ struct GeluErf {
     return c * kDensity * bell + p;
   }
 };
+using ShortGeluTanh = GeluTanh;
+using ShortGeluErf = GeluErf;
 #endif
+
+// What results of type T are precise enough with.
+template <class T>
+struct GeluOf {
+  using Tanh = GeluTanh;
+  using Erf = GeluErf;
+};
+template <>
+struct GeluOf<bf16> {
+  using Tanh = ShortGeluTanh;
+  using Erf = ShortGeluErf;
+};
 
 struct Silu {
   GPTCORE_INLINE Vec value(Vec x) { return x * logistic(x * -kLog2e); }
@@ -125,8 +175,8 @@ struct Relu {
 // Asks for what lies 2 KiB ahead. With some 20 instructions between two loads the core's window holds too few
 // of them to cover the latency of memory, and the hardware prefetcher stops at every page.
 template <class T>
-GPTCORE_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048);
+GPTCORE_INLINE void prefetch_ahead(const T* p) {
+  prefetch_pair(p + 2048 / sizeof(T));
 }
 
 // --- forward -----------------------------------------------------------------------------------------------
@@ -149,28 +199,58 @@ GPTCORE_INLINE void for_tiles(int64_t rows, int64_t width, const F& body) {
   }
 }
 
+// One vector's result. u is not read in the plain form.
+template <class Act, bool gated>
+GPTCORE_INLINE Vec value_of(Vec x, Vec u) {
+  const Vec value = Act::value(x);
+  return gated ? value * u : value;
+}
+
+// The vectors of an input that has a bias, or none.
+template <class T>
+GPTCORE_INLINE Pair biased_pair(const T* p, const float* bias, int64_t c) {
+  const Pair x = load_pair(p + c);
+  return bias ? plus(x, load_pair(bias + c)) : x;
+}
+template <class T>
+GPTCORE_INLINE Vec biased(const T* p, const float* bias, int64_t c, int64_t n) {
+  const Vec x = load_some(p + c, n);
+  return bias ? x + load_some(bias + c, n) : x;
+}
+
+template <class T, class Act, bool gated>
+[[gnu::noinline]] void forward_row(const T* gate, const T* up, const float* gate_bias, const float* up_bias,
+                                   T* y, int64_t width, bool streams) {
+  for_pairs(
+      width,
+      [&](int64_t c, int) {
+        prefetch_ahead(gate + c);
+        const Pair x = biased_pair(gate, gate_bias, c);
+        Pair u = x;
+        if constexpr (gated) prefetch_ahead(up + c), u = biased_pair(up, up_bias, c);
+        write_pair(y + c, {value_of<Act, gated>(x.low, u.low), value_of<Act, gated>(x.high, u.high)},
+                   streams);
+      },
+      [&](int64_t c, int64_t n) {
+        const Vec x = biased(gate, gate_bias, c, n);
+        store_some(y + c, value_of<Act, gated>(x, gated ? biased(up, up_bias, c, n) : x), n);
+      });
+}
+
+GPTCORE_INLINE const float* behind(const float* p, int64_t offset) { return p ? p + offset : nullptr; }
+
 template <class T, class Act, bool gated>
 void forward_tiles(const GatedActivationForward& a, const float* gate_bias, const float* up_bias) {
+  const int64_t element = sizeof(T);
+  const bool streams = a.y != a.gate && can_stream(a.y, a.y_stride * element, a.rows * a.width * element);
   for_tiles(a.rows, a.width, [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
     for (; row < row_end; ++row) {
-      const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
-      const T* up = gated ? static_cast<const T*>(a.up) + row * a.up_stride : nullptr;
-      T* y = static_cast<T*>(a.y) + row * a.y_stride;
-      for_lanes(end - begin, [&](int64_t offset, int64_t n) {
-        const int64_t c = begin + offset;
-        prefetch(gate + c);
-        if constexpr (gated) prefetch(up + c);
-        Vec x = load_some(gate + c, n);
-        if (gate_bias) x += load_some(gate_bias + c, n);
-        Vec value = Act::value(x);
-        if constexpr (gated) {
-          Vec u = load_some(up + c, n);
-          if (up_bias) u += load_some(up_bias + c, n);
-          value *= u;
-        }
-        store_some(y + c, value, n);
-      });
+      const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + begin;
+      const T* up = gated ? static_cast<const T*>(a.up) + row * a.up_stride + begin : nullptr;
+      forward_row<T, Act, gated>(gate, up, behind(gate_bias, begin), behind(up_bias, begin),
+                                 static_cast<T*>(a.y) + row * a.y_stride + begin, end - begin, streams);
     }
+    if (streams) stream_fence();
   });
 }
 
@@ -187,9 +267,9 @@ template <class T>
 void forward(const GatedActivationForward& a) {
   switch (a.activation) {
     case kGeluTanh:
-      return forward_as<T, GeluTanh>(a);
+      return forward_as<T, typename GeluOf<T>::Tanh>(a);
     case kGeluErf:
-      return forward_as<T, GeluErf>(a);
+      return forward_as<T, typename GeluOf<T>::Erf>(a);
     case kSilu:
       return forward_as<T, Silu>(a);
     default:
@@ -209,39 +289,67 @@ GPTCORE_INLINE void add_to(float* sum, Vec x, int64_t n) {
   if (sum) store_some(sum, load_some(sum, n) + x, n);
 }
 
+// One vector's gradients: dup, only in the gated form, and dgate.
+template <class Act, bool gated>
+GPTCORE_INLINE Vec gradients_of(Vec g, Vec x, Vec u, Vec* dup) {
+  Vec value;
+  const Vec slope = Act::slope(x, &value);
+  if constexpr (gated) *dup = g * value, g *= u;
+  return g * slope;
+}
+
 template <class T, class Act, bool gated>
 [[gnu::noinline]] void backward_row(const GatedActivationBackward& a, int64_t row, int64_t begin, int64_t end,
-                                    const Columns& columns) {
+                                    const Columns& columns, bool streams) {
   const T* dy = static_cast<const T*>(a.grad_y) + row * a.grad_y_stride + begin;
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride + begin;
   const T* up = gated ? static_cast<const T*>(a.up) + row * a.up_stride + begin : nullptr;
   T* dgate = static_cast<T*>(a.dgate) + row * a.dgate_stride + begin;
   T* dup = gated ? static_cast<T*>(a.dup) + row * a.dup_stride + begin : nullptr;
-  for_lanes(end - begin, [&](int64_t c, int64_t n) {
-    prefetch(gate + c), prefetch(dy + c);
-    if constexpr (gated) prefetch(up + c);
-    Vec x = load_some(gate + c, n), value;
-    if (columns.gate_bias) x += load_some(columns.gate_bias + c, n);
-    const Vec slope = Act::slope(x, &value);
-    Vec g = load_some(dy + c, n);
-    if constexpr (gated) {
-      Vec u = load_some(up + c, n);
-      if (columns.up_bias) u += load_some(columns.up_bias + c, n);
-      const Vec du = g * value;
-      store_some(dup + c, du, n);
-      add_to(columns.dup_bias ? columns.dup_bias + c : nullptr, du, n);
-      g *= u;
-    }
-    g *= slope;
-    store_some(dgate + c, g, n);
-    add_to(columns.dgate_bias ? columns.dgate_bias + c : nullptr, g, n);
-  });
+  const Columns at = columns;  // a copy: stores of vectors might alias it
+  for_pairs(
+      end - begin,
+      [&](int64_t c, int) {
+        prefetch_ahead(gate + c), prefetch_ahead(dy + c);
+        const Pair x = biased_pair(gate, at.gate_bias, c), g = load_pair(dy + c);
+        Pair u = x, du, dx;
+        if constexpr (gated) prefetch_ahead(up + c), u = biased_pair(up, at.up_bias, c);
+        dx.low = gradients_of<Act, gated>(g.low, x.low, u.low, &du.low);
+        dx.high = gradients_of<Act, gated>(g.high, x.high, u.high, &du.high);
+        write_pair(dgate + c, dx, streams);
+        if (at.dgate_bias) store_pair(at.dgate_bias + c, plus(load_pair(at.dgate_bias + c), dx));
+        if constexpr (gated) {
+          write_pair(dup + c, du, streams);
+          if (at.dup_bias) store_pair(at.dup_bias + c, plus(load_pair(at.dup_bias + c), du));
+        }
+      },
+      [&](int64_t c, int64_t n) {
+        const Vec x = biased(gate, at.gate_bias, c, n);
+        Vec du;
+        const Vec dx =
+            gradients_of<Act, gated>(load_some(dy + c, n), x, gated ? biased(up, at.up_bias, c, n) : x, &du);
+        store_some(dgate + c, dx, n);
+        add_to(at.dgate_bias ? at.dgate_bias + c : nullptr, dx, n);
+        if constexpr (gated) {
+          store_some(dup + c, du, n);
+          add_to(at.dup_bias ? at.dup_bias + c : nullptr, du, n);
+        }
+      });
+}
+
+template <class T>
+bool streams_gradients(const GatedActivationBackward& a) {
+  const int64_t element = sizeof(T), bytes = a.rows * a.width * element;
+  return a.dgate != a.gate && a.dgate != a.grad_y &&  // in place each line is there already
+         can_stream(a.dgate, a.dgate_stride * element, bytes) &&
+         (!a.dup || can_stream(a.dup, a.dup_stride * element, bytes));
 }
 
 template <class T, class Act, bool gated>
 void backward_with_sums(const GatedActivationBackward& a, Columns biases) {
   const int64_t block_rows = block_rows_of(a.rows), blocks = (a.rows + block_rows - 1) / block_rows;
   const int64_t width = a.width;
+  const bool streams = streams_gradients<T>(a);
   const Scratch scratch(static_cast<size_t>(blocks * 2 * width) * sizeof(float));
   float* partials = scratch.as<float>();
   const auto block_body = [&](int64_t block) {
@@ -250,8 +358,9 @@ void backward_with_sums(const GatedActivationBackward& a, Columns biases) {
     const Columns columns{biases.gate_bias, biases.up_bias, sums, gated ? sums + width : nullptr};
     const int64_t end = (block + 1) * block_rows < a.rows ? (block + 1) * block_rows : a.rows;
     for (int64_t row = block * block_rows; row < end; ++row) {
-      backward_row<T, Act, gated>(a, row, 0, width, columns);
+      backward_row<T, Act, gated>(a, row, 0, width, columns, streams);
     }
+    if (streams) stream_fence();
   };
   if (a.rows * width <= 2 * kTaskElements) {
     for (int64_t block = 0; block < blocks; ++block) block_body(block);
@@ -269,10 +378,11 @@ void backward_as(const GatedActivationBackward& a) {
                        as_f32(a.up_bias, a.bf16_bias, a.width, scratch.as<float>() + a.width), nullptr,
                        nullptr};
   if (a.dgate_bias || a.dup_bias) return backward_with_sums<T, Act, gated>(a, biases);
+  const bool streams = streams_gradients<T>(a);
   for_tiles(a.rows, a.width, [&](int64_t row, int64_t row_end, int64_t begin, int64_t end) {
-    const Columns columns{biases.gate_bias ? biases.gate_bias + begin : nullptr,
-                          biases.up_bias ? biases.up_bias + begin : nullptr, nullptr, nullptr};
-    for (; row < row_end; ++row) backward_row<T, Act, gated>(a, row, begin, end, columns);
+    const Columns columns{behind(biases.gate_bias, begin), behind(biases.up_bias, begin), nullptr, nullptr};
+    for (; row < row_end; ++row) backward_row<T, Act, gated>(a, row, begin, end, columns, streams);
+    if (streams) stream_fence();
   });
 }
 
@@ -285,9 +395,9 @@ template <class T>
 void backward(const GatedActivationBackward& a) {
   switch (a.activation) {
     case kGeluTanh:
-      return backward_for<T, GeluTanh>(a);
+      return backward_for<T, typename GeluOf<T>::Tanh>(a);
     case kGeluErf:
-      return backward_for<T, GeluErf>(a);
+      return backward_for<T, typename GeluOf<T>::Erf>(a);
     case kSilu:
       return backward_for<T, Silu>(a);
     default:

@@ -1,0 +1,66 @@
+"""Large results go past the caches: the same bits as where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from gptcore import ops
+from gptcore.ops import gated_activation as activation
+from gptcore.ops.rotary import rotary, rotary_tables
+from tests.tolerance import same_bits
+
+ROWS, WIDTH = 2100, 1536  # bf16: 6.2 MiB, just above the limit of core/stream.h
+COS, SIN = rotary_tables(ROWS, 128)
+
+
+def _rotary(x: torch.Tensor, first: int, out: torch.Tensor) -> None:
+    heads = (*x.shape[:-1], WIDTH // 128, 128)
+    rotary(x.view(heads), COS, SIN, position=first, out=out.view(heads))
+
+
+OPS: dict[str, Callable[[torch.Tensor, int, torch.Tensor], object]] = {
+    "gelu": lambda x, _, out: activation.gelu(x, out=out),
+    "swiglu": lambda x, _, out: activation.swiglu(x, x, out=out),
+    "rotary": _rotary,
+    "layer_norm": lambda x, _, out: ops.layer_norm(x, out=out),
+    "rms_norm": lambda x, _, out: ops.rms_norm(x, out=out),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_large_results_equal_small_ones(isa: str, name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(ROWS, WIDTH).to(dtype)
+    small = torch.empty_like(x)
+    for first in range(0, ROWS, 700):
+        OPS[name](x[first : first + 700], first, small[first : first + 700])
+    # Memory that was written before is streamed to, fresh memory is not, nor is what starts within a line.
+    for large in (torch.ones_like(x), torch.empty(64 << 20, dtype=dtype)[: x.numel()].view_as(x)):
+        OPS[name](x, 0, large)
+        assert same_bits(large, small)
+    shifted = torch.ones(x.numel() + 1, dtype=dtype)[1:].view_as(x)
+    OPS[name](x, 0, shifted)
+    assert same_bits(shifted, small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_large_gradients_equal_small_ones(isa: str, gated: bool, dtype: torch.dtype) -> None:
+    from gptcore.backend import extension
+
+    grad, x, up = (torch.randn(ROWS, WIDTH).to(dtype) for _ in range(3))
+
+    def gradients(rows: slice) -> list[torch.Tensor]:
+        part = [t[rows] for t in (grad, x, up)]
+        out = [torch.ones_like(part[0]) for _ in range(2 if gated else 1)]
+        optional = (part[2], None, None, out[0], out[1]) if gated else (None, None, None, out[0], None)
+        extension().gated_activation_backward(activation.SILU, part[0], part[1], *optional, None, None)
+        return out
+
+    large = gradients(slice(None))
+    parts = [gradients(slice(first, first + 700)) for first in range(0, ROWS, 700)]
+    for got, pieces in zip(large, zip(*parts, strict=True), strict=True):
+        assert same_bits(got, torch.cat(pieces))
