@@ -20,8 +20,10 @@ from typing import Any
 
 from bench.case import Cost
 
-# Working sets in bytes, from a part of L2 (smaller ones would measure dispatch) to far beyond any cache.
-WORKING_SETS = (512 << 10, 1 << 20, 8 << 20, 64 << 20, 512 << 20)
+# Working sets in bytes, from a part of L2 (smaller ones would measure dispatch) to far beyond any cache. Close
+# together where a last level of hundreds of MB ends: a rate between what it holds and what it does not would be
+# one that nothing reaches.
+WORKING_SETS = (512 << 10, 1 << 20, 8 << 20, 64 << 20, 128 << 20, 256 << 20, 512 << 20)
 # Reads to writes: 1 : 0, 1 : 1, 1 : 1 of the same bytes, 2 : 1 of which one is written back.
 TRAFFIC = ("read", "copy", "in_place", "update")
 # (M, K, N): square ones and GPT-2's feed-forward products. The best one is the ceiling.

@@ -1,7 +1,7 @@
 // decode.h's task for bf16 on AMX tiles, for head sizes of whole tiles. Arithmetic then is so little that memory is
 // all that counts: keys are the left operand where they lie, 16 of them by 32 of their depth to a tile, and give
-// scores of all rows; values are joined in pairs of keys on their way to tiles. While a block is at work, the next
-// one's lines are asked for, so that the memory never waits.
+// scores of all rows; values are joined in pairs of keys on their way to tiles. Meanwhile lines of later keys are
+// asked for, so that the memory never waits.
 #pragma once
 
 #include "core/amx.h"
@@ -30,12 +30,13 @@ template <class Engine>
 class TileDecodeTask {
  public:
   using Scope = DecodeTiles;
-  static constexpr int kMaxRows = 4, kKeys = 64, kMaxWidth = 256;
+  static constexpr int kElementBytes = 2, kMaxRows = 4, kKeys = 64, kMaxWidth = 256;
+  static constexpr int kScoreKeys = kTileRows, kValueKeys = kTileDepth;
 
   static bool serves(const AttentionProblem& p) { return p.head_dim % kTileDepth == 0; }
 
-  void begin(const AttentionProblem& p, const Sequence& s) {
-    p_ = p, s_ = s, k_ = KeyRows<const bf16>(p.k, s), v_ = KeyRows<const bf16>(p.v, s);
+  void begin(const AttentionProblem& p, const Sequence& s, int64_t ahead) {
+    p_ = p, s_ = s, ahead_ = ahead, k_ = KeyRows<const bf16>(p.k, s), v_ = KeyRows<const bf16>(p.v, s);
     const int64_t rows = s_.rows();
     const QueryRows<const bf16> q(p_.q, s_);
     __builtin_memset(query_, 0, sizeof(query_));
@@ -52,11 +53,8 @@ class TileDecodeTask {
     if (p_.sinks) add_sinks(p_, s_, 0, rows, &state_);
   }
 
-  void keys(int64_t base, int64_t count) {
+  void weigh(int64_t base, int64_t count) {
     const int64_t rows = s_.rows();
-    for (int64_t key = 0; key < count; key += kTileRows) {
-      scores(base + key, at_most(count - key, kTileRows), key, rows);
-    }
     const Range width{0, round_up(count, kTileDepth)};
     const float scale = p_.modified ? 1 : (p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e;
     for (int64_t r = 0; r < rows; ++r) {
@@ -67,14 +65,11 @@ class TileDecodeTask {
       }
       softmax_row<Engine>(state_, r, scores_[r], visible, width, scale, sum_[r], p_.head_dim);
     }
-    for (int64_t key = 0; key < count; key += kTileDepth) values(base, key, count);
   }
 
-  void write() { write_rows<bf16>(p_, s_, &state_, sum_); }
-
- private:
-  // Scores of keys [first, first + n) with all rows, into scores_[row][at...].
-  void scores(int64_t first, int64_t n, int64_t at, int64_t rows) {
+  // Scores of keys [base + key, base + key + n) with all rows.
+  void scores(int64_t base, int64_t key, int64_t n) {
+    const int64_t first = base + key, rows = s_.rows();
     alignas(64) bf16 edge[kTileRows][kMaxWidth];
     const bf16* keys = k_(first);
     int64_t bytes = k_.token * 2;
@@ -100,27 +95,24 @@ class TileDecodeTask {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) column[i] = load(tile[i]);
     transpose(column);
-    for (int64_t r = 0; r < rows; ++r) store(scores_[r] + at, column[r]);
+    for (int64_t r = 0; r < rows; ++r) store(scores_[r] + key, column[r]);
   }
 
-  // The lines of the same keys of the next block.
-  static void fetch_next(const bf16* rows, int64_t stride, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(rows + (kKeys + i) * stride, 0, 2);
-  }
-
-  // Adds probabilities times values of keys [key, key + 32) of the block.
-  void values(int64_t base, int64_t key, int64_t count) {
+  // Adds probabilities times values of keys [base + key, base + key + n).
+  void values(int64_t base, int64_t key, int64_t n) {
     alignas(64) uint32_t panel[kMaxWidth / kTileCols][kTileRows][kTileCols];
     const int64_t panels = p_.head_dim / kTileCols;
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const int64_t low = key + 2 * i;
-      const bf16* row = v_(base + low);
+      const int64_t low = 2 * i;
+      const bf16* row = v_(base + key + low);
       for (int64_t d = 0; d < panels; ++d) {
-        const __m512i a = low < count ? half(row + d * kTileCols) : __m512i{};
-        const __m512i b = low + 1 < count ? half(row + v_.token + d * kTileCols) : __m512i{};
+        const __m512i a = low < n ? half(row + d * kTileCols) : __m512i{};
+        const __m512i b = low + 1 < n ? half(row + v_.token + d * kTileCols) : __m512i{};
         _mm512_store_si512(panel[d][i], _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
       }
-      for (int64_t d = 0; d < p_.head_dim && low < count; d += kTileDepth) fetch_next(row + d, v_.token, 2);
+      for (int64_t d = 0; d < p_.head_dim && low < n; d += kTileDepth) {
+        fetch_next(row + d, v_.token, 2);
+      }
     }
     tile_fence();
     const bf16* p = reinterpret_cast<const bf16*>(scores_[0]) + key;
@@ -139,6 +131,14 @@ class TileDecodeTask {
     tile_fence();
   }
 
+  void write() { write_rows<bf16>(p_, s_, &state_, sum_); }
+
+ private:
+  // Asks for the lines of later keys' same depth.
+  void fetch_next(const bf16* rows, int64_t stride, int64_t n) const {
+    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(rows + (ahead_ + i) * stride, 0, 2);
+  }
+
   // 16 values of a key as the lower halves of words.
   static __m512i half(const bf16* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -147,6 +147,7 @@ class TileDecodeTask {
   AttentionProblem p_;
   Sequence s_;
   KeyRows<const bf16> k_, v_;
+  int64_t ahead_;
   alignas(64) uint32_t query_[kMaxWidth / kTileDepth][kTileRows][kTileCols];
   alignas(64) float sum_[kMaxRows][kMaxWidth];
   alignas(64) float scores_[kMaxRows][kKeys];
