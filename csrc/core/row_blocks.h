@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/parallel.h"
+#include "core/prefetch.h"
 #include "core/simd.h"
 #include "core/stream.h"
 
@@ -93,6 +94,14 @@ template <class T>
 GPTCORE_INLINE void prefetch_pair(const T* p) {
   __builtin_prefetch(p);
   if constexpr (kPairLanes * sizeof(T) > 64) __builtin_prefetch(p + kLanes);
+}
+
+// Asks for the pair 8 KiB behind p, into L2, which has room for more lines under way than L1: a core's window holds too
+// few pairs to cover the latency of memory, and stores past the caches take the same places in L1.
+template <class T>
+GPTCORE_INLINE void fetch_pair_ahead(const T* p) {
+  fetch_ahead<8192, 2>(p);
+  if constexpr (kPairLanes * sizeof(T) > 64) fetch_ahead<8192 + 64, 2>(p);
 }
 
 // pair(offset, s) over a row's pairs, where s counts 0, 1, 0, ...: one of two sets of running sums; then

@@ -22,11 +22,12 @@ constexpr bool kCanStream = false;
 constexpr int64_t kStreamLine = 64;
 #endif
 
-// Results of fewer bytes are left to the caches, where the next operation may find them. Measured with 2 MB of L2 a
-// core: from 6 MiB on both the operation (1.2 to 1.5 times) and it with a product or a maximum behind it (0.97 to 1.16)
-// are faster past the caches, at 3 MiB the latter is slower (0.76). What zeroes a table, and reads nothing, gains from
-// larger sizes only: 77 MB cost the same either way, 154 MB half.
-constexpr int64_t kStreamBytes = 6 << 20, kStreamZeroBytes = 64 << 20;
+// Results of fewer bytes are left to the caches, where the next operation may find them. Measured with 2
+// MB of L2 a core: from 16 MiB on both the operation (1.15 to 1.5 times) and it with a product or a
+// maximum behind it (0.96 to 1.15) are faster past the caches; at 12 MiB that turns with what ran before
+// (0.86 to 1.5), at 3 MiB a maximum behind it loses (0.76). What zeroes a table, and reads nothing, gains
+// from larger sizes only: 77 MB cost the same either way, 154 MB half.
+constexpr int64_t kStreamBytes = 16 << 20, kStreamZeroBytes = 64 << 20;
 
 // Whether rows from `p` on, `stride_bytes` apart, are worth streaming and lie where stream() may store.
 GPTCORE_INLINE bool can_stream(const void* p, int64_t stride_bytes, int64_t bytes) {

@@ -172,13 +172,6 @@ struct Relu {
   }
 };
 
-// Asks for what lies 2 KiB ahead. With some 20 instructions between two loads the core's window holds too few
-// of them to cover the latency of memory, and the hardware prefetcher stops at every page.
-template <class T>
-GPTCORE_INLINE void prefetch_ahead(const T* p) {
-  prefetch_pair(p + 2048 / sizeof(T));
-}
-
 // --- forward -----------------------------------------------------------------------------------------------
 
 // Runs body(row begin, row end, column begin, column end) over tiles of about kTaskElements.
@@ -224,10 +217,10 @@ template <class T, class Act, bool gated>
   for_pairs(
       width,
       [&](int64_t c, int) {
-        prefetch_ahead(gate + c);
+        fetch_pair_ahead(gate + c);
         const Pair x = biased_pair(gate, gate_bias, c);
         Pair u = x;
-        if constexpr (gated) prefetch_ahead(up + c), u = biased_pair(up, up_bias, c);
+        if constexpr (gated) fetch_pair_ahead(up + c), u = biased_pair(up, up_bias, c);
         write_pair(y + c, {value_of<Act, gated>(x.low, u.low), value_of<Act, gated>(x.high, u.high)},
                    streams);
       },
@@ -310,10 +303,10 @@ template <class T, class Act, bool gated>
   for_pairs(
       end - begin,
       [&](int64_t c, int) {
-        prefetch_ahead(gate + c), prefetch_ahead(dy + c);
+        fetch_pair_ahead(gate + c), fetch_pair_ahead(dy + c);
         const Pair x = biased_pair(gate, at.gate_bias, c), g = load_pair(dy + c);
         Pair u = x, du, dx;
-        if constexpr (gated) prefetch_ahead(up + c), u = biased_pair(up, at.up_bias, c);
+        if constexpr (gated) fetch_pair_ahead(up + c), u = biased_pair(up, at.up_bias, c);
         dx.low = gradients_of<Act, gated>(g.low, x.low, u.low, &du.low);
         dx.high = gradients_of<Act, gated>(g.high, x.high, u.high, &du.high);
         write_pair(dgate + c, dx, streams);

@@ -38,6 +38,7 @@ GPTCORE_INLINE void rotate_pairs(const T* x, T* out, const float* c, const float
   for_pairs(
       width,
       [&](int64_t i, int) {
+        fetch_pair_ahead(x + i);
         const Pair v = load_pair(x + i), cos = load_pair(c + i), sin = load_pair(s + i);
         write_pair(out + i,
                    {rotated_pairs(v.low, cos.low, sin.low), rotated_pairs(v.high, cos.high, sin.high)},
@@ -55,6 +56,7 @@ GPTCORE_INLINE void rotate_halves(const T* x, T* out, const float* cos, const fl
       half,
       [&](int64_t i, int) {
         const Pair c = load_pair(cos + i), t = load_pair(sin + i), s = {t.low * sign, t.high * sign};
+        fetch_pair_ahead(x + i), fetch_pair_ahead(x + half + i);
         const Pair a = load_pair(x + i), b = load_pair(x + half + i);
         write_pair(out + i, {a.low * c.low - b.low * s.low, a.high * c.high - b.high * s.high}, streams);
         write_pair(out + half + i, {b.low * c.low + a.low * s.low, b.high * c.high + a.high * s.high},
