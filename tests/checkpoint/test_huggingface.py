@@ -21,6 +21,9 @@ from tests.checkpoint.huggingface_cases import CASES
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
+NULL = object()  # of config.json; None in a change removes the key
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -123,6 +126,7 @@ def test_a_model_no_family_computes_is_refused_with_the_obstacles(preset: str, s
             "scale_attn_by_inverse_layer_idx = True",
         ),
         ({"model_type": "falcon", "alibi": True}, "alibi = True"),
+        ({"model_type": "gptj", "rotary_dim": NULL}, "rotary_dim: got null"),
         (
             {"model_type": "bloom", "apply_residual_connection_post_layernorm": True},
             "GPT computes False only",
@@ -145,7 +149,7 @@ def test_a_model_no_family_computes_is_refused_with_the_obstacles(preset: str, s
 )
 def test_settings_we_would_compute_otherwise_are_refused(changes: dict[str, Any], sentence: str):
     config = {**CASES["llama"][1], **CASES["gpt2"][1], "model_type": "llama", **changes}
-    config = {key: value for key, value in config.items() if value is not None}
+    config = {key: None if value is NULL else value for key, value in config.items() if value is not None}
     with pytest.raises(UserError) as caught:
         huggingface.read_config(config)
     assert sentence in str(caught.value)

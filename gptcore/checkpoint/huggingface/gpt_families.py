@@ -134,6 +134,10 @@ def write_gpt_neox(config: GPTConfig) -> Config:
 def read_gptj(hf: Config) -> GPTConfig:
     dropout, attention_dropout = dropout_of(hf, "resid_pdrop", "attn_pdrop")
     refuse(hf, embd_pdrop=hf.get("resid_pdrop", 0.0))
+    if hf.get("rotary_dim", 64) is None:
+        raise UserError(
+            "config.json: rotary_dim: got null, expected how many dimensions of a head are rotated"
+        )
     return GPTConfig(
         num_layers=hf["n_layer"], width=hf["n_embd"], vocab_size=hf["vocab_size"],
         context_length=hf.get("n_positions", 2048), dropout=dropout,
@@ -144,7 +148,7 @@ def read_gptj(hf: Config) -> GPTConfig:
         mlp=MlpSpec(
             hidden_size=hf.get("n_inner"), activation=activation(hf, "activation_function", "gelu_new")
         ),
-        position=PositionSpec(kind="rotary", rotary_dim=hf.get("rotary_dim"), interleaved=True),
+        position=PositionSpec(kind="rotary", rotary_dim=hf.get("rotary_dim", 64), interleaved=True),
         tied_head=hf.get("tie_word_embeddings", False), head_bias=True,
     )  # fmt: skip
 

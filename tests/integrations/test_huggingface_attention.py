@@ -1,0 +1,173 @@
+"""``attn_implementation="gptcore"`` against transformers' eager attention: logits, loss, gradients, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gptcore import backend
+from tests.checkpoint.huggingface_cases import CASES
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from gptcore.integrations import huggingface  # noqa: E402
+
+# These compute attention in their own layers and leave no choice of it.
+OWN_ATTENTION = ("bloom", "gptj", "falcon", "falcon-40b", "falcon-one-norm", "falcon-sequential")
+NAMES = [name for name in CASES if name not in OWN_ATTENTION]
+LENGTH, PADDING = 37, 9
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    transformers.utils.logging.set_verbosity_error()
+    huggingface.register()
+    backend.reset_report()
+    yield
+    transformers.utils.logging.set_verbosity_warning()
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    model_type, settings = CASES[name]
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **{**settings, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return model.to(dtype)
+
+
+def batch(padding: str) -> dict[str, torch.Tensor]:
+    """Two sequences, the first padded on one side; the first token after the padding is no target."""
+    tokens = torch.randint(1, 61, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens)
+    if padding == "left":
+        mask[0, :PADDING] = 0
+    elif padding == "right":
+        mask[0, -PADDING:] = 0
+    labels = torch.where(mask.bool(), tokens, -100)
+    if padding == "left":
+        labels[0, PADDING] = -100
+    inputs = {"input_ids": tokens, "labels": labels}
+    return inputs if padding == "no mask" else {**inputs, "attention_mask": mask}
+
+
+def run(
+    model: Any, implementation: str, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, Any, dict[str, Any]]:
+    """Logits, loss, and gradients by name."""
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    return (
+        out.logits.detach(),
+        out.loss.detach(),
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+@pytest.mark.parametrize("padding", ["no mask", "none", "left", "right"])
+@pytest.mark.parametrize("name", NAMES)
+def test_f32_is_that_of_eager(name: str, padding: str):
+    model, inputs = model_of(name), batch(padding)
+    logits, loss, gradients = run(model, "eager", inputs)
+    ours, our_loss, our_gradients = run(model, huggingface.ATTENTION_NAME, inputs)
+    kept = inputs["labels"] >= 0
+    assert (ours - logits)[kept].abs().max() <= 1e-5 * logits[kept].abs().max()
+    assert abs(our_loss - loss) <= 1e-5 * loss.abs()
+    for key, wanted in gradients.items():
+        # a bias' gradient is a sum of terms of its weight's size, and for keys nothing but their rounding is left:
+        # a shift of all scores changes no softmax
+        weight = gradients.get(key.replace(".bias", ".weight"), wanted)
+        scale = max(wanted.abs().max(), weight.abs().max())
+        assert (our_gradients[key] - wanted).abs().max() <= 1e-5 * scale, key
+    assert backend.report() == {}
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_errs_no_more_than_twice_eager(name: str, padding: str):
+    inputs = {key: value for key, value in batch(padding).items() if key != "labels"}
+    kept = batch(padding)["labels"] >= 0
+    # eager's softmax is f32 whatever the dtype, so float64 would be no better
+    exact, rounded = model_of(name), model_of(name, torch.bfloat16)
+    exact.load_state_dict(rounded.state_dict())
+    with torch.no_grad():
+        wanted, eager = exact(**inputs).logits, rounded(**inputs).logits
+        rounded.set_attn_implementation(huggingface.ATTENTION_NAME)
+        ours = rounded(**inputs).logits
+    theirs = (eager - wanted)[kept].square().mean().sqrt()
+    assert (ours - wanted)[kept].square().mean().sqrt() <= 2 * theirs
+    assert backend.report() == {}
+
+
+def greedy(model: Any, **options: Any) -> torch.Tensor:
+    inputs = batch("left")
+    return model.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, pad_token_id=0,
+        min_new_tokens=24, max_new_tokens=24, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "mistral", "qwen2", "gemma2", "gemma3", "glm"])
+def test_greedy_generation_is_that_of_eager(name: str, cache: str):
+    model = model_of(name, max_position_embeddings=80) if name != "gpt2" else model_of(name, n_positions=80)
+    options = (
+        {"use_cache": False} if cache == "none" else {"cache_implementation": cache, "disable_compile": True}
+    )
+    wanted = greedy(model, **options)
+    model.set_attn_implementation(huggingface.ATTENTION_NAME)
+    assert torch.equal(greedy(model, **options), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_packed_sequences_do_not_see_each_other(name: str):
+    model = model_of(name)
+    model.set_attn_implementation(huggingface.ATTENTION_NAME)
+    tokens = batch("none")["input_ids"][:1]
+    places = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)])[None]
+    with torch.no_grad():
+        packed = model(tokens, position_ids=places, use_cache=False).logits
+        alone = [model(part).logits for part in (tokens[:, :20], tokens[:, 20:])]
+    assert (packed - torch.cat(alone, dim=1)).abs().max() <= 1e-5 * packed.abs().max()
+
+
+def test_a_window_needs_no_mask():
+    """A windowed layer of a whole sequence gets None, which the kernel skips by blocks."""
+    config = model_of("mistral").config
+    options = {"local_size": 7, "config": config, "mask_function": lambda *_: pytest.fail("a mask was made")}
+    assert huggingface.attention.attention_mask(2, 37, 37, 0, 0, **options) is None
+    seen = torch.ones(2, 37, dtype=torch.bool)
+    assert huggingface.attention.attention_mask(2, 37, 37, 0, 0, attention_mask=seen, **options) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", torch.float64), ("llama", torch.float16), ("gemma2", torch.float64)]
+)
+def test_what_the_kernel_lacks_goes_to_torch_and_is_reported(name: str, dtype: torch.dtype):
+    inputs = {key: value for key, value in batch("none").items() if key != "labels"}
+    model = model_of(name, dtype)
+    kept = batch("none")["labels"] >= 0
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        model.set_attn_implementation(huggingface.ATTENTION_NAME)
+        got = model(**inputs).logits
+    bound = 1e-5 if dtype == torch.float64 else 2e-2
+    assert (got - wanted)[kept].abs().max() <= bound * wanted[kept].abs().max()
+    assert backend.report() == {"transformers attention": {f"dtype {dtype}": 3}}
+
+
+def test_dropout_is_drawn_from_torchs_generator():
+    model = model_of("gpt2", attn_pdrop=0.5).train()
+    model.set_attn_implementation(huggingface.ATTENTION_NAME)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(model(**batch("left")).logits)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
