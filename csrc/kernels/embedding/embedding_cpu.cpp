@@ -12,12 +12,24 @@ namespace {
 constexpr int64_t kGrainBytes = 64 << 10;
 constexpr int64_t kCacheLine = 64;
 
-// Copies a row while `next`, the row after it, is on its way: rows lie anywhere in the table, where the
-// processor's own prefetching starts anew with each.
-GPTCORE_INLINE void copy_row(const char* from, const char* next, char* to, int64_t bytes) {
+// Rows that are asked for ahead of the one at work: rows lie anywhere, where the processor's own prefetching
+// starts anew with each.
+constexpr int64_t kRowsAhead = 2;
+
+// Copies a row while `later`, a row to come, is on its way.
+GPTCORE_INLINE void copy_row(const char* from, const char* later, char* to, int64_t bytes, bool past_caches) {
   int64_t at = 0;
+  if (past_caches) {
+    for (; at < bytes; at += kCacheLine) {
+      __builtin_prefetch(later + at);
+      for (int64_t i = at; i < at + kCacheLine; i += static_cast<int64_t>(sizeof(Vec))) {
+        stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+      }
+    }
+    return;
+  }
   for (; at + kCacheLine <= bytes; at += kCacheLine) {
-    __builtin_prefetch(next + at);
+    __builtin_prefetch(later + at);
     __builtin_memcpy(to + at, from + at, kCacheLine);
   }
   __builtin_memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
@@ -26,12 +38,15 @@ GPTCORE_INLINE void copy_row(const char* from, const char* next, char* to, int64
 template <class Id>
 void forward(const EmbeddingForward& a) {
   const Id* ids = static_cast<const Id*>(a.ids);
+  const bool past_caches =
+      a.row_bytes % kCacheLine == 0 && can_stream(a.out, a.out_stride, a.count * a.row_bytes);
   parallel_ranges(a.count, kGrainBytes / (a.row_bytes + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const char* from = a.table + ids[n] * a.table_stride;
-      const char* next = n + 1 < end ? a.table + ids[n + 1] * a.table_stride : from;
-      copy_row(from, next, a.out + n * a.out_stride, a.row_bytes);
+      const int64_t later = n + kRowsAhead < end ? n + kRowsAhead : n;
+      copy_row(a.table + ids[n] * a.table_stride, a.table + ids[later] * a.table_stride,
+               a.out + n * a.out_stride, a.row_bytes, past_caches);
     }
+    if (past_caches) stream_fence();
   });
 }
 
@@ -47,14 +62,19 @@ constexpr int64_t kManyOccurrences = 256;
 // a narrow row half of them, so that it too reads its occurrences once.
 constexpr int kSums = 8;
 
-// kCount vectors of columns of one row: the sum over its occurrences, in order.
+// kCount vectors of columns of one row: the sum over its occurrences, in order. What goes past the caches does
+// not accumulate.
 template <int kCount, class G, class W>
 GPTCORE_INLINE void sum_columns(const EmbeddingBackward& a, const int32_t* first, const int32_t* last,
-                                const G* grad, W* target) {
+                                const G* grad, W* target, bool past_caches) {
   Vec sums[kCount] = {};
   for (const int32_t* n = first; n != last; ++n) {
     const G* source = grad + *n * a.grad_stride;
     for (int s = 0; s < kCount; ++s) sums[s] += load(source + s * kLanes);
+  }
+  if (past_caches) {
+    for (int s = 0; s < kCount; s += 2) stream(target + s * kLanes, sums[s], sums[s + 1]);
+    return;
   }
   for (int s = 0; s < kCount; ++s) {
     store(target + s * kLanes, a.accumulate ? load(target + s * kLanes) + sums[s] : sums[s]);
@@ -63,16 +83,17 @@ GPTCORE_INLINE void sum_columns(const EmbeddingBackward& a, const int32_t* first
 
 // Columns [begin, end) of one row.
 template <class G, class W>
-GPTCORE_INLINE void sum_row(const EmbeddingBackward& a, int64_t v, int64_t begin, int64_t end) {
+GPTCORE_INLINE void sum_row(const EmbeddingBackward& a, int64_t v, int64_t begin, int64_t end,
+                            bool past_caches) {
   const int32_t *first = a.order + a.vocabulary_start[v], *last = a.order + a.vocabulary_start[v + 1];
   const G* grad = static_cast<const G*>(a.grad_out);
   W* row = static_cast<W*>(a.dweight) + v * a.width;
   int64_t c = begin;
   for (; c + kSums * kLanes <= end; c += kSums * kLanes) {
-    sum_columns<kSums>(a, first, last, grad + c, row + c);
+    sum_columns<kSums>(a, first, last, grad + c, row + c, past_caches);
   }
   if (c + kSums / 2 * kLanes <= end) {
-    sum_columns<kSums / 2>(a, first, last, grad + c, row + c);
+    sum_columns<kSums / 2>(a, first, last, grad + c, row + c, past_caches);
     c += kSums / 2 * kLanes;
   }
   for_lanes(end - c, [&](int64_t offset, int64_t lanes) {
@@ -83,6 +104,18 @@ GPTCORE_INLINE void sum_row(const EmbeddingBackward& a, int64_t v, int64_t begin
     W* target = row + c + offset;
     store_some(target, a.accumulate ? load_some(target, lanes) + sum : sum, lanes);
   });
+}
+
+// Asks for the gradient that is summed `kRowsAhead` occurrences after those of row v, into the second-level
+// cache, while rows between are zeroed.
+template <class G>
+GPTCORE_INLINE void fetch_later(const EmbeddingBackward& a, int64_t v) {
+  const int64_t later = a.vocabulary_start[v + 1] + kRowsAhead - 1;
+  if (later >= a.tokens) return;
+  const G* row = static_cast<const G*>(a.grad_out) + a.order[later] * a.grad_stride;
+  const char* p = reinterpret_cast<const char*>(row);
+  const int64_t bytes = a.width * static_cast<int64_t>(sizeof(G));
+  for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(p + at, 0, 2);
 }
 
 bool is_frequent(const EmbeddingBackward& a, int64_t v) {
@@ -96,12 +129,13 @@ bool is_empty(const EmbeddingBackward& a, int64_t v) {
 // Rows without occurrences, most of a large table, are zeroed by runs and, where the table is large, past
 // the caches.
 template <class G, class W>
-void table_rows(const EmbeddingBackward& a, int64_t begin, int64_t end) {
+void table_rows(const EmbeddingBackward& a, int64_t begin, int64_t end, bool streams, bool past_caches) {
   const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(W));
-  const bool streams = a.vocabulary * row_bytes >= kStreamZeroBytes;
   for (int64_t v = begin; v < end; ++v) {
     if (!is_empty(a, v)) {
-      if (!is_frequent(a, v)) sum_row<G, W>(a, v, 0, a.width);
+      if (is_frequent(a, v)) continue;
+      fetch_later<G>(a, v);
+      sum_row<G, W>(a, v, 0, a.width, past_caches);
     } else if (!a.accumulate) {
       const int64_t first = v;
       while (v + 1 < end && is_empty(a, v + 1)) ++v;
@@ -123,6 +157,9 @@ void backward(const EmbeddingBackward& a) {
       if (is_frequent(a, v)) frequent[frequent_count++] = static_cast<int32_t>(v);
     }
   }
+  const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(W)), bytes = a.vocabulary * row_bytes;
+  const bool streams = bytes >= kStreamZeroBytes && !a.accumulate;
+  const bool past_caches = streams && can_stream(a.dweight, row_bytes, bytes);
   constexpr int64_t kColumns = kSums * kLanes;
   const int64_t across = (a.width + kColumns - 1) / kColumns;
   const int64_t blocks = (a.vocabulary + kTaskRows - 1) / kTaskRows, first = frequent_count * across;
@@ -130,10 +167,11 @@ void backward(const EmbeddingBackward& a) {
     if (task < first) {  // the frequent ones first, since they take longest
       const int64_t begin = task % across * kColumns;
       const int64_t end = begin + kColumns < a.width ? begin + kColumns : a.width;
-      sum_row<G, W>(a, frequent[task / across], begin, end);
+      sum_row<G, W>(a, frequent[task / across], begin, end, false);
     } else {
       const int64_t begin = (task - first) * kTaskRows;
-      table_rows<G, W>(a, begin, begin + kTaskRows < a.vocabulary ? begin + kTaskRows : a.vocabulary);
+      table_rows<G, W>(a, begin, begin + kTaskRows < a.vocabulary ? begin + kTaskRows : a.vocabulary, streams,
+                       past_caches);
     }
   };
   if ((a.vocabulary + a.tokens) * a.width <= 32768) {
