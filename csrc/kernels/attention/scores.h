@@ -79,32 +79,23 @@ GPTCORE_INLINE Vec any_tanh(Vec y, float cap) {
   return y * p * reciprocal(q);
 }
 
-// Whether any lane exceeds the limit; NaN does not.
-GPTCORE_INLINE bool any_above(Vec x, float limit) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(limit), _CMP_GT_OQ) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)(x > splat(limit))) != 0;
-#elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)(x > splat(limit))) != 0;
-#else
-  return reduce_max(x) > limit;
-#endif
-}
-
 // put(i, n, cap * tanh(inner * x[i...])) for the first n lanes, over [0, count) by vectors.
 template <bool kFine, class Put>
 GPTCORE_INLINE void cap_each(const float* x, int64_t count, float inner, float cap, const Put& put) {
   constexpr int kVectors = 4;  // looked at together, so that the branch costs little
+  bool large = false;          // once met: what follows is seldom all small, and looking costs a tenth
   int64_t i = 0;
   for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) {
-    Vec y[kVectors], top = {};
+    Vec y[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      y[j] = load(x + i + j * kLanes) * inner;
-      top = larger(abs(y[j]), top);
+    for (int j = 0; j < kVectors; ++j) y[j] = load(x + i + j * kLanes) * inner;
+    if (!large) {
+      Vec top = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) top = larger(abs(y[j]), top);
+      large = any_above(top, kSmallTanh);
     }
-    if (any_above(top, kSmallTanh)) {
+    if (large) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) put(i + j * kLanes, int64_t{kLanes}, any_tanh<kFine>(y[j], cap));
     } else {

@@ -16,35 +16,44 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kInfinity = __builtin_inff();
 
-// 2^x = 2^n * 2^f with n the nearest integer and a minimax polynomial (relative error, Remez) in f. Degree 5
-// is good to 9.1e-8 for f32; degree 3 to 1.0e-4, a twentieth of what rounding to bf16 costs afterwards. The
-// constant term is 1, so that 2^0 = 1. NaN stays NaN, -inf gives 0; so does -127, whose exponent field is that.
+// 2^x = 2^n * 2^f, a minimax polynomial (relative error, Remez) in f. Degree 5 serves f32; degree 3 is off by at most
+// 1.0e-4, a twentieth of what rounding to bf16 costs afterwards. The constant term is 1, so that 2^0 = 1. NaN stays
+// NaN, -inf gives 0; so does -127 without AVX-512, whose exponent field is that.
+//
+// AVX-512 takes f = x - floor(x) in one instruction (0 for infinities) and scales by 2^floor(x) in another, so that
+// nothing need be rounded or limited; elsewhere n is the nearest integer.
 template <bool kFine>
 GPTCORE_INLINE Vec exp2_of(Vec x) {
 #if defined(__AVX512F__)
-  x = (Vec)_mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x);  // the second operand wins where x is NaN
-  const Vec n = (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+  Vec p;
+  if constexpr (kFine) {  // 8.3e-8
+    p = f * 0.0018671300495043397f + 0.009017030708491802f;
+    p = p * f + 0.05579991266131401f;
+    p = p * f + 0.24016444385051727f;
+    p = p * f + 0.6931512951850891f;
+  } else {  // 8.6e-5
+    p = f * 0.07706717f + 0.22764485f;
+    p = p * f + 0.69511682f;
+  }
+  p = p * f + 1.0f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
   x = max(splat(-127.0f), min(splat(127.0f), x));
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Vec shifted = x + magic;
-  const Vec n = shifted - magic;
-#endif
-  const Vec f = x - n;
+  const Vec f = x - (shifted - magic);
   Vec p;
-  if constexpr (kFine) {
+  if constexpr (kFine) {  // 9.1e-8
     p = f * 0.001326472731307149f + 0.009671512991189957f;
     p = p * f + 0.05550733581185341f;
     p = p * f + 0.24022242426872253f;
     p = p * f + 0.6931470036506653f;
-  } else {
+  } else {  // 1.0e-4
     p = f * 0.05500892922282219f + 0.2422109693288803f;
     p = p * f + 0.6932829022407532f;
   }
   p = p * f + 1.0f;
-#if defined(__AVX512F__)
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 #endif
 }
@@ -63,6 +72,19 @@ GPTCORE_INLINE float largest(Vec x) {
   return _mm512_reduce_max_ps((__m512)x);
 #else
   return reduce_max(x);
+#endif
+}
+
+// Whether any lane exceeds the limit; NaN does not.
+GPTCORE_INLINE bool any_above(Vec x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(x > splat(limit))) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)(x > splat(limit))) != 0;
+#else
+  return reduce_max(x) > limit;
 #endif
 }
 
@@ -126,7 +148,8 @@ struct RowStates {
 // then reach 2^8, far from f32's limits, and most blocks after the first need no rescaling.
 constexpr float kSlack = 8.0f;
 
-GPTCORE_INLINE float visible_max(const float* s, Range visible, const VectorRange& v) {
+// Lane by lane, NaN passed over.
+GPTCORE_INLINE Vec visible_max(const float* s, Range visible, const VectorRange& v) {
   Vec a = splat(-kInfinity), b = a, c = a, d = a;
   int64_t i = v.begin;
   for (; i + 4 * kLanes <= v.end; i += 4 * kLanes) {
@@ -138,7 +161,7 @@ GPTCORE_INLINE float visible_max(const float* s, Range visible, const VectorRang
   for (; i < v.end; i += kLanes) a = larger(load(s + i), a);
   if (v.head) b = larger(keep_visible(load(s + v.begin - kLanes), v.begin - kLanes, visible, -kInfinity), b);
   if (v.tail) c = larger(keep_visible(load(s + v.end), v.end, visible, -kInfinity), c);
-  return largest(larger(larger(a, b), larger(c, d)));
+  return larger(larger(a, b), larger(c, d));
 }
 
 // Turns the scores of one row into probabilities, in place (bf16 ones fill the first half of their row), and
@@ -153,8 +176,10 @@ GPTCORE_INLINE void softmax_row(RowStates<kRows>& state, int64_t r, float* s, Ra
     return;
   }
   const VectorRange v(visible);
-  const float top = visible_max(s, visible, v);
-  if ((top - state.raw_max[r]) * scale > kSlack || state.raw_max[r] == -kInfinity) {
+  const Vec tops = visible_max(s, visible, v);
+  // Lane by lane: the maximum across lanes would cost as much as four vectors of exponentials, and is seldom needed.
+  if (state.raw_max[r] == -kInfinity || any_above((tops - state.raw_max[r]) * scale, kSlack)) {
+    const float top = largest(tops);
     const float shift = top == -kInfinity ? 0 : top * scale;
     if (state.raw_max[r] != -kInfinity) {
       const Vec factor = exp2_of<true>(splat(state.shift[r] - shift));
