@@ -15,13 +15,15 @@ __version__ = "0.1.0"
 
 _SUBMODULES = frozenset(
     {
-        "backend", "checkpoint", "cli", "data", "errors", "functional", "infer", "models", "nn", "ops", "optim",
-        "report", "train",
+        "backend", "checkpoint", "cli", "data", "errors", "functional", "infer", "integrations", "models", "nn", "ops",
+        "optim", "report", "train",
     }
 )  # fmt: skip
 
 # Names of submodules that many programs want at hand.
-_SHORTCUTS = {"from_hf": "checkpoint", "to_hf": "checkpoint"}
+_SHORTCUTS = {
+    "from_hf": "checkpoint", "to_hf": "checkpoint", "replace": "integrations", "restore": "integrations",
+}  # fmt: skip
 
 __all__ = ["__version__", *sorted(_SUBMODULES), *_SHORTCUTS]
 

@@ -1,1 +1,11 @@
-"""gptcore under other libraries' programs; nothing here is imported, or changes anything, until it is asked for."""
+"""gptcore under other libraries' programs; importing it changes nothing.
+
+``replace(model)`` puts a live model's modules onto the kernels, ``restore(model)`` back; ``huggingface`` has what is
+particular to transformers.
+"""
+
+from __future__ import annotations
+
+from gptcore.integrations.swap import Report, replace, restore
+
+__all__ = ["Report", "replace", "restore"]

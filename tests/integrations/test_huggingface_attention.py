@@ -10,6 +10,7 @@ import torch
 
 from gptcore import backend
 from tests.checkpoint.huggingface_cases import CASES
+from tests.integrations.huggingface_models import LENGTH, assert_same, batch, model_of, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -18,7 +19,6 @@ from gptcore.integrations import huggingface  # noqa: E402
 # These compute attention in their own layers and leave no choice of it.
 OWN_ATTENTION = ("bloom", "gptj", "falcon", "falcon-40b", "falcon-one-norm", "falcon-sequential")
 NAMES = [name for name in CASES if name not in OWN_ATTENTION]
-LENGTH, PADDING = 37, 9
 
 
 @pytest.fixture(autouse=True)
@@ -30,62 +30,13 @@ def registered() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_warning()
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    model_type, settings = CASES[name]
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **{**settings, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
-    return model.to(dtype)
-
-
-def batch(padding: str) -> dict[str, torch.Tensor]:
-    """Two sequences, the first padded on one side; the first token after the padding is no target."""
-    tokens = torch.randint(1, 61, (2, LENGTH), generator=torch.Generator().manual_seed(2))
-    mask = torch.ones_like(tokens)
-    if padding == "left":
-        mask[0, :PADDING] = 0
-    elif padding == "right":
-        mask[0, -PADDING:] = 0
-    labels = torch.where(mask.bool(), tokens, -100)
-    if padding == "left":
-        labels[0, PADDING] = -100
-    inputs = {"input_ids": tokens, "labels": labels}
-    return inputs if padding == "no mask" else {**inputs, "attention_mask": mask}
-
-
-def run(
-    model: Any, implementation: str, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, Any, dict[str, Any]]:
-    """Logits, loss, and gradients by name."""
-    model.set_attn_implementation(implementation)
-    model.zero_grad()
-    out = model(**inputs)
-    out.loss.backward()
-    return (
-        out.logits.detach(),
-        out.loss.detach(),
-        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-    )
-
-
 @pytest.mark.parametrize("padding", ["no mask", "none", "left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 def test_f32_is_that_of_eager(name: str, padding: str):
     model, inputs = model_of(name), batch(padding)
-    logits, loss, gradients = run(model, "eager", inputs)
-    ours, our_loss, our_gradients = run(model, huggingface.ATTENTION_NAME, inputs)
-    kept = inputs["labels"] >= 0
-    assert (ours - logits)[kept].abs().max() <= 1e-5 * logits[kept].abs().max()
-    assert abs(our_loss - loss) <= 1e-5 * loss.abs()
-    for key, wanted in gradients.items():
-        # a bias' gradient is a sum of terms of its weight's size, and for keys nothing but their rounding is left:
-        # a shift of all scores changes no softmax
-        weight = gradients.get(key.replace(".bias", ".weight"), wanted)
-        scale = max(wanted.abs().max(), weight.abs().max())
-        assert (our_gradients[key] - wanted).abs().max() <= 1e-5 * scale, key
+    wanted = run(model, inputs)
+    model.set_attn_implementation(huggingface.ATTENTION_NAME)
+    assert_same(run(model, inputs), wanted, inputs["labels"] >= 0)
     assert backend.report() == {}
 
 

@@ -169,3 +169,26 @@ def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     if mask is not None and mask.ndim != 4:
         return "number of the mask's dimensions"
     return None
+
+
+def choose(model: torch.nn.Module, report: Any) -> None:
+    """Give a transformers model this attention, for :func:`gptcore.integrations.swap.replace` and its report."""
+    compatible = getattr(type(model), "is_backend_compatible", None)
+    if compatible is None:
+        return
+    if not compatible():
+        report.leave(type(model).__name__, "its attention is its own", "the model")
+        return
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    if before != ATTENTION_NAME:
+        register()
+        model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+        model._gptcore_attention_before = before  # type: ignore[assignment]
+    report.swapped["attention"] = ["the model"]
+
+
+def restore(model: torch.nn.Module) -> None:
+    """Give the model the attention it had before :func:`choose`."""
+    before = model.__dict__.pop("_gptcore_attention_before", None)
+    if before is not None:
+        model.set_attn_implementation(before)  # type: ignore[operator]

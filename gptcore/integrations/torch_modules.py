@@ -1,0 +1,70 @@
+"""torch's own modules over ``gptcore.functional``, as rules for :func:`gptcore.integrations.swap.replace`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gptcore.functional as F
+from gptcore.integrations.swap import Rule, original_forward, random_input
+
+
+def _layer_norm(module: Any, input: Tensor) -> Tensor:
+    return F.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
+
+
+def _rms_norm(module: Any, input: Tensor) -> Tensor:
+    return F.rms_norm(input, module.normalized_shape, module.weight, module.eps)
+
+
+def _gelu(module: Any, input: Tensor) -> Tensor:
+    return F.gelu(input, approximate=module.approximate)
+
+
+def _silu(module: Any, input: Tensor) -> Tensor:
+    return F.silu(input, inplace=module.inplace)
+
+
+def _embedding(module: Any, input: Tensor) -> Tensor:
+    return F.embedding(
+        input, module.weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq,
+        module.sparse,
+    )  # fmt: skip
+
+
+def _linear(module: Any, input: Tensor) -> Tensor:
+    """Few rows without gradients on the kernel; everything else is a product that torch does at the limit."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
+        return original_forward(module, input)
+    return F.linear(input, module.weight, module.bias)
+
+
+def _normed(module: Any) -> tuple[Tensor]:
+    return (random_input(module.weight, 3, *module.normalized_shape),)
+
+
+def _is(kind: type[nn.Module]) -> Any:
+    """Exactly torch's class: a subclass may compute anything."""
+    return lambda module: type(module) is kind
+
+
+RULES = [
+    Rule("LayerNorm", _is(nn.LayerNorm), _layer_norm, _normed),
+    Rule("RMSNorm", _is(nn.RMSNorm), _rms_norm, _normed),
+    Rule("GELU", _is(nn.GELU), _gelu, lambda module: (random_input(None, 3, 40),)),
+    Rule(
+        "SiLU", _is(nn.SiLU), _silu, lambda module: (random_input(None, 3, 40),),
+        lambda module: "it writes its input" if module.inplace else None,
+    ),
+    Rule(
+        "Embedding", _is(nn.Embedding), _embedding, lambda module: (torch.arange(min(3, module.num_embeddings)),),
+        lambda module: (
+            "max_norm, scale_grad_by_freq or sparse"
+            if module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+            else None
+        ),
+    ),
+    Rule("Linear without gradients", _is(nn.Linear), _linear, lambda m: (random_input(m.weight, 3, m.in_features),)),
+]  # fmt: skip

@@ -1,0 +1,67 @@
+"""transformers models of every family, batches with padding, and one run of both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.checkpoint.huggingface_cases import CASES
+
+LENGTH, PADDING = 37, 9
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The case's model with eager attention, whose biases and gains are not at their trivial start."""
+    import transformers
+
+    model_type, settings = CASES[name]
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **{**settings, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return model.to(dtype)
+
+
+def batch(padding: str) -> dict[str, torch.Tensor]:
+    """Two sequences, the first padded on one side; the first token after the padding is no target."""
+    tokens = torch.randint(1, 61, (2, LENGTH), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(tokens)
+    if padding == "left":
+        mask[0, :PADDING] = 0
+    elif padding == "right":
+        mask[0, -PADDING:] = 0
+    labels = torch.where(mask.bool(), tokens, -100)
+    if padding == "left":
+        labels[0, PADDING] = -100
+    inputs = {"input_ids": tokens, "labels": labels}
+    return inputs if padding == "no mask" else {**inputs, "attention_mask": mask}
+
+
+def run(
+    model: Any, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, loss, and gradients by name."""
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    return (
+        out.logits.detach(),
+        out.loss.detach(),
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+def assert_same(got: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any], kept: torch.Tensor) -> None:
+    """Logits at ``kept`` places, loss and gradients within 1e-5 of their largest magnitude."""
+    assert (got[0] - wanted[0])[kept].abs().max() <= 1e-5 * wanted[0][kept].abs().max()
+    assert abs(got[1] - wanted[1]) <= 1e-5 * wanted[1].abs()
+    assert got[2].keys() == wanted[2].keys()
+    for key, gradient in wanted[2].items():
+        # a bias' gradient is a sum of terms of its weight's size, and for keys nothing but their rounding is left:
+        # a shift of all scores changes no softmax
+        weight = wanted[2].get(key.replace(".bias", ".weight"), gradient)
+        scale = max(gradient.abs().max(), weight.abs().max())
+        assert (got[2][key] - gradient).abs().max() <= 1e-5 * scale, key
