@@ -7,7 +7,8 @@ random input, and a module that would compute something else stays as it is. Not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,14 +73,19 @@ def replace(model: nn.Module, *, verbose: bool = True) -> Report:
     from gptcore.integrations.torch_modules import RULES
 
     report = Report()
-    rules = [*RULES, *modules.RULES]
-    for name, module in model.named_modules():
-        if not isinstance(module, _Swapped):
-            _swap(name or "the model", module, rules, report)
+    swap_modules(model, [*RULES, *modules.RULES], report)
     attention.choose(model, report)
     if verbose:
         print(report)
     return report
+
+
+def swap_modules(model: nn.Module, rules: Sequence[Rule], report: Report, *, trial: bool = True) -> None:
+    """Swap by the first of ``rules`` that matches. Without ``trial`` the caller knows what the modules compute."""
+    for name, module in model.named_modules():
+        rule = None if isinstance(module, _Swapped) else next((r for r in rules if r.matches(module)), None)
+        if rule is not None:
+            _swap(name or "the model", module, rule, report, trial)
 
 
 def restore(model: nn.Module) -> None:
@@ -96,17 +102,24 @@ class _Swapped:
     """What every swapped class also is."""
 
     original: type
+    kernel_forward: Forward
 
 
 _classes: dict[tuple[type, Forward], type] = {}
 
 
-def _class_for(original: type, forward: Forward) -> type:
+def _class_for(original: Any, forward: Forward) -> type:
     """The subclass of ``original`` with ``forward``."""
     key = (original, forward)
     if key not in _classes:
+
+        @functools.wraps(original.forward)  # other libraries read the names of its arguments
+        def named_alike(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+            return forward(module, *arguments, **keywords)
+
         members = {
-            "forward": forward, "original": original, "__module__": original.__module__, "__reduce_ex__": _reduce,
+            "forward": named_alike, "original": original, "kernel_forward": staticmethod(forward),
+            "__module__": original.__module__, "__reduce_ex__": _reduce,
         }  # fmt: skip
         _classes[key] = type(original.__name__, (_Swapped, original), members)
     return _classes[key]
@@ -114,7 +127,7 @@ def _class_for(original: type, forward: Forward) -> type:
 
 def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
     """A class made at run time has no name to pickle, so its two parts are."""
-    return _rebuild, (module.original, type(module).forward), module.__dict__
+    return _rebuild, (module.original, module.kernel_forward), module.__dict__
 
 
 def _rebuild(original: type, forward: Forward) -> Any:
@@ -126,11 +139,8 @@ def original_forward(module: nn.Module, *arguments: Any, **keywords: Any) -> Any
     return module.original.forward(module, *arguments, **keywords)  # type: ignore[union-attr, operator]
 
 
-def _swap(name: str, module: nn.Module, rules: list[Rule], report: Report) -> None:
-    rule = next((rule for rule in rules if rule.matches(module)), None)
-    if rule is None:
-        return
-    reason = rule.refuses(module) or _differs(module, rule)
+def _swap(name: str, module: nn.Module, rule: Rule, report: Report, trial: bool) -> None:
+    reason = rule.refuses(module) or (_differs(module, rule) if trial else None)
     if reason:
         report.leave(type(module).__name__, reason, name)
     else:

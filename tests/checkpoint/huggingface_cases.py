@@ -8,15 +8,16 @@ _LAYERS = {"num_hidden_layers": 3, "num_attention_heads": 4}
 _SIZES = {"hidden_size": 48, "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": 0, **_LAYERS}
 _LLAMA = {"intermediate_size": 72, "num_key_value_heads": 2, **_SIZES}
 _GPT2 = {"n_layer": 3, "n_embd": 48, "n_head": 4, "n_positions": 64, "vocab_size": 61}
+_OPT = {"ffn_dim": 72, "dropout": 0.0, **_SIZES}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 # name: (transformers' model_type, its settings)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", _GPT2 | _NO_DROPOUT),
     "gpt2-own-head": ("gpt2", _GPT2 | {"tie_word_embeddings": False, "n_inner": 80, "scale_attn_weights": False}),
-    "opt": ("opt", {"ffn_dim": 72, **_SIZES}),
-    "opt-350m": ("opt", {"ffn_dim": 72, "word_embed_proj_dim": 20, "do_layer_norm_before": False, **_SIZES}),
-    "opt-no-final-norm": ("opt", {"ffn_dim": 72, "_remove_final_layer_norm": True, "enable_bias": False, **_SIZES}),
+    "opt": ("opt", _OPT),
+    "opt-350m": ("opt", _OPT | {"word_embed_proj_dim": 20, "do_layer_norm_before": False}),
+    "opt-no-final-norm": ("opt", _OPT | {"_remove_final_layer_norm": True, "enable_bias": False}),
     "bloom": ("bloom", {"n_layer": 3, "n_head": 6, "hidden_size": 48, "vocab_size": 61}),
     "gpt_neox": ("gpt_neox", {**_SIZES, "intermediate_size": 80, "hidden_size": 64}),
     "gpt_neox-sequential": (

@@ -1,0 +1,85 @@
+"""A causal language model's loss in one operation with its head, so that the logits never exist in memory."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptcore import backend, ops
+from gptcore.integrations.swap import Rule, original_forward
+
+_CALL = "fused_linear_cross_entropy"
+
+
+def _causal_lm(model: Any, *arguments: Any, **keywords: Any) -> Any:
+    """transformers' forward with ``labels``: the loss, and no logits while training.
+
+    ``skip_logits``: True or False to decide by yourself. Without labels, in evaluation and with a head that is not
+    a plain linear layer, it is the model's own forward.
+    """
+    skip = keywords.pop("skip_logits", None)
+    given = _by_name(model.original, arguments, keywords)
+    wanted = given.get("labels") is not None and (model.training if skip is None else skip)
+    reason = _uncovered(model, given) if wanted else None
+    if reason:
+        backend.note_fallback(_CALL, reason)
+    if not wanted or reason:
+        return original_forward(model, **given)
+    labels, return_dict = given.pop("labels"), given.pop("return_dict", None)
+    counted, shifted = given.pop("num_items_in_batch", None), given.pop("shift_labels", None)
+    given.pop("logits_to_keep", None)
+    outputs = model.base_model(**given, return_dict=True)
+    loss = _loss(model, outputs.last_hidden_state, labels, shifted, counted)
+    return _as_wanted(model, outputs, loss, return_dict)
+
+
+def _by_name(original: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(original.forward).parameters)[1:]
+    return {**dict(zip(names, arguments, strict=False)), **keywords}
+
+
+def _uncovered(model: Any, given: dict[str, Any]) -> str | None:
+    """Why the loss is left to the model, or None."""
+    head = model.get_output_embeddings()
+    if getattr(type(head), "original", type(head)) is not nn.Linear:
+        return f"head of type {type(head).__name__}"
+    if not isinstance(given.get("logits_to_keep", 0), int) or given.get("logits_to_keep"):
+        return "logits_to_keep"
+    if head.weight.device.type != "cpu" or head.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"{head.weight.dtype} on {head.weight.device.type}"
+    return None
+
+
+def _loss(model: Any, hidden: Tensor, labels: Tensor, shifted: Tensor | None, counted: Any) -> Tensor:
+    head = model.get_output_embeddings()
+    if shifted is None:  # a token is predicted from those before it
+        shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    loss: Tensor = ops.linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted.reshape(-1), bias=head.bias,
+        logit_soft_cap=getattr(model.config, "final_logit_softcapping", None),
+        reduction="mean" if counted is None else "sum",
+    ).loss  # fmt: skip
+    return loss if counted is None else loss / counted
+
+
+def _as_wanted(model: Any, outputs: Any, loss: Tensor, return_dict: bool | None) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    result = CausalLMOutputWithPast(
+        loss=loss, past_key_values=getattr(outputs, "past_key_values", None),
+        hidden_states=getattr(outputs, "hidden_states", None), attentions=getattr(outputs, "attentions", None),
+    )  # fmt: skip
+    chosen = getattr(model.config, "return_dict", True) if return_dict is None else return_dict
+    return result if chosen else result.to_tuple()
+
+
+def _is_causal_lm(module: Any) -> bool:
+    name = type(module).__name__
+    known = name.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(module, "get_output_embeddings")
+    return known and type(module).__module__.partition(".")[0] == "transformers"
+
+
+RULE = Rule("linear_cross_entropy", _is_causal_lm, _causal_lm, lambda module: ())

@@ -1,0 +1,65 @@
+"""transformers' ``apply_rotary_pos_emb`` over ``ops.rotary``: a family's module holds it, so it is patched there."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptcore import ops
+
+_NAME = "apply_rotary_pos_emb"
+
+
+def patch(modeling: ModuleType, *, interleaved: bool) -> None:
+    """Replace the module's function by one that takes CPU tensors in f32 and bf16 to the kernel. Doing it twice
+    changes nothing; :func:`unpatch` undoes it."""
+    theirs = getattr(modeling, _NAME)
+    if hasattr(theirs, "gptcore_original"):
+        return
+
+    @functools.wraps(theirs)
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        if not _taken(q, k, cos, unsqueeze_dim):
+            result: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
+            return result
+        half = cos.shape[-1] // 2
+        c, s = (x[..., :half].float().reshape(-1, half).contiguous() for x in (cos, sin))
+        return _rotated(q, c, s, interleaved), _rotated(k, c, s, interleaved)
+
+    apply_rotary_pos_emb.gptcore_original = theirs  # type: ignore[attr-defined]
+    setattr(modeling, _NAME, apply_rotary_pos_emb)
+
+
+def unpatch(modeling: ModuleType) -> None:
+    """Give the module its own function back."""
+    theirs: Any = getattr(getattr(modeling, _NAME), "gptcore_original", None)
+    if theirs is not None:
+        setattr(modeling, _NAME, theirs)
+
+
+def _taken(q: Tensor, k: Tensor, cos: Tensor, unsqueeze_dim: int) -> bool:
+    return (
+        unsqueeze_dim == 1
+        and q.ndim == k.ndim == 4
+        and cos.ndim == 3
+        and cos.shape[0] in (1, q.shape[0])
+        and q.device.type == "cpu"
+        and q.dtype == k.dtype
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and not cos.requires_grad
+    )
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """x (B, H, T, D), a view of (B, T, H, D), by tables of T rows, or of B * T, one for each token."""
+    tokens_first = x.transpose(1, 2)
+    if cos.shape[0] == x.shape[2]:
+        return ops.rotary(tokens_first, cos, sin, interleaved=interleaved).transpose(1, 2)
+    flat = tokens_first.flatten(0, 1)
+    return ops.rotary(flat, cos, sin, interleaved=interleaved).unflatten(0, x.shape[::2][:2]).transpose(1, 2)
