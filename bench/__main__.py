@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--rows",
         action="store_true",
-        help="the cases of docs/results.md: every target; over an hour on two cores",
+        help="the cases of docs/results.md: every target; an hour on two cores for one allocator setting",
     )
     add("--dtype", action="append", choices=DTYPES, help="only this dtype")
     add(

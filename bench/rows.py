@@ -7,6 +7,7 @@ from __future__ import annotations
 
 README = (
     "train_step/*",
+    "hf_train_step/*",
     "memory/*",
     "attention/qkv_*/forward_backward",
     "attention/B4_H12_T1024_D64_causal/*",
@@ -29,9 +30,10 @@ README = (
 ROWS = (
     "train_step/gpt2_124m_B2_T512/step",
     "train_step/gpt2_124m_B4_T1024/step/bfloat16",
+    "hf_train_step/*",
     "memory/*/bfloat16",
     "neighbour/*",
-    *README[2:],
+    *README[3:],
     "attention/B4_H12_T1024_D64_*_causal/*",
     "attention/B1_H12_T4096_D64_causal/forward",
     "attention/*packed4*/*",
