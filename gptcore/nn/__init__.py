@@ -1,8 +1,12 @@
 """torch.nn's modules over gptcore's kernels: the same arguments, the same state dict, another engine."""
 
 from gptcore.nn.activation import GELU, SiLU
+from gptcore.nn.attention import MultiheadAttention
 from gptcore.nn.embedding import Embedding
 from gptcore.nn.linear import Linear
 from gptcore.nn.norm import LayerNorm, RMSNorm
+from gptcore.nn.transformer import TransformerEncoderLayer
 
-__all__ = ["GELU", "Embedding", "LayerNorm", "Linear", "RMSNorm", "SiLU"]
+__all__ = [
+    "GELU", "Embedding", "LayerNorm", "Linear", "MultiheadAttention", "RMSNorm", "SiLU", "TransformerEncoderLayer",
+]  # fmt: skip

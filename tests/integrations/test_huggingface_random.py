@@ -1,0 +1,117 @@
+"""Random configurations of every family: nothing fails, and nothing is silently wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gptcore
+from gptcore.checkpoint import huggingface
+from gptcore.errors import UserError
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu", "relu2", "mish"]
+FAMILIES = ["gpt2", "opt", "bloom", "gpt_neox", "gptj", "falcon", "llama", "mistral", "qwen2", "qwen3", "gemma2",
+            "gemma3_text", "glm", "glm4", "phi", "olmo2", "starcoder2", "cohere"]  # fmt: skip
+
+
+@st.composite
+def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
+    """A family and sizes it accepts, odd ones among them; the last families are not among those we name."""
+    family = draw(st.sampled_from(FAMILIES))
+    heads = draw(st.sampled_from([1, 2, 3, 4]))
+    groups = draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0]))
+    size = draw(st.sampled_from([4, 6, 8, 10, 16, 20]))
+    rotates = family in ("gpt_neox", "gptj", "phi")  # a quarter or a part of the head, which must be even
+    size = 16 if rotates or family in ("glm", "glm4") else size
+    width = heads * size
+    layers = draw(st.integers(1, 3))
+    own: dict[str, Any] = {
+        "gpt2": {
+            "n_embd": width, "n_head": heads, "n_layer": layers,
+            "activation_function": draw(st.sampled_from(ACTIVATIONS)),
+        },
+        "gptj": {"n_embd": width, "n_head": heads, "n_layer": layers, "rotary_dim": draw(st.sampled_from([2, 8, 16]))},
+        "bloom": {"hidden_size": width, "n_head": heads, "n_layer": layers},
+        "falcon": {
+            "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers, "num_kv_heads": groups,
+            "new_decoder_architecture": draw(st.booleans()), "multi_query": draw(st.booleans()),
+            "parallel_attn": draw(st.booleans()), "bias": draw(st.booleans()), "alibi": draw(st.booleans()),
+        },
+        "opt": {
+            "hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers, "ffn_dim": width + 3,
+            "do_layer_norm_before": draw(st.booleans()), "enable_bias": draw(st.booleans()),
+            "activation_function": draw(st.sampled_from(ACTIVATIONS)), "dropout": 0.0,
+        },
+    }.get(family, {
+        "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": groups, "num_hidden_layers": layers,
+        "intermediate_size": width + 5, "hidden_act": draw(st.sampled_from(ACTIVATIONS)),
+        "attention_bias": draw(st.booleans()), "tie_word_embeddings": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from([2, 5, 100])),
+    })  # fmt: skip
+    if family in ("gpt_neox", "phi"):
+        own.pop("num_key_value_heads", None)
+    if family in ("qwen3", "gemma2", "gemma3_text", "glm", "glm4"):
+        own["head_dim"] = size
+    sizes = {"vocab_size": draw(st.integers(7, 40)), "pad_token_id": 0, "max_position_embeddings": 32}
+    return family, {**sizes, **own}
+
+
+def built(family: str, values: dict[str, Any]) -> Any:
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(family, **values)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def inputs_of(vocabulary: int, data: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Tokens with a mask, and which places are none of padding."""
+    batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
+    tokens = torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(tokens)
+    if length > 2 and data.draw(st.booleans()):
+        mask[0, :2] = 0
+    elif length > 2 and data.draw(st.booleans()):
+        mask[0, -2:] = 0
+    return {"input_ids": tokens, "attention_mask": mask}, mask.bool()
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(drawn=configurations(), data=st.data())
+def test_replace_changes_no_result(drawn: tuple[str, dict[str, Any]], data: Any):
+    model = built(*drawn)
+    inputs, kept = inputs_of(drawn[1]["vocab_size"], data)
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        gptcore.replace(model, verbose=False)
+        got = model(**inputs).logits
+    assert (got - wanted)[kept].abs().max() <= 1e-5 * wanted[kept].abs().max()
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(drawn=configurations(), data=st.data())
+def test_from_hf_computes_the_same_or_refuses(
+    drawn: tuple[str, dict[str, Any]], data: Any, tmp_path_factory: Any
+):
+    model = built(*drawn)
+    directory = tmp_path_factory.mktemp("model")
+    model.save_pretrained(directory)
+    try:
+        ours = huggingface.from_hf(directory)
+    except UserError as error:
+        assert "config.json" in str(error) or "model_type" in str(error) or "position" in str(error), str(
+            error
+        )
+        return
+    inputs, _ = inputs_of(drawn[1]["vocab_size"], data)
+    with torch.no_grad():
+        wanted, got = model(inputs["input_ids"]).logits, ours(inputs["input_ids"])
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
