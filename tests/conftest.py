@@ -21,6 +21,10 @@ settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# torch.tanh's first call strayed by some 1e-5 in 1 of 5,846 processes, its second in none of 9,909; tests compare
+# with torch, so the first one does not count.
+torch.tanh(torch.linspace(-4, 4, 1 << 14))
+
 # Child processes import the gptcore under test, whatever directory they start in; bench lies in the tree.
 os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(gptcore.__file__).parents[1]), str(ROOT)])
