@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -295,3 +296,20 @@ def test_loading_needs_the_model_and_a_tensor(tmp_path: Path):
     assert size > 150e6
     # the allocator's slack and what the first kernels load: 24 MiB
     assert peak <= size + largest + (24 << 20)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path):
+    theirs("gpt2").save_pretrained(tmp_path / "theirs")
+    model = huggingface.from_hf(tmp_path / "theirs")
+    huggingface.to_hf(model, tmp_path / "ours")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match="file-size limit is reached; what was there before is unchanged"):
+            huggingface.to_hf(model, tmp_path / "ours")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()} == before

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptcore.checkpoint.huggingface import layout
 from gptcore.checkpoint.huggingface.configuration import family_of, read_config, write_config
+from gptcore.checkpoint.safetensors_file import write_safetensors
+from gptcore.data.atomic import atomic_file, write_text
 from gptcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ def to_hf(
 ) -> None:
     """Write ``model`` to directory ``path`` as transformers' ``from_pretrained`` reads it.
 
-    The weights are those of ``model``, bit for bit. Each file is written under another name and renamed, the
-    configuration last.
+    The weights are those of ``model``, bit for bit. Each file appears whole or not at all, the configuration last.
 
     Args:
         family: transformers' model_type; default the first that can express the model.
@@ -102,14 +102,10 @@ def to_hf(
     hf = {**hf, **_special_tokens(given), "dtype": str(dtype).removeprefix("torch.")}
     plan = _shards(layout.pieces(hf["model_type"], model.config, parameters), parameters, shard_bytes)
     directory = Path(path)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_shards(directory, plan, parameters)
-        if like is not None:
-            copy_tokenizer(like, directory)
-        _write_json(directory / "config.json", hf)
-    except OSError as error:
-        raise UserError(f"cannot write {directory}: {error.strerror or error}") from error
+    _write_shards(directory, plan, parameters)
+    if like is not None:
+        copy_tokenizer(like, directory)
+    _write_json(directory / "config.json", hf)
 
 
 def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
@@ -117,7 +113,8 @@ def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str
     found = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
     for name in found:
         if Path(source).resolve() != Path(target).resolve():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+            with atomic_file(Path(target) / name) as file:
+                file.write((Path(source) / name).read_bytes())
     return found
 
 
@@ -137,7 +134,10 @@ def directory_of(path: str | os.PathLike[str]) -> Path:
         from huggingface_hub import snapshot_download
 
         kinds = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(path, allow_patterns=kinds))
+        directory = Path(snapshot_download(path, allow_patterns=kinds))
+        if not any(directory.glob("*.safetensors")):  # an older repository has pickled weights only
+            snapshot_download(path, allow_patterns=["pytorch_model*.bin"])
+        return directory
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"no directory at {path}, and the hub does not give it: {reason}") from error
@@ -289,8 +289,6 @@ def _shards(pieces: list[layout.Piece], parameters: Mapping[str, Tensor], limit:
 
 
 def _write_shards(directory: Path, shards: list[_Shard], parameters: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     single = len(shards) == 1
     weight_map: dict[str, str] = {}
     total = 0
@@ -300,9 +298,8 @@ def _write_shards(directory: Path, shards: list[_Shard], parameters: Mapping[str
             piece.theirs[index]: piece.read(index, parameters[piece.ours].detach().cpu())
             for piece, index in shard
         }
-        temporary = directory / f".{name}.tmp"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(directory / name)
+        with atomic_file(directory / name) as file:
+            write_safetensors(file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if single:
@@ -314,6 +311,4 @@ def _write_shards(directory: Path, shards: list[_Shard], parameters: Mapping[str
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, json.dumps(values, indent=2) + "\n")

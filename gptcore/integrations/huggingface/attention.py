@@ -64,9 +64,9 @@ def attention_mask(
     """
     from transformers.masking_utils import sdpa_mask
 
-    whole = isinstance(q_offset, int) and q_length > 1 and kv_length + kv_offset == q_length + q_offset
+    whole = isinstance(q_offset, int) and q_offset == kv_offset and 1 < q_length == kv_length
     windowed = local_size is not None and getattr(config, "model_type", None) in _PASS_THEIR_WINDOW
-    if allow_is_causal_skip and windowed and whole and q_length == kv_length and _all_seen(attention_mask):
+    if allow_is_causal_skip and windowed and whole and _all_seen(attention_mask):
         return None
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, local_size=local_size,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import gptcore.functional as F
 from gptcore import ops
 from gptcore.integrations.swap import Rule, original_forward, random_input
+from gptcore.nn.linear import SMALL
 
 _TANH = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation", "GELUTanh", "BloomGelu")
 # Gemma's norms multiply by 1 + weight.
 _ZERO_CENTRED = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
-_SMALL_ROWS = 64
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
@@ -116,11 +116,7 @@ def _unknown_gate(name: str) -> Callable[[nn.Module], str | None]:
 
 def _conv1d(module: Any, x: Tensor) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    few = (
-        0 < rows <= _SMALL_ROWS
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    few = 0 < rows <= SMALL and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
     if not few or torch.compiler.is_compiling() or not _taken(x, module.weight, module.bias):
         return original_forward(module, x)
     return ops.matmul(x.reshape(rows, -1), module.weight, bias=module.bias).view(*x.shape[:-1], module.nf)
