@@ -30,30 +30,12 @@ def registered() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_warning()
 
 
-@pytest.mark.parametrize("padding", ["no mask", "none", "left", "right"])
 @pytest.mark.parametrize("name", NAMES)
-def test_f32_is_that_of_eager(name: str, padding: str):
-    model, inputs = model_of(name), batch(padding)
+def test_without_a_mask_it_is_that_of_eager(name: str):
+    model, inputs = model_of(name), batch("no mask")
     wanted = run(model, inputs)
     model.set_attn_implementation(huggingface.ATTENTION_NAME)
     assert_same(run(model, inputs), wanted, inputs["labels"] >= 0)
-    assert backend.report() == {}
-
-
-@pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize("name", NAMES)
-def test_bf16_errs_no_more_than_twice_eager(name: str, padding: str):
-    inputs = {key: value for key, value in batch(padding).items() if key != "labels"}
-    kept = batch(padding)["labels"] >= 0
-    # eager's softmax is f32 whatever the dtype, so float64 would be no better
-    exact, rounded = model_of(name), model_of(name, torch.bfloat16)
-    exact.load_state_dict(rounded.state_dict())
-    with torch.no_grad():
-        wanted, eager = exact(**inputs).logits, rounded(**inputs).logits
-        rounded.set_attn_implementation(huggingface.ATTENTION_NAME)
-        ours = rounded(**inputs).logits
-    theirs = (eager - wanted)[kept].square().mean().sqrt()
-    assert (ours - wanted)[kept].square().mean().sqrt() <= 2 * theirs
     assert backend.report() == {}
 
 

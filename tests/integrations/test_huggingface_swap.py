@@ -9,8 +9,7 @@ import torch
 
 import gptcore
 from gptcore import backend
-from tests.checkpoint.huggingface_cases import CASES
-from tests.integrations.huggingface_models import assert_same, batch, model_of, run
+from tests.integrations.huggingface_models import CASES, batch, model_of, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -25,13 +24,12 @@ def quiet() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_warning()
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", CASES)
-def test_f32_is_that_of_eager_and_back(name: str, padding: str):
-    model, inputs = model_of(name), batch(padding)
+def test_restore_gives_everything_back(name: str):
+    model, inputs = model_of(name), batch("left")
     wanted, classes = run(model, inputs), [type(m) for m in model.modules()]
     gptcore.replace(model, verbose=False)
-    assert_same(run(model, inputs), wanted, inputs["labels"] >= 0)
+    assert [type(m) for m in model.modules()] != classes
     gptcore.restore(model)
     assert [type(m) for m in model.modules()] == classes and model.config._attn_implementation == "eager"
     again = run(model, inputs)
