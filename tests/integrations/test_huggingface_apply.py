@@ -144,6 +144,31 @@ def test_the_loss_takes_what_trainers_pass():
     assert names[0] == "input_ids" and "labels" in names
 
 
+@pytest.mark.parametrize("asked", ["by the call", "by the configuration"])
+def test_the_balance_of_experts_stays_in_the_loss(asked: str):
+    model, inputs = model_of("mixtral", router_aux_loss_coef=0.7), batch("left")
+    if asked == "by the call":
+        inputs["output_router_logits"] = True
+    else:
+        model.config.output_router_logits = True
+    wanted, (_, _, gradients) = model(**inputs), run(model, inputs)
+    huggingface.apply_gptcore_to_mixtral(model=model)
+    got = model(**inputs, skip_logits=True)
+    assert got.logits is None and len(got.router_logits) == 3
+    assert abs(got.aux_loss - wanted.aux_loss) <= 1e-5 * wanted.aux_loss
+    assert abs(got.loss - wanted.loss) <= 1e-5 * wanted.loss
+    _, _, ours = run_without_logits(model, inputs)
+    for name, gradient in gradients.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def run_without_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    out = model(**inputs, skip_logits=True)
+    out.loss.backward()
+    return None, out.loss, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
 def test_a_head_of_another_kind_keeps_the_models_loss():
     model, inputs = model_of("llama"), batch("none")
     wanted = model(**inputs).loss

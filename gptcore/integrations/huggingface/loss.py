@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ def _causal_lm(model: Any, *arguments: Any, **keywords: Any) -> Any:
     given.pop("logits_to_keep", None)
     outputs = model.base_model(**given, return_dict=True)
     loss = _loss(model, outputs.last_hidden_state, labels, shifted, counted)
-    return _as_wanted(model, outputs, loss, return_dict)
+    balance = _balance_loss(model, given, outputs)
+    if balance is not None:
+        loss = loss + model.router_aux_loss_coef * balance
+    return _as_wanted(model, outputs, loss, balance, return_dict)
 
 
 def _by_name(original: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -65,13 +69,30 @@ def _loss(model: Any, hidden: Tensor, labels: Tensor, shifted: Tensor | None, co
     return loss if counted is None else loss / counted
 
 
-def _as_wanted(model: Any, outputs: Any, loss: Tensor, return_dict: bool | None) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+def _balance_loss(model: Any, given: dict[str, Any], outputs: Any) -> Tensor | None:
+    """The experts' load-balancing loss, by transformers' own function, where the model is asked for it."""
+    asked = given.get("output_router_logits")
+    if not (getattr(model.config, "output_router_logits", False) if asked is None else asked):
+        return None
+    modeling = sys.modules[model.original.__module__]
+    balance: Tensor = modeling.load_balancing_loss_func(
+        outputs.router_logits, model.num_experts, model.num_experts_per_tok, given.get("attention_mask")
+    )
+    return balance
 
-    result = CausalLMOutputWithPast(
-        loss=loss, past_key_values=getattr(outputs, "past_key_values", None),
-        hidden_states=getattr(outputs, "hidden_states", None), attentions=getattr(outputs, "attentions", None),
-    )  # fmt: skip
+
+def _as_wanted(
+    model: Any, outputs: Any, loss: Tensor, balance: Tensor | None, return_dict: bool | None
+) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+
+    kept = ("past_key_values", "hidden_states", "attentions")
+    fields = {name: getattr(outputs, name, None) for name in kept}
+    if hasattr(outputs, "router_logits"):
+        routed = {"aux_loss": balance, "router_logits": outputs.router_logits}
+        result: Any = MoeCausalLMOutputWithPast(loss=loss, **routed, **fields)
+    else:
+        result = CausalLMOutputWithPast(loss=loss, **fields)
     chosen = getattr(model.config, "return_dict", True) if return_dict is None else return_dict
     return result if chosen else result.to_tuple()
 
