@@ -196,6 +196,47 @@ def test_checkpoints_without_head_and_pickled_ones_are_read(name: str, tmp_path:
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_part_of_a_model_that_sees(prefix: str, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    _, text = CASES["gemma3"]
+    sees = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**sees, "image_size": 28, "patch_size": 14}
+    )
+    torch.manual_seed(1)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = {
+        name.replace("language_model.model.", prefix): tensor for name, tensor in load_file(file).items()
+    }
+    assert any(name.startswith(prefix) for name in stored) and "vision_tower.post_layernorm.bias" in stored
+    save_file(stored, file, metadata={"format": "pt"})
+    ours = huggingface.from_hf(tmp_path)
+    with torch.no_grad():
+        wanted, got = model(tokens()).logits, ours(tokens())
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    huggingface.to_hf(ours, tmp_path / "text", like=tmp_path)
+    with torch.no_grad():
+        assert (reload(tmp_path / "text")(tokens()).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_published_files_leave_the_language_parts_defaults_out():
+    """Every key that Gemma 3 4B's file gives for its language part."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    }  # fmt: skip
+    config = huggingface.read_config({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    theirs = transformers.Gemma3TextConfig(
+        **{key: value for key, value in text.items() if key != "model_type"}
+    )
+    assert config == huggingface.read_config(theirs.to_dict() | {"vocab_size": 262208})
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.tied_head) == (8, 4, 256, True)
+
+
 def _damaged(directory: Path, damage: str) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -26,9 +26,23 @@ class Family(NamedTuple):
     write: Callable[[GPTConfig], Config]
 
 
+# What published files of models that also see leave to transformers' defaults for their language part.
+_GEMMA3_DEFAULTS = {
+    "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072
+}  # fmt: skip
+
+
+def language_part(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the language model inside one that also sees (Gemma 3); any other as it is."""
+    if hf.get("model_type") != "gemma3" or not isinstance(hf.get("text_config"), Mapping):
+        return hf
+    outer = {key: hf[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in hf}
+    return {**_GEMMA3_DEFAULTS, **outer, **hf["text_config"], "model_type": "gemma3_text"}
+
+
 def family_of(hf: Mapping[str, Any]) -> str:
     """The name of the family that ``config.json``'s ``model_type`` gives. Raises UserError for one not known."""
-    name = hf.get("model_type")
+    name = language_part(hf).get("model_type")
     if not isinstance(name, str):
         raise UserError(
             "config.json: has no 'model_type'; expected the configuration of a transformers model"
@@ -45,7 +59,7 @@ def read_config(hf: Mapping[str, Any]) -> GPTConfig:
         UserError: an unknown family, or a setting that ``GPT`` has no counterpart for.
     """
     try:
-        return FAMILIES[family_of(hf)].read(dict(hf))
+        return FAMILIES[family_of(hf)].read(dict(language_part(hf)))
     except KeyError as error:
         raise UserError(f"config.json: has no {error}") from None
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptcore.checkpoint.huggingface import layout
-from gptcore.checkpoint.huggingface.configuration import family_of, read_config, write_config
+from gptcore.checkpoint.huggingface.configuration import family_of, language_part, read_config, write_config
 from gptcore.checkpoint.safetensors_file import write_safetensors
 from gptcore.data.atomic import atomic_file, write_text
 from gptcore.errors import UserError
@@ -60,7 +61,7 @@ def from_hf(
     from gptcore.models import GPT
 
     directory = directory_of(path)
-    hf = _read_json(directory / "config.json")
+    hf = language_part(_read_json(directory / "config.json"))
     config = read_config(hf)
     model = GPT(config, dtype=dtype or _dtype(hf), device="meta")
     model.to_empty(device=device)
@@ -92,7 +93,7 @@ def to_hf(
     Raises:
         UserError: no family computes this model, or a directory that cannot be written.
     """
-    given = {} if like is None else _read_json(Path(like) / "config.json")
+    given = {} if like is None else language_part(_read_json(Path(like) / "config.json"))
     family = family or (None if like is None else family_of(given))
     hf = write_config(model.config, family)
     parameters = dict(model.named_parameters())
@@ -256,9 +257,16 @@ def _fill(model: GPT, family: str, weights: _Weights) -> None:
         )
 
 
+# A model that also sees holds the language model under either prefix, and the rest beside it.
+_LANGUAGE = re.compile(r"^(model\.)?language_model\.(model\.)?")
+
+
 def _stored_names(family: str, names: set[str]) -> dict[str, str]:
     """Full name to the name in the file, which lacks the base prefix where the model was saved without a head."""
     base, head = layout.base_prefix(family), layout.head_weight(family)
+    language = {name for name in names if _LANGUAGE.match(name)}
+    if language:
+        return {_LANGUAGE.sub(base, name).replace(base + head, head): name for name in language}
     bare = head not in names and not any(name.startswith(base) for name in names)
     return {base + name if bare else name: name for name in names}
 
