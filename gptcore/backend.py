@@ -26,7 +26,7 @@ def extension() -> ModuleType:
     copy is loaded first.
 
     Raises:
-        ImportError: the extension was not built for this interpreter; says how to build it.
+        ImportError: the extension was not built for this interpreter, or there is no libgomp; says what to do.
     """
     global _extension
     if _extension is None:
@@ -38,7 +38,13 @@ def extension() -> ModuleType:
                     f"gptcore's native module could not be loaded ({error}); reinstall with 'pip install .' "
                     "from the source tree, with the Python that runs it"
                 ) from error
-            importlib.import_module("torch")
+            try:
+                importlib.import_module("torch")
+            except ImportError:
+                raise ImportError(
+                    "gptcore's native module needs libgomp.so.1, which neither the system nor torch offers; "
+                    "install it (Debian: libgomp1, Fedora: libgomp)"
+                ) from error
             _extension = importlib.import_module("gptcore._C")
     return _extension
 

@@ -7,6 +7,9 @@ goes to torch. ``gptcore.backend.report()`` tells which calls went there and why
 
 from __future__ import annotations
 
+import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
+
+# isort: split
 import math
 from collections.abc import Callable
 from typing import Any

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gptcore"
 # Lowest first. Rooms on one floor do not import each other unless SIDEWAYS says so.
 FLOORS = [
     {"_C", "_C_cuda"},
-    {"errors"},
+    {"errors", "torch_required"},
     {"backend"},
     {"ops", "functional", "stats", "report"},
     {"dist"},

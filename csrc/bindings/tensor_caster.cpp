@@ -34,29 +34,64 @@ DType dtype_of(const dlpack::DataType& type, py::handle source) {
   }
 }
 
-// ml_dtypes arrays speak neither DLPack nor the buffer protocol; their array interface gives raw two-byte
-// items.
-bool view_ml_dtypes(py::handle source, TensorView* view, int64_t* dims) {
-  if (!py::hasattr(source, "__array_interface__") || !py::hasattr(source, "dtype")) return false;
-  const py::object dtype = source.attr("dtype");
-  if (!py::hasattr(dtype, "name") || py::cast<std::string>(dtype.attr("name")) != "bfloat16") return false;
-  const py::dict interface = source.attr("__array_interface__");
-  const py::tuple shape = interface["shape"];
-  if (shape.size() > kMaxDims) throw ValueError("gptcore: got an array of more than 8 dimensions");
-  const py::tuple data = interface["data"];
-  view->data = reinterpret_cast<void*>(py::cast<uintptr_t>(data[0]));
-  view->readonly = py::cast<bool>(data[1]);
-  view->dtype = DType::bf16;
-  view->ndim = static_cast<int32_t>(shape.size());
-  view->sizes = dims;
-  for (int i = 0; i < view->ndim; ++i) dims[i] = py::cast<int64_t>(shape[i]);
-  const py::object strides = interface.contains("strides") ? py::object(interface["strides"]) : py::none();
-  if (!strides.is_none()) {
-    for (int i = 0; i < view->ndim; ++i) dims[kMaxDims + i] = py::cast<int64_t>(strides[py::int_(i)]) / 2;
-    view->strides = dims + kMaxDims;
+// The type of elements that the buffer protocol describes as `format`; other for what DLPack shall judge, which is
+// byte-swapped numbers, records and all that kernels do not read.
+DType dtype_of_format(const char* format, Py_ssize_t bytes) {
+  if (!format || format[0] == '\0' || format[1] != '\0') return DType::other;
+  switch (format[0]) {
+    case 'f':
+      return DType::f32;
+    case 'e':
+      return DType::f16;
+    case 'd':
+      return DType::f64;
+    case 'b':
+    case 'h':
+    case 'i':
+    case 'l':
+    case 'q':
+      return bytes == 8 ? DType::i64 : bytes == 4 ? DType::i32 : bytes == 2 ? DType::i16 : DType::i8;
+    case 'B':
+      return DType::u8;
+    case '?':
+      return DType::boolean;
+    default:
+      return DType::other;
   }
-  view->defined = true;
-  return true;
+}
+
+// Fills `view` by the buffer protocol; `dtype` is that of the elements where the buffer cannot tell it. The buffer is
+// let go at once: the caller holds the array during the call, and sizes and strides are copied.
+bool view_buffer(PyObject* array, TensorView* view, int64_t* dims, DType dtype) {
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(array, &buffer, PyBUF_RECORDS_RO) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (dtype == DType::other) dtype = dtype_of_format(buffer.format, buffer.itemsize);
+  bool readable = dtype != DType::other && buffer.ndim <= kMaxDims;
+  for (int d = 0; readable && d < buffer.ndim; ++d) {
+    dims[d] = buffer.shape[d];
+    dims[kMaxDims + d] = buffer.strides[d] / buffer.itemsize;
+    readable = buffer.strides[d] % buffer.itemsize == 0;
+  }
+  if (readable) {
+    view->data = buffer.buf;
+    view->dtype = dtype;
+    view->readonly = buffer.readonly;
+    view->ndim = buffer.ndim;
+    view->sizes = dims;
+    view->strides = dims + kMaxDims;
+    view->defined = true;
+  }
+  PyBuffer_Release(&buffer);
+  return readable;
+}
+
+// A view of the array's bits as 16-bit integers, which the buffer protocol knows.
+py::object as_integers(py::handle source) {
+  static PyObject* const uint16 = py::module_::import("numpy").attr("dtype")("uint16").release().ptr();
+  return source.attr("view")(py::handle(uint16));
 }
 
 py::object capsule_of(py::handle source) {
@@ -73,31 +108,36 @@ py::object capsule_of(py::handle source) {
 
 }  // namespace
 
-const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type) {
+TypeTraits traits_of(PyTypeObject* type) {
   // Few types ever come by; a linear search over them is cheaper than a hash. The types are kept alive so
   // that an address cannot come back as another type. The GIL guards the table.
   struct Entry {
     PyTypeObject* type;
-    const dlpack::ExchangeApi* api;
+    TypeTraits traits;
   };
   static Entry entries[16];
   static int count = 0;
   for (int i = 0; i < count; ++i) {
-    if (entries[i].type == type) return entries[i].api;
+    if (entries[i].type == type) return entries[i].traits;
   }
-  const dlpack::ExchangeApi* api = nullptr;
+  TypeTraits traits;
   const py::handle handle(reinterpret_cast<PyObject*>(type));
   if (py::hasattr(handle, "__dlpack_c_exchange_api__")) {
     const py::object capsule = handle.attr("__dlpack_c_exchange_api__");
-    api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    const auto* api =
+        static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) PyErr_Clear();
-    if (api && (api->header.version.major != 1 || !api->tensor_from_py_object)) api = nullptr;
+    if (api && api->header.version.major == 1 && api->tensor_from_py_object) traits.api = api;
+  }
+  for (const py::handle base : py::reinterpret_borrow<py::tuple>(type->tp_mro)) {
+    const char* name = reinterpret_cast<PyTypeObject*>(base.ptr())->tp_name;
+    traits.is_numpy = traits.is_numpy || std::strcmp(name, "numpy.ndarray") == 0;
   }
   if (count < 16) {
     Py_INCREF(type);
-    entries[count++] = {type, api};
+    entries[count++] = {type, traits};
   }
-  return api;
+  return traits;
 }
 
 void refuse(py::handle source) {
@@ -138,8 +178,20 @@ void view_dlpack(const dlpack::Tensor& tensor, bool readonly, py::handle source,
   }
 }
 
-void view_slowly(py::handle source, TensorView* view, py::object* owner, int64_t* dims) {
-  if (view_ml_dtypes(source, view, dims)) return;
+bool view_numpy(py::handle source, TensorView* view, int64_t* dims) {
+  static PyObject* const attribute = PyUnicode_InternFromString("dtype");
+  static PyObject* bfloat16 = nullptr;  // ml_dtypes', once it has come by: names take microseconds
+  const py::object dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(source.ptr(), attribute));
+  if (!dtype) throw py::error_already_set();
+  if (dtype.ptr() == bfloat16) return view_buffer(as_integers(source).ptr(), view, dims, DType::bf16);
+  if (view_buffer(source.ptr(), view, dims, DType::other)) return true;
+  if (py::cast<std::string>(dtype.attr("name")) != "bfloat16") return false;
+  Py_XDECREF(bfloat16);
+  bfloat16 = dtype.inc_ref().ptr();
+  return view_buffer(as_integers(source).ptr(), view, dims, DType::bf16);
+}
+
+void view_capsule(py::handle source, TensorView* view, py::object* owner) {
   if (!py::hasattr(source, "__dlpack__")) {
     throw TypeError("gptcore: got " + type_name(source) +
                     ", expected a torch tensor, a NumPy or CuPy array, or None");

@@ -1,8 +1,8 @@
 // The only place that knows how a Python tensor becomes a TensorView:
 //
 //   torch (and whoever else offers it)   the C exchange API of the type, about 0.05 us a tensor
-//   NumPy, CuPy, older torch             `__dlpack__`, versioned first (it carries the read-only flag)
-//   ml_dtypes bf16 arrays                `__array_interface__`, since they refuse DLPack
+//   NumPy                                the buffer protocol; ml_dtypes bf16 arrays by a view as 16-bit integers
+//   CuPy, older torch, odd NumPy arrays  `__dlpack__`, versioned first (it carries the read-only flag)
 //   None                                 an undefined view, for optional arguments
 //
 // Views are borrowed for the length of the call. What has no memory to look at (FakeTensor, meta, sparse) and
@@ -37,12 +37,19 @@ namespace py = pybind11;
 
 constexpr int kMaxDims = 8;
 
-// The exchange API of a Python type, or null; looked up once per type.
-const dlpack::ExchangeApi* exchange_api_of(PyTypeObject* type);
+// What is known of a Python type; looked up once per type.
+struct TypeTraits {
+  const dlpack::ExchangeApi* api = nullptr;  // null where it has none
+  bool is_numpy = false;
+};
+TypeTraits traits_of(PyTypeObject* type);
 
-// Fills `view` from an object without the exchange API. `owner` keeps the memory's description alive; `dims`
-// is room for sizes and strides that the source does not store itself.
-void view_slowly(py::handle source, TensorView* view, py::object* owner, int64_t* dims);
+// Fills `view` from a NumPy array whose elements and strides the buffer protocol can tell, else returns false.
+// `dims` is room for sizes and strides that the source does not store itself.
+bool view_numpy(py::handle source, TensorView* view, int64_t* dims);
+
+// Fills `view` through `__dlpack__`. `owner` keeps the memory's description alive.
+void view_capsule(py::handle source, TensorView* view, py::object* owner);
 
 // Fills `view` from a DLPack tensor, refusing what kernels cannot read.
 void view_dlpack(const dlpack::Tensor& tensor, bool readonly, py::handle source, TensorView* view);
@@ -52,13 +59,15 @@ void view_dlpack(const dlpack::Tensor& tensor, bool readonly, py::handle source,
 
 inline void view_of(py::handle source, TensorView* view, py::object* owner, int64_t* dims) {
   if (source.is_none()) return;
-  if (const dlpack::ExchangeApi* api = exchange_api_of(Py_TYPE(source.ptr()))) {
+  const TypeTraits traits = traits_of(Py_TYPE(source.ptr()));
+  if (traits.api) {
     dlpack::Tensor tensor;
-    if (api->tensor_from_py_object(source.ptr(), &tensor) != 0) refuse(source);
+    if (traits.api->tensor_from_py_object(source.ptr(), &tensor) != 0) refuse(source);
     view_dlpack(tensor, false, source, view);
     return;
   }
-  view_slowly(source, view, owner, dims);
+  if (traits.is_numpy && view_numpy(source, view, dims)) return;
+  view_capsule(source, view, owner);
 }
 
 }  // namespace gptcore::bindings

@@ -167,7 +167,7 @@ inline Operand as_rows(py::handle tensor) {
 // Whether a torch tensor may be read in place, row by row: the plain case that native paths take, where Python
 // would spend more on asking than a small kernel on working. Other frameworks and layouts are Python's.
 inline bool is_plain(py::handle tensor) {
-  const dlpack::ExchangeApi* api = exchange_api_of(Py_TYPE(tensor.ptr()));
+  const dlpack::ExchangeApi* api = traits_of(Py_TYPE(tensor.ptr())).api;
   dlpack::Tensor fields;
   if (!api) return false;
   if (api->tensor_from_py_object(tensor.ptr(), &fields) != 0) {  // sparse, say: Python says why

@@ -273,6 +273,8 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Metadata and verified state of a checkpoint file."""
     from safetensors import SafetensorError, safe_open
 
+    import gptcore.torch_required  # noqa: F401 - safetensors' own sentence would not say why
+
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
 from gptcore.infer.engine import Generation, Timing, generate, generate_batch
 from gptcore.infer.kv_cache import KVCache
 from gptcore.infer.sampling import SamplingParams

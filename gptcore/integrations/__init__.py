@@ -6,6 +6,7 @@ particular to transformers.
 
 from __future__ import annotations
 
+import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
 from gptcore.integrations.swap import Report, replace, restore
 
 __all__ = ["Report", "replace", "restore"]

@@ -22,6 +22,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("GPT", "GPTLoss", "KeyValueCache"):
+        importlib.import_module("gptcore.torch_required")
         return getattr(importlib.import_module("gptcore.models.gpt"), name)
     if name in ("accounting", "presets"):
         return importlib.import_module(f"gptcore.models.{name}")

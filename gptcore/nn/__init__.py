@@ -1,5 +1,6 @@
 """torch.nn's modules over gptcore's kernels: the same arguments, the same state dict, another engine."""
 
+import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
 from gptcore.nn.activation import GELU, SiLU
 from gptcore.nn.attention import MultiheadAttention
 from gptcore.nn.embedding import Embedding

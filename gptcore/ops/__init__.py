@@ -2,7 +2,8 @@
 
 Layout (B, T, H, D); letters as in ``docs/architecture.md``. Each module holds the function, its plain-torch
 reference (any floating dtype, the tests' oracle in float64) and its torch registration. Importing this
-package imports neither torch nor NumPy.
+package imports neither torch nor NumPy. ``docs/arrays.md`` tells how they serve without autograd: which backward
+belongs to which function, and what it needs.
 
 A module and its function share their name: after ``import gptcore.ops``, ``gptcore.ops.layer_norm`` is the
 function, and ``from gptcore.ops.layer_norm import ...`` still reaches the module.
@@ -11,18 +12,25 @@ function, and ``from gptcore.ops.layer_norm import ...`` still reaches the modul
 from gptcore.ops.adafactor import adafactor_
 from gptcore.ops.adamw import adamw_
 from gptcore.ops.adamw_8bit import adamw_8bit_
-from gptcore.ops.attention import attention, attention_backward, attention_qkv
+from gptcore.ops.attention import attention, attention_backward, attention_qkv, attention_qkv_backward
 from gptcore.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from gptcore.ops.embedding import embedding, embedding_backward
 from gptcore.ops.gated_activation import (
     gated_activation_backward,
     geglu,
+    geglu_backward,
     geglu_packed,
+    geglu_packed_backward,
     gelu,
+    gelu_backward,
     relu,
+    relu_backward,
     silu,
+    silu_backward,
     swiglu,
+    swiglu_backward,
     swiglu_packed,
+    swiglu_packed_backward,
 )
 from gptcore.ops.grad_norm import grad_norm
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
@@ -30,6 +38,7 @@ from gptcore.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_backward,
     token_logprobs,
+    token_logprobs_backward,
 )
 from gptcore.ops.matmul import matmul
 from gptcore.ops.philox import philox
@@ -44,14 +53,18 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_qkv",
+    "attention_qkv_backward",
     "cross_entropy",
     "cross_entropy_backward",
     "embedding",
     "embedding_backward",
     "gated_activation_backward",
     "geglu",
+    "geglu_backward",
     "geglu_packed",
+    "geglu_packed_backward",
     "gelu",
+    "gelu_backward",
     "grad_norm",
     "layer_norm",
     "layer_norm_backward",
@@ -61,6 +74,7 @@ __all__ = [
     "matmul",
     "philox",
     "relu",
+    "relu_backward",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_stats",
@@ -68,7 +82,11 @@ __all__ = [
     "rotary_tables",
     "sgd_",
     "silu",
+    "silu_backward",
     "swiglu",
+    "swiglu_backward",
     "swiglu_packed",
+    "swiglu_packed_backward",
     "token_logprobs",
+    "token_logprobs_backward",
 ]

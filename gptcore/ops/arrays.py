@@ -16,13 +16,19 @@ def is_torch(x: Array) -> bool:
 
 
 def namespace(x: Array) -> Any:
-    """The module whose arrays ``x`` is one of: torch, numpy or cupy."""
+    """The module whose arrays ``x`` is one of: torch, numpy or cupy.
+
+    Raises:
+        TypeError: it is of none.
+    """
     if is_torch(x):
         return sys.modules["torch"]
     if type(x).__module__.partition(".")[0] == "cupy":
         return sys.modules["cupy"]
     import numpy
 
+    if not isinstance(x, numpy.ndarray):
+        raise TypeError(f"gptcore: got {type(x).__name__}, expected a torch tensor, a NumPy or CuPy array")
     return numpy
 
 
@@ -42,14 +48,32 @@ def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     module = namespace(like)
     if isinstance(dtype, str):
         dtype = getattr(module, dtype)
-    return module.empty(shape, dtype=like.dtype if dtype is None else dtype)
+    if dtype is None:
+        dtype = like.dtype
+    if module.__name__ != "cupy":
+        return module.empty(shape, dtype)
+    with like.device:  # CuPy allocates on the current one
+        return module.empty(shape, dtype)
+
+
+def as_array(value: Any, like: Array, dtype: Any = None) -> Any:
+    """``value`` itself if it is an array or None; a number, as NumPy makes of () arrays, as an array like ``like``.
+
+    Args:
+        dtype: as for :func:`empty`.
+    """
+    if value is None or hasattr(value, "__dlpack__"):
+        return value
+    array = empty(like, (), dtype)
+    array[...] = float(value)
+    return array
 
 
 def empty_like(x: Array) -> Array:
     """An uninitialised, contiguous array of x's framework, device, shape and dtype."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
-        return namespace(x).empty_like(x)
+        return empty(x, getattr(x, "shape", ()))  # NumPy's own would keep gaps and order of x
     if x.layout is not torch.strided:
         raise TypeError(f"gptcore: got a {x.layout} tensor, expected a dense one")
     return torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
@@ -80,12 +104,12 @@ def rows(x: Array) -> Array:
         if x.is_contiguous() or _rows_at_one_stride(x.shape, x.stride()):
             return x
         return x.contiguous()
-    if x.flags.c_contiguous or _rows_at_one_stride(x.shape, tuple(s // x.itemsize for s in x.strides)):
+    if x.flags.c_contiguous or _rows_at_one_stride(x.shape, tuple(s / x.itemsize for s in x.strides)):
         return x
     return namespace(x).ascontiguousarray(x)
 
 
-def _rows_at_one_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def _rows_at_one_stride(shape: tuple[int, ...], strides: tuple[float, ...]) -> bool:
     if not shape or (shape[-1] > 1 and strides[-1] != 1):
         return False
     expected = None

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
 from gptcore.ops.attention_dense import dense_attention, packed_attention
-from gptcore.ops.attention_dropout import seed_array
+from gptcore.ops.attention_options import (
+    BIAS,
+    MASK,
+    OPTIONS,
+    SINKS,
+    TENSOR_OPTIONS,
+    AttentionOptions,
+    values_of,
+)
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class AttentionOptions(TypedDict, total=False):
-    """The keyword options of :func:`attention`, which says what they mean and their defaults."""
-
-    causal: bool
-    window_size: tuple[int, int]
-    softmax_scale: float | None
-    soft_cap: float | None
-    alibi_slopes: Array | None
-    attn_mask: Array | None
-    attn_bias: Array | None
-    sinks: Array | None
-    dropout_p: float
-    seed: int | Array | None
-    offset: int
-    prefix_lengths: Array | None
-    sparse_stride: int
-    sparse_summary: int
 
 
 def attention(
@@ -110,7 +99,7 @@ def attention(
     """
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    options = _values(
+    options = values_of(
         q, q.shape[-1], causal, window_size, softmax_scale, soft_cap, alibi_slopes, attn_mask, attn_bias, sinks,
         dropout_p, seed, offset, prefix_lengths, sparse_stride, sparse_summary,
     )  # fmt: skip
@@ -143,7 +132,7 @@ def attention_qkv(
         num_heads, num_kv_heads: H and Hkv. The others as in :func:`attention`.
 
     Returns:
-        (B, T, H D) or (total, H D); with ``return_lse`` the pair with lse.
+        (B, T, H D) or (total, H D); with ``return_lse`` the pair with lse. :func:`attention_qkv_backward` needs both.
     """
     _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
     values = option_values("attention_qkv", qkv, size, options)
@@ -178,7 +167,29 @@ def attention_backward(
         cu_seqlens_k = cu_seqlens_q
     values = option_values("attention_backward", q, q.shape[-1], options)
     gradients = _run_backward(
-        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *values, dlse, values[_BIAS] is not None
+        dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *values, dlse, values[BIAS] is not None
+    )
+    return tuple(x for x in gradients if x is not None)
+
+
+def attention_qkv_backward(
+    dout: Array,
+    qkv: Array,
+    out: Array,
+    lse: Array,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    cu_seqlens_q: Array | None = None,
+    dlse: Array | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Array, ...]:
+    """Gradient ``(dqkv,)`` of :func:`attention_qkv`; then those of ``attn_bias`` and ``sinks``, as
+    :func:`attention_backward` has them."""
+    _, _, _, size = _check_fused(qkv, num_heads, num_kv_heads)
+    values = option_values("attention_qkv_backward", qkv, size, options)
+    gradients = _qkv_run_backward(
+        dout, qkv, out, lse, cu_seqlens_q, num_heads, num_kv_heads, *values, dlse, values[BIAS] is not None
     )
     return tuple(x for x in gradients if x is not None)
 
@@ -195,73 +206,13 @@ def attention_reference(
 ) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times, lse included."""
     values = option_values("attention_reference", q, q.shape[-1], options)
-    named = dict(zip(_OPTIONS, values, strict=True))
+    named = dict(zip(OPTIONS, values, strict=True))
     if cu_seqlens_q is None:
         out, lse = dense_attention(q, k, v, **named)
     else:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         out, lse = packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, named)
     return (out, lse) if return_lse else out
-
-
-# AttentionOptions of attention.h, name and type in torch's schema language, in its order. A new option is a line
-# here, in AttentionOptions, a keyword of attention, a parameter of _values and of dense_attention.
-_OPTIONS = {
-    "softmax_scale": "float",
-    "causal": "bool",
-    "left": "int",
-    "right": "int",
-    "soft_cap": "float",
-    "alibi_slopes": "Tensor?",
-    "attn_mask": "Tensor?",
-    "attn_bias": "Tensor?",
-    "sinks": "Tensor?",
-    "dropout_p": "float",
-    "seed": "Tensor?",
-    "offset": "int",
-    "prefix_lengths": "Tensor?",
-    "sparse_stride": "int",
-    "sparse_summary": "int",
-}
-_MASK, _BIAS, _SINKS = (list(_OPTIONS).index(name) for name in ("attn_mask", "attn_bias", "sinks"))
-_TENSOR_OPTIONS = [i for i, kind in enumerate(_OPTIONS.values()) if kind == "Tensor?"]
-
-
-def _values(
-    like: Array,
-    head_dim: int,
-    causal: bool,
-    window_size: tuple[int, int],
-    softmax_scale: float | None,
-    soft_cap: float | None,
-    alibi_slopes: Array | None,
-    attn_mask: Array | None,
-    attn_bias: Array | None,
-    sinks: Array | None,
-    dropout_p: float,
-    seed: int | Array | None,
-    offset: int,
-    prefix_lengths: Array | None,
-    sparse_stride: int,
-    sparse_summary: int,
-) -> tuple[Any, ...]:
-    """Values for ``_OPTIONS`` from the keyword options, in their order: arrays are made like ``like``."""
-    return (
-        (head_dim**-0.5 if head_dim else 1.0) if softmax_scale is None else softmax_scale,
-        causal,
-        *window_size,
-        0.0 if soft_cap is None else soft_cap,
-        alibi_slopes,
-        attn_mask,
-        attn_bias,
-        sinks,
-        dropout_p,
-        seed_array(like, seed) if dropout_p else None,
-        offset,
-        prefix_lengths,
-        sparse_stride,
-        sparse_summary,
-    )
 
 
 _DEFAULTS = {
@@ -272,7 +223,7 @@ _DEFAULTS = {
 
 
 def option_values(op: str, like: Array, head_dim: int, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Values for ``_OPTIONS`` from the keyword options that ``op`` was given.
+    """Values for ``OPTIONS`` from the keyword options that ``op`` was given.
 
     Raises:
         TypeError: an option that there is not.
@@ -282,7 +233,7 @@ def option_values(op: str, like: Array, head_dim: int, options: Mapping[str, Any
             raise TypeError(
                 f"{op}: got an unexpected keyword argument {name!r}, expected {', '.join(_DEFAULTS)}"
             )
-    return _values(like, head_dim, **{**_DEFAULTS, **options})
+    return values_of(like, head_dim, **{**_DEFAULTS, **options})
 
 
 def _new_lse(q: Array) -> Array:
@@ -320,9 +271,9 @@ def _split(qkv: Array, heads: int, kv_heads: int) -> tuple[Array, Array, Array]:
 
 def _readable(options: Sequence[Any]) -> Sequence[Any]:
     """The options, tensors with a contiguous last dimension."""
-    if options[_BIAS] is None and options[_MASK] is None:
+    if options[BIAS] is None and options[MASK] is None:
         return options
-    return [last_contiguous(x) if i in (_BIAS, _MASK) else x for i, x in enumerate(options)]
+    return [last_contiguous(x) if i in (BIAS, MASK) else x for i, x in enumerate(options)]
 
 
 def _run(
@@ -335,7 +286,7 @@ def _run(
 
 def _option_outputs(x: Array, options: Sequence[Any], bias_grad: bool) -> tuple[Any, Any]:
     """Room for dbias and dsinks; None for what is not wanted."""
-    bias, sinks = options[_BIAS], options[_SINKS]
+    bias, sinks = options[BIAS], options[SINKS]
     return (
         empty(x, bias.shape, "float32") if bias_grad else None,
         None if sinks is None else empty(x, sinks.shape, "float32"),
@@ -360,7 +311,7 @@ def _run_backward(
 # attention(q, k, v, ...) -> (out, lse) and attention_qkv(qkv, ...) -> (out, lse), with their backward ops. The
 # last argument says whether lse is wanted: without gradients it is not even computed otherwise.
 
-_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _OPTIONS.items())
+_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
 
 
 def _save(ctx: Any, options: list[Any], lse: Any, *tensors: Any) -> None:
@@ -369,10 +320,10 @@ def _save(ctx: Any, options: list[Any], lse: Any, *tensors: Any) -> None:
     ctx.set_materialize_grads(False)
     if not options.pop():
         ctx.mark_non_differentiable(lse)
-    given = [options[i] for i in _TENSOR_OPTIONS]
+    given = [options[i] for i in TENSOR_OPTIONS]
     if any(x is not None for x in given):
         tensors += tuple(given)
-        for i in _TENSOR_OPTIONS:
+        for i in TENSOR_OPTIONS:
             options[i] = None
     ctx.save_for_backward(*tensors)
     ctx.options = options
@@ -384,7 +335,7 @@ def _saved(ctx: Any, count: int) -> tuple[Any, list[Any]]:
     if len(tensors) == count:
         return tensors, options
     options = list(options)
-    for i, tensor in zip(_TENSOR_OPTIONS, tensors[count:], strict=True):
+    for i, tensor in zip(TENSOR_OPTIONS, tensors[count:], strict=True):
         options[i] = tensor
     return tensors[:count], options
 
@@ -426,23 +377,23 @@ def _or_empty(x: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-_NO_GRADIENTS: list[Any] = [None] * len(_OPTIONS)
+_NO_GRADIENTS: list[Any] = [None] * len(OPTIONS)
 
 
 def _option_gradients(ctx: Any, before: int, options: Sequence[Any], dbias: Any, dsinks: Any) -> list[Any]:
     """One for each option, of which the first is input ``before``."""
-    if options[_BIAS] is None and options[_SINKS] is None:
+    if options[BIAS] is None and options[SINKS] is None:
         return _NO_GRADIENTS
-    gradients: list[Any] = [None] * len(_OPTIONS)
-    if ctx.needs_input_grad[before + _BIAS]:
-        gradients[_BIAS] = dbias.to(options[_BIAS].dtype)
-    if ctx.needs_input_grad[before + _SINKS]:
-        gradients[_SINKS] = dsinks
+    gradients: list[Any] = [None] * len(OPTIONS)
+    if ctx.needs_input_grad[before + BIAS]:
+        gradients[BIAS] = dbias.to(options[BIAS].dtype)
+    if ctx.needs_input_grad[before + SINKS]:
+        gradients[SINKS] = dsinks
     return gradients
 
 
 def _bias_grad(ctx: Any, before: int, options: Sequence[Any]) -> bool:
-    return options[_BIAS] is not None and ctx.needs_input_grad[before + _BIAS]
+    return options[BIAS] is not None and ctx.needs_input_grad[before + BIAS]
 
 
 def _given(grad_out: Any, out: Any, grad_lse: Any) -> tuple[Any, Any]:
@@ -455,7 +406,7 @@ def _given(grad_out: Any, out: Any, grad_lse: Any) -> tuple[Any, Any]:
 
 def _differentiate(kernel: Any, ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
     if grad_out is None and grad_lse is None:
-        return (None,) * (len(_OPTIONS) + 6)
+        return (None,) * (len(OPTIONS) + 6)
     tensors, options = _saved(ctx, 7)
     dout, dlse = _given(grad_out, tensors[3], grad_lse)
     dq, dk, dv, *more = kernel(dout, *tensors, *options, dlse, _bias_grad(ctx, 5, options))
@@ -482,7 +433,7 @@ def _backward_fake(dout: Any, q: Any, k: Any, v: Any, *options: Any) -> tuple[An
 
 def _fake_outputs(dout: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
     """From a backward op's arguments, of which the options, dlse and whether dbias is wanted are last."""
-    return _or_empty(dout, _option_outputs(dout, options[-len(_OPTIONS) - 2 :], options[-1]))
+    return _or_empty(dout, _option_outputs(dout, options[-len(OPTIONS) - 2 :], options[-1]))
 
 
 def _qkv_run(qkv: Any, cu: Any, heads: int, kv_heads: int, options: tuple[Any, ...], lse: Any) -> Any:
@@ -516,7 +467,7 @@ def _qkv_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> No
 
 def _qkv_differentiate(kernel: Any, ctx: Any, grad_out: Any, grad_lse: Any) -> tuple[Any, ...]:
     if grad_out is None and grad_lse is None:
-        return (None,) * (len(_OPTIONS) + 5)
+        return (None,) * (len(OPTIONS) + 5)
     tensors, options = _saved(ctx, 4)
     dout, dlse = _given(grad_out, tensors[1], grad_lse)
     dqkv, *more = kernel(dout, *tensors, *ctx.heads, *options, dlse, _bias_grad(ctx, 4, options))
@@ -535,7 +486,7 @@ def _qkv_run_backward(
     dout: Any, qkv: Any, out: Any, lse: Any, cu: Any, heads: int, kv_heads: int, *options: Any
 ) -> tuple[Any, ...]:
     *given, dlse, bias_grad = options
-    dqkv, more = qkv.new_empty(qkv.shape), _option_outputs(qkv, given, bias_grad)
+    dqkv, more = empty_like(qkv), _option_outputs(qkv, given, bias_grad)
     q, k, v = _split(last_contiguous(qkv), heads, kv_heads)
     size = q.shape[-1]
     backend.extension().attention_backward(
@@ -572,7 +523,7 @@ _attention = TorchOp(
     eager_backward=_eager_backward,
     inference=_inference,
     lower_precision=True,
-    full_precision=tuple(5 + i for i in _TENSOR_OPTIONS),
+    full_precision=tuple(5 + i for i in TENSOR_OPTIONS),
 )
 _attention_qkv_backward = TorchOp(
     "attention_qkv_backward",
@@ -591,5 +542,5 @@ _attention_qkv = TorchOp(
     eager_backward=_qkv_eager_backward,
     inference=_qkv_inference,
     lower_precision=True,
-    full_precision=tuple(4 + i for i in _TENSOR_OPTIONS),
+    full_precision=tuple(4 + i for i in TENSOR_OPTIONS),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, empty, empty_like, last_contiguous
+from gptcore.ops.arrays import Array, as_array, empty, empty_like, last_contiguous
 from gptcore.ops.loss_options import LossOptions, with_defaults
 from gptcore.ops.registration import TorchOp
 
@@ -52,13 +52,15 @@ def cross_entropy(
 def cross_entropy_backward(
     grad_loss: Array, logits: Array, targets: Array, **options: Unpack[CrossEntropyOptions]
 ) -> Array:
-    """Gradient of :func:`cross_entropy` by ``logits`` for callers without autograd; ``grad_loss`` as the loss.
+    """Gradient of :func:`cross_entropy` by ``logits`` for callers without autograd.
 
-    ``options`` as they were in the forward call.
+    Args:
+        grad_loss: gradient of the loss, in its shape, f32 or logits' dtype; a number where that is ().
+        options: as they were in the forward call.
     """
     weight, *chosen = with_defaults(cross_entropy, options).values()
     _, lse = _run(logits, targets, weight, *chosen)
-    return _run_backward(grad_loss, logits, targets, weight, lse, *chosen)
+    return _run_backward(as_array(grad_loss, logits, "float32"), logits, targets, weight, lse, *chosen)
 
 
 def cross_entropy_reference(logits: Any, targets: Any, **options: Unpack[CrossEntropyOptions]) -> Any:

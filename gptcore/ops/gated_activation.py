@@ -175,7 +175,9 @@ def _run(gate: Array, up: Any, gate_bias: Any, up_bias: Any, kind: int, out: Arr
 def gated_activation_backward(
     grad_y: Array, gate: Array, up: Array | None, gate_bias: Array | None, up_bias: Array | None, kind: int
 ) -> tuple[Array, Array | None, Array | None, Array | None]:
-    """Gradients ``(dgate, dup, dgate_bias, dup_bias)``, None for what was None.
+    """Gradients ``(dgate, dup, dgate_bias, dup_bias)`` of any function of this module, None for what was None.
+
+    Functions named after the forward ones, as :func:`swiglu_backward`, need no ``kind``.
 
     Args:
         grad_y: gradient of the result; the others as given to the forward function.
@@ -189,6 +191,62 @@ def gated_activation_backward(
         kind, rows(grad_y), rows(gate), rows(up), gate_bias, up_bias, dgate, dup, dgate_bias, dup_bias
     )
     return dgate, dup, dgate_bias, dup_bias
+
+
+def gelu_backward(
+    grad_y: Array, x: Array, bias: Array | None = None, *, approximate: str = "tanh"
+) -> tuple[Array, Array | None]:
+    """Gradients ``(dx, dbias)`` of :func:`gelu`, dbias None without a bias."""
+    return _backward_of_one(grad_y, x, bias, _gelu_kind(approximate))
+
+
+def silu_backward(grad_y: Array, x: Array, bias: Array | None = None) -> tuple[Array, Array | None]:
+    """Gradients ``(dx, dbias)`` of :func:`silu`, dbias None without a bias."""
+    return _backward_of_one(grad_y, x, bias, SILU)
+
+
+def relu_backward(grad_y: Array, x: Array, bias: Array | None = None) -> tuple[Array, Array | None]:
+    """Gradients ``(dx, dbias)`` of :func:`relu`, dbias None without a bias."""
+    return _backward_of_one(grad_y, x, bias, RELU)
+
+
+def swiglu_backward(
+    grad_y: Array, gate: Array, up: Array, gate_bias: Array | None = None, up_bias: Array | None = None
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """Gradients ``(dgate, dup, dgate_bias, dup_bias)`` of :func:`swiglu`, None for what was None."""
+    return gated_activation_backward(grad_y, gate, up, gate_bias, up_bias, SILU)
+
+
+def geglu_backward(
+    grad_y: Array,
+    gate: Array,
+    up: Array,
+    gate_bias: Array | None = None,
+    up_bias: Array | None = None,
+    *,
+    approximate: str = "none",
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """Gradients ``(dgate, dup, dgate_bias, dup_bias)`` of :func:`geglu`, None for what was None."""
+    return gated_activation_backward(grad_y, gate, up, gate_bias, up_bias, _gelu_kind(approximate))
+
+
+def swiglu_packed_backward(
+    grad_y: Array, gate_up: Array, bias: Array | None = None
+) -> tuple[Array, Array | None]:
+    """Gradients ``(dgate_up, dbias)`` of :func:`swiglu_packed`, dbias None without a bias."""
+    return _backward_of_one(grad_y, gate_up, bias, SILU + PACKED)
+
+
+def geglu_packed_backward(
+    grad_y: Array, gate_up: Array, bias: Array | None = None, *, approximate: str = "none"
+) -> tuple[Array, Array | None]:
+    """Gradients ``(dgate_up, dbias)`` of :func:`geglu_packed`, dbias None without a bias."""
+    return _backward_of_one(grad_y, gate_up, bias, _gelu_kind(approximate) + PACKED)
+
+
+def _backward_of_one(grad_y: Array, x: Array, bias: Array | None, kind: int) -> tuple[Array, Array | None]:
+    dx, _, dbias, _ = gated_activation_backward(grad_y, x, None, bias, None, kind)
+    return dx, dbias
 
 
 # --- torch -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, as_rows, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.arrays import Array, as_array, as_rows, empty, empty_like, is_torch, last_contiguous
 from gptcore.ops.loss_options import LossOptions, with_defaults
 from gptcore.ops.registration import TorchOp
 
@@ -164,7 +164,7 @@ def token_logprobs(
 
     Arguments as in :func:`linear_cross_entropy`; 0 where the target is ignored. With ``return_entropy`` or
     ``return_predicted`` :class:`TokenLogprobs` ``(logprobs, entropy, predicted)``, of which only the first is
-    differentiable.
+    differentiable. Callers without autograd have :func:`token_logprobs_backward`.
     """
     out = linear_cross_entropy(
         x, weight, targets, ignore_index=ignore_index, logit_scale=logit_scale, bias=bias,
@@ -190,13 +190,15 @@ def linear_cross_entropy_backward(
     With a bias among the options ``(dx, dweight, dbias)``.
 
     Args:
-        grad_loss, grad_z: gradients of loss and z_loss, f32, in their shapes; None counts as zero.
+        grad_loss, grad_z: gradients of loss and z_loss, f32, in their shapes, numbers where these are (); None
+            counts as zero.
         lse: as the forward call returned it.
         main_grad: (V, C) f32 to add weight's gradient to; dweight is then None.
         options: as they were in the forward call.
     """
     rows, lse, flat = as_rows(x), lse.reshape(-1), targets.reshape(-1)
     chosen = with_defaults(linear_cross_entropy, options)
+    grad_loss, grad_z = (as_array(g, x, "float32") for g in (grad_loss, grad_z))
     if chosen["reduction"] == "none":
         grad_loss, grad_z = (g if g is None else g.reshape(-1) for g in (grad_loss, grad_z))
     inputs = (rows, weight, flat, *chosen.values())
@@ -206,6 +208,32 @@ def linear_cross_entropy_backward(
     dx, dweight, dbias = _run_backward(*given, main_grad=main_grad)
     dx = dx.reshape(x.shape)
     return (dx, dweight, dbias) if bias else (dx, dweight)
+
+
+def token_logprobs_backward(
+    grad_logprobs: Array,
+    x: Array,
+    weight: Array,
+    targets: Array,
+    lse: Array,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    bias: Array | None = None,
+    logit_soft_cap: float | None = None,
+    main_grad: Array | None = None,
+) -> tuple[Array | None, ...]:
+    """Gradients ``(dx, dweight)``, and with a bias ``dbias``, of :func:`token_logprobs`.
+
+    Args:
+        grad_logprobs: f32 like targets. lse: of :func:`linear_cross_entropy` on the same arguments with ``reduction``
+            "none", whose ``logprobs`` are those of :func:`token_logprobs`.
+        main_grad: as for :func:`linear_cross_entropy_backward`; the others as in the forward call.
+    """
+    return linear_cross_entropy_backward(
+        -grad_logprobs, None, x, weight, targets, lse, main_grad=main_grad, ignore_index=ignore_index,
+        logit_scale=logit_scale, bias=bias, logit_soft_cap=logit_soft_cap, reduction="none",
+    )  # fmt: skip
 
 
 def linear_cross_entropy_reference(

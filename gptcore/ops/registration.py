@@ -103,7 +103,7 @@ class TorchOp:
         self.full_precision = full_precision
         self.overload: Any = None
         self.route: Any = self._register_and_call
-        if "torch" in sys.modules:  # else with the first call; importing gptcore.ops must not import torch
+        if sys.modules.get("torch"):  # else with the first call; importing gptcore.ops must not import torch
             self.register()
 
     def register(self) -> None:

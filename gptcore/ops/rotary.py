@@ -21,6 +21,8 @@ def rotary(
 ) -> Array:
     """``(a, b)`` becomes ``(a cos - b sin, b cos + a sin)`` for each pair of the first R of D elements.
 
+    Its own backward: the gradient of ``x`` is this function of the result's gradient, with ``inverse`` turned over.
+
     Args:
         x: (B, T, H, D) or (T, H, D), f32 or bf16, any strides but the last; torch tensor (differentiable),
             NumPy or CuPy array.
@@ -60,6 +62,7 @@ def rotary_tables(
 
     Raises:
         ValueError: ``dim`` is odd or below 2, ``length`` negative.
+        ImportError: no ``like``, and torch cannot be imported.
     """
     import numpy
 
@@ -71,7 +74,7 @@ def rotary_tables(
     angles = numpy.outer(numpy.arange(length, dtype=numpy.float64), frequencies)
     tables = tuple(f(angles).astype(numpy.float32) for f in (numpy.cos, numpy.sin))
     if like is None or is_torch(like):
-        import torch
+        from gptcore.torch_required import torch
 
         cos, sin = (torch.from_numpy(t) for t in tables)
         return (cos, sin) if like is None else (cos.to(like.device), sin.to(like.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
 from gptcore.optim import schedule
 from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.adamw import Adam, AdamW

@@ -56,9 +56,8 @@ def from_hf(
         UserError: no such model, a family or setting that ``GPT`` does not compute, weights that are missing, of
             another shape, left over, or a damaged file.
     """
-    import torch
-
     from gptcore.models import GPT
+    from gptcore.torch_required import torch
 
     directory = directory_of(path)
     hf = language_part(_read_json(directory / "config.json"))
