@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import gptcore
@@ -15,9 +15,11 @@ from gptcore.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from gptcore.integrations import huggingface as integration  # noqa: E402
+
 ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu", "relu2", "mish"]
 FAMILIES = ["gpt2", "opt", "bloom", "gpt_neox", "gptj", "falcon", "llama", "mistral", "qwen2", "qwen3", "gemma2",
-            "gemma3_text", "glm", "glm4", "phi", "olmo2", "starcoder2", "cohere"]  # fmt: skip
+            "gemma3_text", "glm", "glm4", "mixtral", "phi", "olmo2", "starcoder2", "cohere"]  # fmt: skip
 
 
 @st.composite
@@ -28,13 +30,15 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
     groups = draw(st.sampled_from([n for n in (1, 2, 3, 4) if heads % n == 0]))
     size = draw(st.sampled_from([4, 6, 8, 10, 16, 20]))
     rotates = family in ("gpt_neox", "gptj", "phi")  # a quarter or a part of the head, which must be even
-    size = 16 if rotates or family in ("glm", "glm4") else size
+    size = 16 if rotates or family in ("glm", "glm4") else 8 if family == "mixtral" else size
     width = heads * size
     layers = draw(st.integers(1, 3))
     own: dict[str, Any] = {
         "gpt2": {
             "n_embd": width, "n_head": heads, "n_layer": layers,
             "activation_function": draw(st.sampled_from(ACTIVATIONS)),
+            "scale_attn_by_inverse_layer_idx": draw(st.booleans()), "scale_attn_weights": draw(st.booleans()),
+            "reorder_and_upcast_attn": draw(st.booleans()),
         },
         "gptj": {"n_embd": width, "n_head": heads, "n_layer": layers, "rotary_dim": draw(st.sampled_from([2, 8, 16]))},
         "bloom": {"hidden_size": width, "n_head": heads, "n_layer": layers},
@@ -54,6 +58,17 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
         "attention_bias": draw(st.booleans()), "tie_word_embeddings": draw(st.booleans()),
         "sliding_window": draw(st.sampled_from([2, 5, 100])),
     })  # fmt: skip
+    if family == "falcon":  # two settings that transformers' own code cannot run are ruled out
+        own["parallel_attn"] |= own["new_decoder_architecture"]
+        if not (own["new_decoder_architecture"] or own["multi_query"]):
+            own["num_kv_heads"] = heads
+    if family == "mixtral":
+        # torch's grouped products want rows of whole 16 bytes
+        own |= {"num_local_experts": draw(st.integers(2, 5)), "output_router_logits": draw(st.booleans())}
+        own["intermediate_size"] = width + 8
+    if family in ("gemma2", "gemma3_text"):
+        caps = st.sampled_from([None, 0.5, 20.0])
+        own |= {"attn_logit_softcapping": draw(caps), "final_logit_softcapping": draw(caps)}
     if family in ("gpt_neox", "phi"):
         own.pop("num_key_value_heads", None)
     if family in ("qwen3", "gemma2", "gemma3_text", "glm", "glm4"):
@@ -115,3 +130,31 @@ def test_from_hf_computes_the_same_or_refuses(
     with torch.no_grad():
         wanted, got = model(inputs["input_ids"]).logits, ours(inputs["input_ids"])
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(drawn=configurations(), data=st.data())
+def test_apply_changes_neither_loss_nor_gradients(drawn: tuple[str, dict[str, Any]], data: Any):
+    apply = getattr(integration, f"apply_gptcore_to_{drawn[0].removesuffix('_text')}", None)
+    assume(apply is not None)
+    model = built(*drawn)
+    inputs, kept = inputs_of(drawn[1]["vocab_size"], data)
+    labels = inputs["input_ids"].masked_fill(~kept, -100)
+    labels[:, (~kept).sum(dim=1).max() :][:, :1] = -100  # what follows padding sees nothing that counts
+    assume((labels[:, 1:] >= 0).any())
+
+    def run(**options: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = model(**inputs, labels=labels, **options).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    wanted = run()
+    try:
+        apply(model=model)
+        got = run(skip_logits=True)
+    finally:
+        integration.unapply()
+    largest = max(gradient.abs().max() for gradient in wanted[1:])
+    assert len(got) == len(wanted) and abs(got[0] - wanted[0]) <= 1e-5 * wanted[0]
+    assert all((x - y).abs().max() <= 1e-5 * largest for x, y in zip(got[1:], wanted[1:], strict=True))
