@@ -29,7 +29,8 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def _without_torch(code: str, *arguments: str) -> str:
+def without_torch(code: str, *arguments: str) -> str:
+    """What ``code`` prints in a process where importing torch fails."""
     ran = subprocess.run(
         [sys.executable, "-c", BLOCKED + code, *arguments], capture_output=True, text=True, check=False
     )
@@ -77,7 +78,7 @@ with open(sys.argv[1], "wb") as file:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], list[Any]]:
     """Results of all cases in a process where importing torch fails; every public function takes part."""
     file = tmp_path_factory.mktemp("numpy") / "results"
-    _without_torch(RUN_CASES, str(file))
+    without_torch(RUN_CASES, str(file))
     with open(file, "rb") as results:
         return pickle.load(results)
 
@@ -94,7 +95,7 @@ def test_arrays_without_torch_give_the_bits_of_tensors(name: str, half: bool, al
 
 def test_the_line_that_was_promised() -> None:
     code = "import gptcore, numpy\nprint(gptcore.ops.layer_norm(numpy.eye(2, dtype='float32')).round(3).tolist())"
-    assert _without_torch(code) == "[[1.0, -1.0], [-1.0, 1.0]]"
+    assert without_torch(code) == "[[1.0, -1.0], [-1.0, 1.0]]"
 
 
 def test_a_torch_that_was_set_to_none_is_none() -> None:
@@ -120,7 +121,7 @@ for way in ways:
     except ImportError as error:
         print(error.name, error)
 """
-    lines = _without_torch(code).splitlines()
+    lines = without_torch(code).splitlines()
     sentence = (
         "torch this part of gptcore needs torch, which cannot be imported (torch is blocked here); "
         "gptcore.ops works without it, on NumPy and CuPy arrays"
