@@ -7,8 +7,9 @@ random input, and a module that would compute something else stays as it is. Not
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ class Rule:
     kind: str
     matches: Callable[[nn.Module], bool]
     forward: Forward
-    inputs: Callable[[Any], tuple[Tensor, ...]]
+    inputs: Callable[[Any], tuple[Any, ...]]
     refuses: Callable[[Any], str | None] = lambda module: None
 
 
@@ -69,11 +70,11 @@ def replace(model: nn.Module, *, verbose: bool = True) -> Report:
     Returns:
         :class:`Report`: what was swapped, and what was left and why.
     """
-    from gptcore.integrations.huggingface import attention, modules
+    from gptcore.integrations.huggingface import attention, modules, own_attention
     from gptcore.integrations.torch_modules import RULES
 
     report = Report()
-    swap_modules(model, [*RULES, *modules.RULES], report)
+    swap_modules(model, [*RULES, *modules.RULES, *own_attention.RULES], report)
     attention.choose(model, report)
     if verbose:
         print(report)
@@ -115,6 +116,8 @@ def _class_for(original: Any, forward: Forward) -> type:
 
         @functools.wraps(original.forward)  # other libraries read the names of its arguments
         def named_alike(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+            if not isinstance(module, _Swapped):  # restored, under a wrapper that kept this method
+                return original.forward(module, *arguments, **keywords)
             return forward(module, *arguments, **keywords)
 
         members = {
@@ -140,7 +143,10 @@ def original_forward(module: nn.Module, *arguments: Any, **keywords: Any) -> Any
 
 
 def _swap(name: str, module: nn.Module, rule: Rule, report: Report, trial: bool) -> None:
-    reason = rule.refuses(module) or (_differs(module, rule) if trial else None)
+    if "forward" in module.__dict__:  # accelerate's hooks and others wrap it so; a class would not be asked
+        reason: str | None = "another library replaced its forward"
+    else:
+        reason = rule.refuses(module) or (_differs(module, rule) if trial else None)
     if reason:
         report.leave(type(module).__name__, reason, name)
     else:
@@ -152,12 +158,12 @@ def _differs(module: nn.Module, rule: Rule) -> str | None:
     """Why ``rule`` would change what ``module`` computes, or None. Hooks are not run."""
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return "its parameters are on the meta device"
-    with torch.no_grad():
+    with torch.no_grad(), _without_dropout(module):
         inputs = rule.inputs(module)
-        wanted = module.forward(*inputs)
+        wanted = _first(module.forward(*inputs))
         module.__class__ = _class_for(type(module), rule.forward)
         try:
-            got = module.forward(*inputs)
+            got = _first(module.forward(*inputs))
         finally:
             module.__class__ = module.original  # type: ignore[assignment]
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
@@ -165,6 +171,22 @@ def _differs(module: nn.Module, rule: Rule) -> str | None:
     # sixteen roundings: what two orders of the same few steps and a sum in f32 can differ by
     bound = 16 * torch.finfo(got.dtype).eps * wanted.double().abs().max()
     return None if (got.double() - wanted.double()).abs().max() <= bound else "it computes something else"
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation, and each of its parts as it was afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def random_input(like: Tensor | None, *shape: int, scale: float = 1.0) -> Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 
 from gptcore.integrations import torch_modules
 from gptcore.integrations.huggingface import attention as attention_module
-from gptcore.integrations.huggingface import loss, modules, rotary
+from gptcore.integrations.huggingface import loss, modules, own_attention, rotary
 from gptcore.integrations.swap import Report, Rule, swap_modules
 
 __all__ = [
@@ -65,9 +65,8 @@ def _apply(
 ) -> Report | None:
     family = _FAMILIES[name]
     modeling = family.modeling
-    rules = [
-        r for r in (*torch_modules.RULES, *modules.RULES) if options.get(_BY_OPTION.get(r.kind, ""), True)
-    ]
+    every = (*torch_modules.RULES, *modules.RULES, *own_attention.RULES)
+    rules = [r for r in every if options.get(_BY_OPTION.get(r.kind, ""), True)]
     if fused_linear_cross_entropy:
         rules.insert(0, loss.RULE)
     attention_module.register()
@@ -152,7 +151,7 @@ def apply_gptcore_to_bloom(
     fused_linear_cross_entropy: bool = True,
     model: nn.Module | None = None,
 ) -> Report | None:
-    """gptcore's kernels in transformers' BLOOM, whose attention stays its own; see :func:`apply_gptcore_to_gpt2`."""
+    """gptcore's kernels in transformers' BLOOM; see :func:`apply_gptcore_to_gpt2`."""
     return _apply(
         "bloom", model, rope=False, gelu=gelu, layer_norm=layer_norm,
         fused_linear_cross_entropy=fused_linear_cross_entropy,

@@ -17,7 +17,7 @@ from gptcore import backend, ops
 from gptcore.ops.attention import attention_reference
 
 ATTENTION_NAME = "gptcore"
-_CALL = "transformers attention"
+CALL = "transformers attention"
 
 # Families whose layers pass their window on to the attention function, as their flash attention needs it.
 _PASS_THEIR_WINDOW = frozenset(
@@ -114,7 +114,7 @@ def attention_forward(
     left = sliding_window - 1 if causal and sliding_window is not None else -1
     reason = _uncovered(query, key, value, attention_mask)
     if reason:
-        backend.note_fallback(_CALL, reason)
+        backend.note_fallback(CALL, reason)
         if softcap is None and s_aux is None and left < 0:
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -173,10 +173,14 @@ def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
 
 def choose(model: torch.nn.Module, report: Any) -> None:
     """Give a transformers model this attention, for :func:`gptcore.integrations.swap.replace` and its report."""
+    from gptcore.integrations.huggingface import own_attention
+
     compatible = getattr(type(model), "is_backend_compatible", None)
     if compatible is None:
         return
     if not compatible():
+        if own_attention.is_swapped(model):
+            return
         report.leave(type(model).__name__, "its attention is its own", "the model")
         return
     before = model.config._attn_implementation  # type: ignore[union-attr]

@@ -25,12 +25,7 @@ def patch(modeling: ModuleType, *, interleaved: bool) -> None:
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        if not _taken(q, k, cos, unsqueeze_dim):
-            result: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
-            return result
-        half = cos.shape[-1] // 2
-        c, s = (x[..., :half].float().reshape(-1, half).contiguous() for x in (cos, sin))
-        return _rotated(q, c, s, interleaved), _rotated(k, c, s, interleaved)
+        return turn_both(theirs, q, k, cos, sin, unsqueeze_dim, interleaved=interleaved)
 
     apply_rotary_pos_emb.gptcore_original = theirs  # type: ignore[attr-defined]
     setattr(modeling, _NAME, apply_rotary_pos_emb)
@@ -56,10 +51,28 @@ def _taken(q: Tensor, k: Tensor, cos: Tensor, unsqueeze_dim: int) -> bool:
     )
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (B, H, T, D), a view of (B, T, H, D), by tables of T rows, or of B * T, one for each token."""
-    tokens_first = x.transpose(1, 2)
-    if cos.shape[0] == x.shape[2]:
-        return ops.rotary(tokens_first, cos, sin, interleaved=interleaved).transpose(1, 2)
-    flat = tokens_first.flatten(0, 1)
-    return ops.rotary(flat, cos, sin, interleaved=interleaved).unflatten(0, x.shape[::2][:2]).transpose(1, 2)
+def turn_both(
+    theirs: Any,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int = 1,
+    *,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``theirs(q, k, cos, sin, unsqueeze_dim)`` by the kernel where that takes it."""
+    if not _taken(q, k, cos, unsqueeze_dim):
+        result: tuple[Tensor, Tensor] = theirs(q, k, cos, sin, unsqueeze_dim)
+        return result
+    half = cos.shape[-1] // 2
+    c, s = (x[..., :half].float().reshape(-1, half).contiguous() for x in (cos, sin))
+    turned_q, turned_k = (turn(x.transpose(1, 2), c, s, interleaved=interleaved) for x in (q, k))
+    return turned_q.transpose(1, 2), turned_k.transpose(1, 2)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """x (B, T, H, D) by tables of T rows, or of B * T, one for each token."""
+    if cos.shape[0] == x.shape[1]:
+        return ops.rotary(x, cos, sin, interleaved=interleaved)
+    return ops.rotary(x.flatten(0, 1), cos, sin, interleaved=interleaved).unflatten(0, x.shape[:2])
