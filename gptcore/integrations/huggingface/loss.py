@@ -31,9 +31,12 @@ def _causal_lm(model: Any, *arguments: Any, **keywords: Any) -> Any:
         return original_forward(model, **given)
     labels, return_dict = given.pop("labels"), given.pop("return_dict", None)
     counted, shifted = given.pop("num_items_in_batch", None), given.pop("shift_labels", None)
+    ignored = given.get("ignore_index", -100)
     given.pop("logits_to_keep", None)
     outputs = model.base_model(**given, return_dict=True)
-    loss = _loss(model, outputs.last_hidden_state, labels, shifted, counted)
+    if shifted is None:  # a token is predicted from those before it
+        shifted = nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
+    loss = _loss(model, outputs.last_hidden_state, shifted, ignored, counted)
     balance = _balance_loss(model, given, outputs)
     if balance is not None:
         loss = loss + model.router_aux_loss_coef * balance
@@ -47,9 +50,16 @@ def _by_name(original: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
 
 def _uncovered(model: Any, given: dict[str, Any]) -> str | None:
     """Why the loss is left to the model, or None."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
     head = model.get_output_embeddings()
     if getattr(type(head), "original", type(head)) is not nn.Linear:
         return f"head of type {type(head).__name__}"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+        return "hooks on the head"
+    chosen = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)), ForCausalLMLoss)
+    if hasattr(model, "_loss_function") or chosen is not ForCausalLMLoss:
+        return "another loss function"
     if not isinstance(given.get("logits_to_keep", 0), int) or given.get("logits_to_keep"):
         return "logits_to_keep"
     if head.weight.device.type != "cpu" or head.weight.dtype not in (torch.float32, torch.bfloat16):
@@ -57,12 +67,10 @@ def _uncovered(model: Any, given: dict[str, Any]) -> str | None:
     return None
 
 
-def _loss(model: Any, hidden: Tensor, labels: Tensor, shifted: Tensor | None, counted: Any) -> Tensor:
+def _loss(model: Any, hidden: Tensor, targets: Tensor, ignored: int, counted: Any) -> Tensor:
     head = model.get_output_embeddings()
-    if shifted is None:  # a token is predicted from those before it
-        shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
     loss: Tensor = ops.linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), head.weight, shifted.reshape(-1), bias=head.bias,
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, targets.reshape(-1), bias=head.bias, ignore_index=ignored,
         logit_soft_cap=getattr(model.config, "final_logit_softcapping", None),
         reduction="mean" if counted is None else "sum",
     ).loss  # fmt: skip
@@ -84,17 +92,20 @@ def _balance_loss(model: Any, given: dict[str, Any], outputs: Any) -> Tensor | N
 def _as_wanted(
     model: Any, outputs: Any, loss: Tensor, balance: Tensor | None, return_dict: bool | None
 ) -> Any:
-    from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+    """The output class of the model's own forward; as a tuple with None in the place of the logits."""
+    from transformers import modeling_outputs as kinds
 
-    kept = ("past_key_values", "hidden_states", "attentions")
-    fields = {name: getattr(outputs, name, None) for name in kept}
+    kind: Any = kinds.CausalLMOutputWithPast
+    fields: dict[str, Any] = {"loss": loss}
     if hasattr(outputs, "router_logits"):
-        routed = {"aux_loss": balance, "router_logits": outputs.router_logits}
-        result: Any = MoeCausalLMOutputWithPast(loss=loss, **routed, **fields)
-    else:
-        result = CausalLMOutputWithPast(loss=loss, **fields)
+        kind = kinds.MoeCausalLMOutputWithPast
+        fields["aux_loss"] = balance
+    elif hasattr(outputs, "cross_attentions"):
+        kind = kinds.CausalLMOutputWithCrossAttentions
+    fields |= {name: value for name, value in outputs.items() if name in kind.__dataclass_fields__}
+    result = kind(**fields)
     chosen = getattr(model.config, "return_dict", True) if return_dict is None else return_dict
-    return result if chosen else result.to_tuple()
+    return result if chosen else (loss, None, *result.to_tuple()[1:])
 
 
 def _is_causal_lm(module: Any) -> bool:
