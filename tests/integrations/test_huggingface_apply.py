@@ -78,6 +78,34 @@ def test_models_built_afterwards_are_swapped_and_unapply_stops_it(name: str, tmp
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in original.state_dict().items())
 
 
+class OwnMLP(torch.nn.Module):
+    """What a user puts in the place of LLaMA's feed-forward."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = self.up_proj = torch.nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = torch.nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.up_proj(x))
+
+
+def test_classes_that_the_user_mapped_stay():
+    from transformers import monkey_patching
+
+    monkey_patching.register_patch_mapping({"LlamaMLP": OwnMLP})
+    try:
+        huggingface.apply_gptcore_to_llama()
+        config = transformers.AutoConfig.for_model("llama", **CASES["llama"][1])
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    finally:
+        monkey_patching.unregister_patch_mapping(["LlamaMLP"])
+    layer = model.model.layers[0]
+    assert type(layer.mlp) is OwnMLP and type(layer.input_layernorm).__name__ == "LlamaRMSNorm"
+    assert hasattr(layer.input_layernorm, "kernel_forward")
+    assert hasattr(transformers.LlamaForCausalLM(config), "kernel_forward")  # no Auto class, no mapping
+
+
 def test_an_attention_that_the_user_chose_stays(tmp_path: Path):
     model_of("llama").save_pretrained(tmp_path)
     huggingface.apply_gptcore_to_llama()

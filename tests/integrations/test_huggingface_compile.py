@@ -1,0 +1,104 @@
+"""``torch.compile`` over a model on the kernels: no more graphs than eager, and the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import gptcore
+from tests.integrations.huggingface_models import batch, model_of
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from gptcore.integrations import huggingface  # noqa: E402
+
+ROUTES = ("name", "replace", "apply")
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    transformers.utils.logging.set_verbosity_error()
+    huggingface.register()
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    huggingface.unapply()
+    transformers.utils.logging.set_verbosity_warning()
+
+
+def by(route: str, name: str, **changes: Any) -> Any:
+    model = model_of(name, **changes)
+    model.loss_type = "ForCausalLM"  # transformers warns that GPT-2 has none, which breaks eager's graph too
+    if route == "name":
+        model.set_attn_implementation(huggingface.ATTENTION_NAME)
+    elif route == "replace":
+        gptcore.replace(model, verbose=False)
+    elif route == "apply":
+        getattr(huggingface, f"apply_gptcore_to_{name}")(model=model)
+    return model
+
+
+def step(model: Any, call: Any, padding: str = "left") -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = call(**batch(padding), use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_close(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    assert len(got) == len(wanted)
+    for x, y in zip(got, wanted, strict=True):
+        assert (x - y).abs().max() <= 1e-5 * y.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("padding", ["no mask", "left"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_training_step_in_one_graph(name: str, route: str, padding: str):
+    model = by(route, name).train()
+    wanted = step(model, model, padding)
+    assert_close(step(model, torch.compile(model, backend="eager", fullgraph=True), padding), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "route"), [("bloom", "replace"), ("gptj", "replace"), ("falcon", "replace"), ("gemma3", "apply")]
+)
+def test_windows_and_layers_with_attention_of_their_own(name: str, route: str):
+    model = by(route, name)
+    wanted = step(model, model)
+    assert_close(step(model, torch.compile(model, backend="eager", fullgraph=True)), wanted)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_backends(backend: str):
+    model = by("apply", "llama", num_hidden_layers=1).train()
+    wanted = step(model, model)
+    assert_close(step(model, torch.compile(model, backend=backend, fullgraph=True)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "routes"), [("gpt2", ROUTES), ("llama", ROUTES), ("mistral", ("name",)), ("gptj", ("replace",))]
+)
+def test_generation_with_a_static_cache_and_compiled_decoding(name: str, routes: tuple[str, ...]):
+    """transformers compiles the forward of one token by itself; on the CPU where this flag of its tests asks it to.
+
+    A cache with windows makes it compile every token anew, eager attention too.
+    """
+    config = transformers.CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
+    config._compile_all_devices = True
+    key = {"gpt2": "n_positions", "gptj": "n_positions"}.get(name, "max_position_embeddings")
+    inputs = {name: value for name, value in batch("left").items() if name != "labels"}
+    options = {"do_sample": False, "min_new_tokens": 5, "max_new_tokens": 5, "pad_token_id": 0}
+    results = []
+    for route in ("eager", *routes):
+        torch.compiler.reset()
+        counters.clear()
+        model = by(route, name, **{key: 80})
+        tokens = model.generate(**inputs, **options, cache_implementation="static", compile_config=config)
+        results.append((tokens, counters["stats"]["unique_graphs"]))
+    for tokens, graphs in results[1:]:
+        assert torch.equal(tokens, results[0][0]) and 0 < graphs <= results[0][1]
