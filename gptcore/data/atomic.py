@@ -12,12 +12,13 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from gptcore.errors import UserError
 
+_WITHIN = ".partial"  # of a directory that is filled within its target
 _AT_FDCWD = -100  # linux/fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -38,10 +39,12 @@ _REASONS = {
 _WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EISDIR}
 
 
-def write_error(error: OSError, target: Path) -> UserError:
-    """The sentence for a failed write to ``target``; what was there before is still there."""
+def write_error(
+    error: OSError, target: Path, outcome: str = "what was there before is unchanged"
+) -> UserError:
+    """The sentence for a failed write to ``target``."""
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-    return UserError(f"cannot write {target}: {reason}; what was there before is unchanged")
+    return UserError(f"cannot write {target}: {reason}; {outcome}")
 
 
 def sync_directory(directory: Path) -> None:
@@ -107,6 +110,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+@contextlib.contextmanager
+def synced_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new binary file, forced to the disk when the block ends: for directories that appear as a whole."""
+    with open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8 to ``path``, atomically."""
     with atomic_file(path) as file:
@@ -120,12 +132,70 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     An existing ``path`` must be empty, or ``replace`` must be set: then the two change places in one
     step (by two renames where the kernel has no exchange) and the old one is removed afterwards.
     """
-    target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.partial")
-    if target.exists() and not target.is_dir():
-        raise UserError(f"cannot write {target}: it is a file, expected a directory")
+    target = _directory_target(path)
     if not replace and target.exists() and any(target.iterdir()):
         raise UserError(f"cannot write {target}: the directory is not empty")
+    with _staged(target.with_name(f".{target.name}.partial"), target) as temporary:
+        yield temporary
+        sync_directory(temporary)
+        if target.exists():
+            _exchange(temporary, target)
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.rename(target)
+        sync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def merged_directory(
+    path: str | os.PathLike[str], *, owned: Callable[[str], bool], key: str
+) -> Iterator[Path]:
+    """A new directory to fill with files, which takes the place of ``path`` when the block ends without an error.
+
+    Of what lies in ``path``, files whose name is ``owned`` go; everything else is kept, as links to the same files,
+    subdirectories included. The two change places in one step. Where the file system does not let them (a mount point,
+    a parent that may not be written, no links), the new files move in one by one: ``key`` is removed first and comes
+    last, so that a reader who asks for it meets the old, the new, or nothing.
+
+    Files must be synced before the block ends.
+    """
+    target = _directory_target(path)
+    with _staged(_staging_place(target), target) as temporary:
+        aside = _aside(target)
+        if aside.is_dir() and not target.exists():  # a writer was killed between two renames
+            aside.rename(target)
+        yield temporary
+        sync_directory(temporary)
+        if not target.exists():
+            temporary.rename(target)
+            sync_directory(target.parent)
+            return
+        written = sorted(os.listdir(temporary))
+        if temporary.parent == target or not _take_place(temporary, target, owned):
+            _move_in(temporary, target, written, owned, key)
+        shutil.rmtree(temporary, ignore_errors=True)
+        sync_directory(target.parent)
+
+
+def _directory_target(path: str | os.PathLike[str]) -> Path:
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"cannot write {target}: it is a file, expected a directory")
+    return target
+
+
+def _staging_place(target: Path) -> Path:
+    """Beside the target; within it where they cannot change places, or must not: this process works in it."""
+    with contextlib.suppress(FileNotFoundError):  # a working directory that is gone
+        inside = Path.cwd().is_relative_to(target)
+        if inside or (target.exists() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))):
+            return target / _WITHIN
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextlib.contextmanager
+def _staged(temporary: Path, target: Path) -> Iterator[Path]:
+    """``temporary`` as an empty directory of this process alone, gone after an error of the block."""
     try:
         if temporary.exists():  # a killed writer left it, or another one is at work
             os.close(_lock_directory(temporary, target))
@@ -136,13 +206,6 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
         raise write_error(error, target) from error
     try:
         yield temporary
-        sync_directory(temporary)
-        if target.exists():
-            _exchange(temporary, target)
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.rename(target)
-        sync_directory(target.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _WRITING:
@@ -150,6 +213,50 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
         raise
     finally:
         os.close(lock)
+
+
+def _take_place(temporary: Path, target: Path, owned: Callable[[str], bool]) -> bool:
+    """Whether ``temporary``, with links to what is kept of the target, could change places with it."""
+    try:
+        for entry in os.scandir(target):
+            kept = temporary / entry.name
+            if owned(entry.name) or entry.name == _WITHIN or os.path.lexists(kept):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.copytree(entry.path, kept, symlinks=True, copy_function=_link)
+            else:
+                _link(entry.path, kept)
+        shutil.copymode(target, temporary)
+        sync_directory(temporary)
+        _exchange(temporary, target)
+    except OSError as error:  # copytree's own kind, a list of failures, included
+        if error.errno in _WRITING:
+            raise
+        return False
+    return True
+
+
+def _link(source: str, target: str | os.PathLike[str]) -> None:
+    os.link(source, target, follow_symlinks=False)
+
+
+def _move_in(
+    temporary: Path, target: Path, written: list[str], owned: Callable[[str], bool], key: str
+) -> None:
+    (target / key).unlink(missing_ok=True)
+    try:
+        sync_directory(target)
+        for name in written:
+            if name != key:
+                os.replace(temporary / name, target / name)
+        for name in os.listdir(target):
+            if owned(name) and name not in written:
+                (target / name).unlink()
+        sync_directory(target)
+        os.replace(temporary / key, target / key)
+        sync_directory(target)
+    except OSError as error:
+        raise write_error(error, target, f"it is incomplete and has no {key} now; write it again") from error
 
 
 def _lock_directory(directory: Path, target: Path) -> int:
@@ -165,6 +272,10 @@ def _lock_directory(directory: Path, target: Path) -> int:
     return descriptor
 
 
+def _aside(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.replaced")
+
+
 def _exchange(new: Path, old: Path) -> None:
     """Swap two directories on one file system; afterwards ``new`` names what ``old`` held."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -172,7 +283,7 @@ def _exchange(new: Path, old: Path) -> None:
         arguments = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE)
         if rename(*arguments) == 0:
             return
-    aside = old.with_name(f".{old.name}.replaced")
+    aside = _aside(old)
     shutil.rmtree(aside, ignore_errors=True)
     old.rename(aside)
     try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gptcore.checkpoint.huggingface import layout
 from gptcore.checkpoint.huggingface.configuration import family_of, language_part, read_config, write_config
 from gptcore.checkpoint.safetensors_file import write_safetensors
-from gptcore.data.atomic import atomic_file, write_text
+from gptcore.data.atomic import atomic_file, merged_directory, synced_file
 from gptcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
     "generation_config.json",
 )  # fmt: skip
+# The weights of a model in any of its forms, with their indices: what a new model must not meet.
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _SHARD_BYTES = 5 * 10**9
 
 
@@ -80,7 +82,9 @@ def to_hf(
 ) -> None:
     """Write ``model`` to directory ``path`` as transformers' ``from_pretrained`` reads it.
 
-    The weights are those of ``model``, bit for bit. Each file appears whole or not at all, the configuration last.
+    The weights are those of ``model``, bit for bit. A model that was there before goes, and other files of the
+    directory stay; whatever kills the process in between, one of the two models is there as a whole (see
+    docs/checkpoints.md for file systems that cannot).
 
     Args:
         family: transformers' model_type; default the first that can express the model.
@@ -101,21 +105,30 @@ def to_hf(
         given = {**given, "eos_token_id": eos_token_id}
     hf = {**hf, **_special_tokens(given), "dtype": str(dtype).removeprefix("torch.")}
     plan = _shards(layout.pieces(hf["model_type"], model.config, parameters), parameters, shard_bytes)
-    directory = Path(path)
-    _write_shards(directory, plan, parameters)
-    if like is not None:
-        copy_tokenizer(like, directory)
-    _write_json(directory / "config.json", hf)
+    tokenizer = {} if like is None else _tokenizer_files(like)
+    goes = {"config.json", *(TOKENIZER_FILES if tokenizer else ())}
+    with merged_directory(
+        path, owned=lambda name: name in goes or bool(_WEIGHTS.fullmatch(name)), key="config.json"
+    ) as directory:
+        _write_shards(directory, plan, parameters)
+        for name, content in tokenizer.items():
+            _write(directory / name, content)
+        _write_json(directory / "config.json", hf)
 
 
 def copy_tokenizer(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> list[str]:
     """Copy the tokenizer's files, byte for byte; returns the names of those that were there."""
-    found = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
-    for name in found:
+    found = _tokenizer_files(source)
+    for name, content in found.items():
         if Path(source).resolve() != Path(target).resolve():
             with atomic_file(Path(target) / name) as file:
-                file.write((Path(source) / name).read_bytes())
-    return found
+                file.write(content)
+    return list(found)
+
+
+def _tokenizer_files(directory: str | os.PathLike[str]) -> dict[str, bytes]:
+    files = (Path(directory) / name for name in TOKENIZER_FILES)
+    return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
 def directory_of(path: str | os.PathLike[str]) -> Path:
@@ -305,17 +318,20 @@ def _write_shards(directory: Path, shards: list[_Shard], parameters: Mapping[str
             piece.theirs[index]: piece.read(index, parameters[piece.ours].detach().cpu())
             for piece, index in shard
         }
-        with atomic_file(directory / name) as file:
+        with synced_file(directory / name) as file:
             write_safetensors(file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if single:
-        (directory / "model.safetensors.index.json").unlink(missing_ok=True)
         return
-    (directory / "model.safetensors").unlink(missing_ok=True)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    write_text(file, json.dumps(values, indent=2) + "\n")
+    _write(file, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _write(file: Path, content: bytes) -> None:
+    with synced_file(file) as opened:
+        opened.write(content)
