@@ -217,27 +217,38 @@ def _staged(temporary: Path, target: Path) -> Iterator[Path]:
 
 def _take_place(temporary: Path, target: Path, owned: Callable[[str], bool]) -> bool:
     """Whether ``temporary``, with links to what is kept of the target, could change places with it."""
+
+    def leave(entry: os.DirEntry[str]) -> bool:
+        if entry.is_dir(follow_symlinks=False):
+            return entry.name == _WITHIN
+        return owned(entry.name)
+
     try:
-        for entry in os.scandir(target):
-            kept = temporary / entry.name
-            if owned(entry.name) or entry.name == _WITHIN or os.path.lexists(kept):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.copytree(entry.path, kept, symlinks=True, copy_function=_link)
-            else:
-                _link(entry.path, kept)
+        _carry(target, temporary, leave)
         shutil.copymode(target, temporary)
         sync_directory(temporary)
         _exchange(temporary, target)
-    except OSError as error:  # copytree's own kind, a list of failures, included
+    except OSError as error:
         if error.errno in _WRITING:
             raise
         return False
+    with contextlib.suppress(OSError):  # files that somebody else wrote in between
+        _carry(temporary, target, leave)
     return True
 
 
-def _link(source: str, target: str | os.PathLike[str]) -> None:
-    os.link(source, target, follow_symlinks=False)
+def _carry(source: Path, target: Path, leave: Callable[[os.DirEntry[str]], bool]) -> None:
+    """Link what ``target`` lacks of ``source``, subdirectories with all they hold; not what ``leave`` is true for."""
+    for entry in os.scandir(source):
+        there = target / entry.name
+        if leave(entry):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            there.mkdir(exist_ok=True)
+            _carry(Path(entry.path), there, lambda _: False)
+            shutil.copystat(entry.path, there)
+        elif not os.path.lexists(there):
+            os.link(entry.path, there, follow_symlinks=False)
 
 
 def _move_in(
@@ -250,7 +261,7 @@ def _move_in(
             if name != key:
                 os.replace(temporary / name, target / name)
         for name in os.listdir(target):
-            if owned(name) and name not in written:
+            if owned(name) and name not in written and not (target / name).is_dir():
                 (target / name).unlink()
         sync_directory(target)
         os.replace(temporary / key, target / key)

@@ -50,6 +50,7 @@ def _furnish(directory: Path) -> None:
     (directory / "runs" / "deep").mkdir(parents=True)
     (directory / "runs" / "deep" / "log").write_text("mine too")
     (directory / "here").symlink_to("notes.txt")
+    (directory / "model.bin").mkdir()
     (directory / "adapter_model.safetensors").write_bytes(b"an adapter")
     (directory / "pytorch_model.bin").write_bytes(b"an older model's")
 
@@ -62,7 +63,7 @@ def _model_files(directory: Path) -> set[str]:
 
 
 def _assert_furnished(directory: Path, model_files: set[str]) -> None:
-    kept = {"notes.txt", "runs", "here", "adapter_model.safetensors"}
+    kept = {"notes.txt", "runs", "here", "adapter_model.safetensors", "model.bin"}
     assert {path.name for path in directory.iterdir()} == kept | model_files
     assert (directory / "runs" / "deep" / "log").read_text() == "mine too"
     assert (directory / "here").is_symlink() and (directory / "here").read_text() == "mine"
@@ -188,6 +189,23 @@ def test_a_kill_at_any_step_leaves_one_model_or_a_refusal(
     assert len(found) > 10 and found[0] == "old" and found[-1] == "new"
     assert found == sorted(found, key=["old", "refused", "new"].index)
     assert ("refused" in found) == may_refuse
+
+
+def test_what_another_program_writes_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, exchange = tmp_path / "model", atomic._exchange
+    _write(_model(2), target, False)
+    _furnish(target)
+
+    def late(new: Path, old: Path) -> None:
+        (old / "runs" / "late").write_text("mine")
+        exchange(new, old)
+
+    monkeypatch.setattr(atomic, "_exchange", late)
+    _write(_model(3), target, False)
+    assert (target / "runs" / "late").read_text() == "mine"
+    _assert_furnished(target, _model_files(target))
 
 
 def test_an_error_at_the_last_moment_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
