@@ -172,6 +172,23 @@ def gated_activation_forward(
     y: Tensor | None,
 ) -> None: ...
 def grad_norm(grads: list[Tensor], grad_scale: float) -> tuple[float, bool]: ...
+def grouped_linear(
+    x: Tensor | None,
+    weight: Tensor | None,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+) -> None: ...
+def grouped_linear_backward(
+    dy: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    offsets: Tensor | None,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    accumulate: bool,
+) -> None: ...
 def isa() -> str: ...
 def layer_norm_backward(
     grad_y: Tensor | None,

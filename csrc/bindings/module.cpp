@@ -11,6 +11,7 @@ void register_attention(py::module_& m);
 void register_layer_norm(py::module_& m);
 void register_cross_entropy(py::module_& m);
 void register_linear_cross_entropy(py::module_& m);
+void register_grouped_linear(py::module_& m);
 void register_matmul(py::module_& m);
 void register_gated_activation(py::module_& m);
 void register_adamw(py::module_& m);
@@ -69,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
   register_layer_norm(m);
   register_cross_entropy(m);
   register_linear_cross_entropy(m);
+  register_grouped_linear(m);
   register_matmul(m);
   register_gated_activation(m);
   register_adamw(m);

@@ -6,7 +6,8 @@ package imports neither torch nor NumPy. ``docs/arrays.md`` tells how they serve
 belongs to which function, and what it needs.
 
 A module and its function share their name: after ``import gptcore.ops``, ``gptcore.ops.layer_norm`` is the
-function, and ``from gptcore.ops.layer_norm import ...`` still reaches the module.
+function, and ``from gptcore.ops.grouped_linear import grouped_linear, grouped_linear_backward
+from gptcore.ops.layer_norm import ...`` still reaches the module.
 """
 
 from gptcore.ops.adafactor import adafactor_
@@ -33,6 +34,7 @@ from gptcore.ops.gated_activation import (
     swiglu_packed_backward,
 )
 from gptcore.ops.grad_norm import grad_norm
+from gptcore.ops.grouped_linear import grouped_linear, grouped_linear_backward
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
 from gptcore.ops.linear_cross_entropy import (
     linear_cross_entropy,
@@ -66,6 +68,8 @@ __all__ = [
     "gelu",
     "gelu_backward",
     "grad_norm",
+    "grouped_linear",
+    "grouped_linear_backward",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_stats",

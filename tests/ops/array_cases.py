@@ -240,6 +240,16 @@ def matmul(ops: Any, a: Inputs) -> Sequence[Any]:
 
 
 @_case
+def grouped_linear(ops: Any, a: Inputs) -> Sequence[Any]:
+    x, weight, bias, grad = a.real(9, 40), a.real(3, 17, 40), a.f32(3, 17), a.real(9, 17)
+    offsets = a.of([0, 2, 2, 8], "int32")
+    gradients = ops.grouped_linear_backward(grad, x, weight, offsets, bias=bias)
+    added = ops.grouped_linear_backward(grad, x, weight, offsets, out=a.f32(3, 17, 40), accumulate=True)
+    given = ops.grouped_linear(x, weight, offsets, out=a.real(9, 17))
+    return ops.grouped_linear(x, weight, offsets, bias=bias), gradients, added, given
+
+
+@_case
 def philox(ops: Any, a: Inputs) -> Sequence[Any]:
     counters = a.integers(-(2**31), 2**31, 9, 4, dtype="int32")
     return ops.philox(counters, 2**63 + 5), ops.philox(counters, -1, out=a.of(np.zeros((9, 4)), "int32"))
