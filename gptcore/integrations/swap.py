@@ -70,11 +70,11 @@ def replace(model: nn.Module, *, verbose: bool = True) -> Report:
     Returns:
         :class:`Report`: what was swapped, and what was left and why.
     """
-    from gptcore.integrations.huggingface import attention, modules, own_attention
+    from gptcore.integrations.huggingface import attention, gpt2, modules, own_attention
     from gptcore.integrations.torch_modules import RULES
 
     report = Report()
-    swap_modules(model, [*RULES, *modules.RULES, *own_attention.RULES], report)
+    swap_modules(model, [*RULES, *modules.RULES, *own_attention.RULES, *gpt2.RULES], report)
     attention.choose(model, report)
     if verbose:
         print(report)

@@ -13,6 +13,14 @@ Outputs few_rows(DType dtype) {
   return {out};
 }
 
+// Few rows by a weight whose rows run across.
+Outputs few_rows_across(DType dtype) {
+  const Tensor a = uniform(dtype, {11, 300}, 1), b = uniform(dtype, {300, 1100}, 2);
+  const Tensor out(dtype, {11, 1100});
+  matmul(a, b, uniform(dtype, {1100}, 3), out, false, false, false);
+  return {out};
+}
+
 Outputs packed_product(DType dtype) {
   const Tensor a = uniform(dtype, {300, 200}, 1), b = uniform(dtype, {200, 333}, 2);
   const Tensor out(dtype, {300, 333});
@@ -37,6 +45,7 @@ Outputs accumulated(DType dtype) {
 }
 
 const ForBothTypes few_rows_cases("matmul few rows", few_rows);
+const ForBothTypes few_rows_across_cases("matmul few rows across", few_rows_across);
 const ForBothTypes one_row_cases("matmul one row", one_row);
 const ForBothTypes packed_product_cases("matmul packed", packed_product);
 const ForBothTypes accumulated_cases("matmul accumulated", accumulated);

@@ -107,6 +107,19 @@ def test_a_row_has_the_same_bits_in_every_batch(isa: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_every_batch_with_rows_of_weight_across(
+    isa: str, dtype: torch.dtype
+) -> None:
+    for k in (40, 768):
+        x, weight = torch.randn(64, k).to(dtype), torch.randn(k, 300).to(dtype)
+        whole = matmul(x, weight)
+        for rows in (2, 3, 7, 8, 9, 16, 33, 63):
+            assert same_bits(matmul(x[:rows], weight), whole[:rows])
+        assert same_bits(matmul(x[20:41], weight), whole[20:41])
+        assert same_bits(matmul(x, weight[:, :131]), whole[:, :131])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, dtype: torch.dtype) -> None:
     x, weight = torch.randn(7, 130).to(dtype), torch.randn(2000, 130).to(dtype)
     dy, tokens = torch.randn(600, 200).to(dtype), torch.randn(600, 330).to(dtype)
@@ -116,6 +129,7 @@ def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, dtype
         return [
             matmul(x, weight, bias=bias, transpose_b=True),
             matmul(dy[:, :130], weight, bias=bias, transpose_b=True),
+            matmul(x, weight.t().contiguous(), bias=bias),
             matmul(bias[None], weight),
             matmul(dy, tokens, out=start.clone(), accumulate=True, transpose_a=True),
         ]

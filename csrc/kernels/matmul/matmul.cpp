@@ -78,11 +78,11 @@ void matmul(const TensorView& a, const TensorView& b, const TensorView& bias, co
   x.accumulate = accumulate, x.f32_out = out.dtype == DType::f32, x.dtype = a.dtype;
   const IsaTable<MatmulBodies>& table =
       a.dtype == DType::f32 ? matmul_f32_bodies_table : matmul_bf16_bodies_table;
-  const bool few = x.m <= kFewRows && x.a_depth_lines && x.b_depth_lines;
+  const bool few = x.m <= kFewRows && x.a_depth_lines;
   if (x.m == 1 && !x.b_depth_lines) {
     table.pick().one_row(x);
   } else if (few) {
-    table.pick().few_rows(x);
+    x.b_depth_lines ? table.pick().few_rows(x) : table.pick().few_rows_across(x);
   } else {
     table.pick().packed(x);
   }

@@ -12,9 +12,10 @@
 // Aliasing out overlaps no input.
 // Sums     f32 throughout; a bf16 out is rounded once.
 // Bits     An element of out depends on its row of a, its column of b, K, the layouts and on which body
-//          serves: one for M <= 64 with b transposed, one for M = 1 with b as it is, one for the rest. It
-//          does not depend on M otherwise, on N, on its position, or on the number of threads. With AMX or
-//          AVX512-BF16 subnormal bf16 inputs count as zero, but not for M = 1 with b as it is.
+//          serves: for M <= 64 and rows of a contiguous one with b transposed and one with b as it is, but for
+//          M = 1 with b as it is another one, and one for the rest. It does not depend on M otherwise, on N, on
+//          its position, or on the number of threads. With AMX or AVX512-BF16 subnormal bf16 inputs may count as
+//          zero, but not for M = 1 with b as it is.
 // Cost     2MNK flops; for few rows K * N * size bytes read once, which bounds it. Otherwise a and b are
 //          packed in blocks: at most 4096 rows and columns times 1024 (bf16) or 512 (f32) of depth of
 //          scratch, unless out is bf16, which takes the whole depth.

@@ -142,7 +142,7 @@ void few_rows(const MatmulArgs& x) {
 }  // namespace
 
 extern const MatmulBodies matmul_bf16_bodies;
-const MatmulBodies matmul_bf16_bodies = {few_rows, one_row<bf16>, blocked_product};
+const MatmulBodies matmul_bf16_bodies = {few_rows, blocked_product, one_row<bf16>, blocked_product};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore

@@ -21,9 +21,13 @@ struct MatmulArgs {
 // Rows up to which the body for few rows is used: what a decoding batch has, and four AMX accumulators wide.
 constexpr int64_t kFewRows = 64;
 
+// Products up to which one thread is done before a second one has woken.
+constexpr int64_t kSerialProducts = 1 << 18;
+
 struct MatmulBodies {
-  void (*few_rows)(const MatmulArgs&);  // m <= kFewRows, both operands with contiguous depth
-  void (*one_row)(const MatmulArgs&);   // m = 1, rows of b contiguous
+  void (*few_rows)(const MatmulArgs&);         // m <= kFewRows, both operands with contiguous depth
+  void (*few_rows_across)(const MatmulArgs&);  // the same with rows of b contiguous, m > 1
+  void (*one_row)(const MatmulArgs&);          // m = 1, rows of b contiguous
   void (*packed)(const MatmulArgs&);
 };
 

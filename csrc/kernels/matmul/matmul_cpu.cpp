@@ -1,6 +1,7 @@
 #include "core/arena.h"
 #include "core/parallel.h"
 #include "core/simd.h"
+#include "kernels/matmul/matmul_few_across.h"
 #include "kernels/matmul/matmul_one_row.h"
 #include "kernels/matmul/matmul_packed.h"
 
@@ -10,8 +11,6 @@ namespace {
 
 // Rows of b per task: enough bytes that starting a task does not show.
 constexpr int64_t kTaskBytes = 1 << 17;
-// Products up to which one thread is done before a second one has woken.
-constexpr int64_t kSerialProducts = 1 << 18;
 
 #if defined(__AVX512BF16__)
 // 32 products a step; the pairs' order is the instruction's.
@@ -195,12 +194,14 @@ void few_rows(const MatmulArgs& x) {
 }  // namespace
 
 extern const MatmulBodies matmul_f32_bodies, matmul_bf16_bodies;
-const MatmulBodies matmul_f32_bodies = {few_rows<PlainDot<float>>, one_row<float>,
+const MatmulBodies matmul_f32_bodies = {few_rows<PlainDot<float>>, few_rows_across<float>, one_row<float>,
                                         packed_product<PlainPolicy>};
 #if defined(__AVX512BF16__)
-const MatmulBodies matmul_bf16_bodies = {few_rows<Bf16Dot>, one_row<bf16>, packed_product<Bf16Policy>};
+const MatmulBodies matmul_bf16_bodies = {few_rows<Bf16Dot>, few_rows_across<bf16>, one_row<bf16>,
+                                         packed_product<Bf16Policy>};
 #else
-const MatmulBodies matmul_bf16_bodies = {few_rows<PlainDot<bf16>>, one_row<bf16>, packed_product<Bf16Policy>};
+const MatmulBodies matmul_bf16_bodies = {few_rows<PlainDot<bf16>>, few_rows_across<bf16>, one_row<bf16>,
+                                         packed_product<Bf16Policy>};
 #endif
 
 }  // namespace GPTCORE_ISA_NS

@@ -21,7 +21,10 @@ GPTCORE_INLINE void add_rows(const T* b, int64_t stride, const float* factors, f
   for_lanes(columns, [&](int64_t n, int64_t lanes) {
     Vec sum = first ? Vec{} : load_some(sums + n, lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum += factors[r] * load_some(b + r * stride + n, lanes);
+    for (int r = 0; r < kRows; ++r) {
+      sum += factors[r] * load_some(b + r * stride + n, lanes);
+      __builtin_prefetch(b + (r + kRows) * stride + n);  // the processor's own ends with each short row
+    }
     store_some(sums + n, sum, lanes);
   });
 }

@@ -44,6 +44,10 @@ GPTCORE_INLINE void pack_lines(const char* in, int64_t stride, char* out) {
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         const char* low = in + 2 * i * stride;
+        if (half == 0) {  // the next block's lines
+          __builtin_prefetch(low + kPair * stride, 0, 2);
+          __builtin_prefetch(low + (kPair + 1) * stride, 0, 2);
+        }
         t[i] = interleave(*reinterpret_cast<const Half16Unaligned*>(low),
                           *reinterpret_cast<const Half16Unaligned*>(low + stride));
       }

@@ -17,7 +17,7 @@ from torch import nn
 
 from gptcore.integrations import torch_modules
 from gptcore.integrations.huggingface import attention as attention_module
-from gptcore.integrations.huggingface import loss, modules, own_attention, rotary
+from gptcore.integrations.huggingface import gpt2, loss, modules, own_attention, rotary
 from gptcore.integrations.swap import Report, Rule, swap_modules
 
 __all__ = [
@@ -65,7 +65,7 @@ def _apply(
 ) -> Report | None:
     family = _FAMILIES[name]
     modeling = family.modeling
-    every = (*torch_modules.RULES, *modules.RULES, *own_attention.RULES)
+    every = (*torch_modules.RULES, *modules.RULES, *own_attention.RULES, *gpt2.RULES)
     rules = [r for r in every if options.get(_BY_OPTION.get(r.kind, ""), True)]
     if fused_linear_cross_entropy:
         rules.insert(0, loss.RULE)
