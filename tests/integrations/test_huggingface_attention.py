@@ -59,6 +59,46 @@ def test_greedy_generation_is_that_of_eager(name: str, cache: str):
     assert torch.equal(greedy(model, **options), wanted)
 
 
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt", "gpt_neox", "llama", "mistral", "qwen3", "gemma2", "gemma3", "glm"]
+)
+def test_weights_of_attention_come_from_torch(name: str, padding: str):
+    model, inputs = model_of(name), batch(padding)
+    kept = inputs["labels"] >= 0
+    with torch.no_grad():
+        wanted = model(**inputs, output_attentions=True)
+        model.set_attn_implementation(huggingface.ATTENTION_NAME)
+        got = model(**inputs, output_attentions=True)
+    layers = len(wanted.attentions)
+    assert len(got.attentions) == layers > 0
+    for ours, theirs in zip(got.attentions, wanted.attentions, strict=True):
+        assert (ours - theirs).transpose(1, 2)[kept].abs().max() <= 1e-5
+    assert (got.logits - wanted.logits)[kept].abs().max() <= 1e-5 * wanted.logits[kept].abs().max()
+    assert backend.report() == {"transformers attention": {"output_attentions": layers}}
+    with torch.no_grad():
+        assert model(**inputs).attentions is None
+    assert backend.report() == {"transformers attention": {"output_attentions": layers}}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
+def test_generation_returns_weights(name: str):
+    model = model_of(name)
+    options = {
+        "output_attentions": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 4,
+        "do_sample": False,
+    }
+    inputs = {key: value for key, value in batch("left").items() if key != "labels"}
+    wanted = model.generate(**inputs, **options, pad_token_id=0)
+    model.set_attn_implementation(huggingface.ATTENTION_NAME)
+    got = model.generate(**inputs, **options, pad_token_id=0)
+    assert torch.equal(got.sequences, wanted.sequences)
+    for ours, theirs in zip(got.attentions[1:], wanted.attentions[1:], strict=True):
+        assert all((x - y).abs().max() <= 1e-5 for x, y in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_packed_sequences_do_not_see_each_other(name: str):
     model = model_of(name)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import gptcore
 from gptcore import backend
 from tests.integrations.huggingface_models import batch, model_of
 from tests.integrations.test_huggingface_training import Tokens
@@ -208,3 +209,19 @@ def test_adapters_of_peft(kind: str, settings: dict[str, Any], fused: bool, padd
     theirs, ours = (adapted(model, config).train() for model in pair())
     out = assert_same_step(theirs, ours, batch(padding))
     assert (out.logits is None) == fused and (FUSED in backend.report()) == (not fused)
+
+
+def test_replacing_what_peft_wrapped_and_back():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = adapted(model_of("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    inputs = batch("left")
+    wanted = model(**inputs).logits
+    report = gptcore.replace(model, verbose=False)
+    assert report.swapped["attention"] == ["base_model.model"] and report.left == {}
+    kept = inputs["labels"] >= 0
+    assert (model(**inputs).logits - wanted)[kept].abs().max() <= 1e-5 * wanted[kept].abs().max()
+    tokens = {key: value for key, value in inputs.items() if key != "labels"}
+    generated = model.generate(**tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    gptcore.restore(model)
+    assert torch.equal(model(**inputs).logits, wanted)
+    assert torch.equal(model.generate(**tokens, max_new_tokens=6, do_sample=False, pad_token_id=0), generated)

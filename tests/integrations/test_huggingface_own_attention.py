@@ -108,6 +108,9 @@ def test_masks_of_the_users(name: str):
         for mask, logits in zip(masks, wanted, strict=True):
             got = model(tokens, attention_mask=mask).logits
             assert (got - logits).abs().max() <= 1e-5 * logits.abs().max()
+        masks[0].copy_(masks[1])
+        got = model(tokens, attention_mask=masks[0]).logits
+        assert (got - wanted[1]).abs().max() <= 1e-5 * wanted[1].abs().max()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,3 +189,15 @@ def test_again_and_back(name: str):
     assert gptcore.replace(model, verbose=False).left == {}
     gptcore.restore(model)
     assert not own_attention.is_swapped(model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon"])
+def test_checkpointing_gives_the_same_gradients(name: str, reentrant: bool):
+    model, inputs = model_of(name), batch("left")
+    gptcore.replace(model, verbose=False)
+    wanted = run(model, inputs)[2]
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    got = run(model, inputs)[2]
+    assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in wanted)

@@ -98,8 +98,11 @@ def attention_forward(
     """Attention for transformers' layers: (B, T, H, D) and None, for query (B, H, T, D), key and value (B, Hkv, S, D).
 
     ``attention_mask``: boolean (True attends) or added to the scores; (B or 1, H or 1, T, S). What the kernel does not
-    cover goes to transformers' own sdpa or eager attention and is named in ``gptcore.backend.report()``.
+    cover (the weights of attention too) goes to transformers' own sdpa or eager attention and is named in
+    ``gptcore.backend.report()``.
     """
+    from gptcore.integrations.huggingface import attention_weights
+
     cache = options.get("cache")
     if cache is not None:  # continuous batching keeps its keys in pages
         key, value = cache.update(
@@ -112,6 +115,16 @@ def attention_forward(
         position_bias = None if position_bias is None else position_bias[..., : query.shape[2]]
     # no mask although the layer has a window: its queries are the last keys, see attention_mask
     left = sliding_window - 1 if causal and sliding_window is not None else -1
+    eager = attention_weights.eager_if_wanted(module, options)
+    if eager is not None:
+        backend.note_fallback(CALL, "output_attentions")
+        mask = attention_weights.additive_mask(attention_mask, query, key.shape[2], causal, left)
+        if position_bias is not None:
+            options["position_bias"] = position_bias
+        result: tuple[Tensor, Tensor | None] = eager(
+            module, query, key, value, mask, scaling=scaling, dropout=dropout, softcap=softcap, s_aux=s_aux, **options
+        )  # fmt: skip
+        return result
     reason = _uncovered(query, key, value, attention_mask)
     if reason:
         backend.note_fallback(CALL, reason)
@@ -172,27 +185,36 @@ def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
 
 
 def choose(model: torch.nn.Module, report: Any) -> None:
-    """Give a transformers model this attention, for :func:`gptcore.integrations.swap.replace` and its report."""
+    """Give transformers' models in ``model`` this attention, for :func:`gptcore.integrations.swap.replace` and its
+    report; an adapter's or a trainer's wrapper may hold them."""
     from gptcore.integrations.huggingface import own_attention
 
-    compatible = getattr(type(model), "is_backend_compatible", None)
-    if compatible is None:
-        return
-    if not compatible():
-        if own_attention.is_swapped(model):
-            return
-        report.leave(type(model).__name__, "its attention is its own", "the model")
-        return
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    if before != ATTENTION_NAME:
-        register()
-        model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
-        model._gptcore_attention_before = before  # type: ignore[assignment]
-    report.swapped["attention"] = ["the model"]
+    for name, part in _outermost_models(model):
+        if not part.is_backend_compatible():
+            if not own_attention.is_swapped(part):
+                report.leave(type(part).__name__, "its attention is its own", name or "the model")
+            continue
+        before = part.config._attn_implementation
+        if before != ATTENTION_NAME:
+            register()
+            part.set_attn_implementation(ATTENTION_NAME)
+            part._gptcore_attention_before = before
+        report.swapped.setdefault("attention", []).append(name or "the model")
+
+
+def _outermost_models(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """transformers' models in ``model`` that are not parts of another one, by name."""
+    found: list[tuple[str, Any]] = []
+    for name, part in model.named_modules():
+        inner = any(not outer or name.startswith(f"{outer}.") for outer, _ in found)
+        if not inner and hasattr(type(part), "is_backend_compatible"):
+            found.append((name, part))
+    return found
 
 
 def restore(model: torch.nn.Module) -> None:
-    """Give the model the attention it had before :func:`choose`."""
-    before = model.__dict__.pop("_gptcore_attention_before", None)
-    if before is not None:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+    """Give the models in ``model`` the attention they had before :func:`choose`."""
+    for part in model.modules():
+        before = part.__dict__.pop("_gptcore_attention_before", None)
+        if before is not None:
+            part.set_attn_implementation(before)  # type: ignore[operator]

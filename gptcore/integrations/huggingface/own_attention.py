@@ -138,9 +138,11 @@ def _plain(mask: Tensor | None, keys: int) -> Tensor | None:
     """
     if mask is None or mask.shape[-2] == 1 or not mask.is_floating_point() or torch.compiler.is_compiling():
         return mask
-    if not hasattr(mask, "gptcore_plain"):
-        mask.gptcore_plain = _read(mask, keys)  # type: ignore[attr-defined]
-    only_hides, seen = mask.gptcore_plain  # type: ignore[attr-defined]
+    version = None if mask.is_inference() else mask._version  # of the numbers, which a user may change
+    kept = getattr(mask, "gptcore_plain", None)
+    if kept is None or kept[0] is None or kept[0] != version:
+        kept = mask.gptcore_plain = version, *_read(mask, keys)  # type: ignore[attr-defined]
+    _, only_hides, seen = kept
     return seen if only_hides else mask
 
 
