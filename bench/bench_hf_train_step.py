@@ -1,15 +1,19 @@
 """transformers' GPT-2 124M trained under bf16 autocast: the user's program, with and without one line of gptcore's.
 
-Forward, backward, clip and torch's fused AdamW are the same for all; weights are random, of the published shape.
+Forward, backward, clip and torch's fused AdamW are the same for all; weights are random, of the published shape. The
+second case is their peak memory, each participant in a process of its own, with the times of that short run.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from bench.bench_train_step import VOCABULARY, step_flops
-from bench.case import Case, Cost, Target
+from bench.case import OURS, Case, Cost, Measured, Target
+from bench.peak import STEPS, measure, peak_of
 
 BATCH, LENGTH = 2, 512
 
@@ -67,14 +71,38 @@ def participants(target: Target) -> dict[str, Callable[[], Callable[[], object]]
     }
 
 
+def _memory(target: Target, note: Callable[[str], None]) -> Measured:
+    """Peaks of all participants, the compiled one's with what compiling takes."""
+    samples, peaks = measure("bench.bench_hf_train_step", participants(target), [target.dtype], note)
+    peers = {name: mib for name, mib in peaks.items() if name != OURS}
+    eager = min(mib for name, mib in peers.items() if "compiled" not in name)
+    ratios = {
+        "memory_ratio": round(peaks[OURS] / min(peers.values()), 4),
+        "memory_over_eager": round(peaks[OURS] / eager, 4),
+    }
+    return Measured(samples, {"peak_mib": peaks, **ratios})
+
+
+_SHAPE = f"hf_train_step/gpt2_124m_B{BATCH}_T{LENGTH}"
+
+
+def _cost(_element: int) -> Cost:
+    return Cost(step_flops(BATCH * LENGTH, LENGTH))
+
+
 CASES = [
     Case(
-        f"hf_train_step/gpt2_124m_B{BATCH}_T{LENGTH}/step",
-        participants,
-        lambda _element: Cost(step_flops(BATCH * LENGTH, LENGTH)),
-        repeats=5,
-        heavy=True,
-        quick=False,
-        tokens=BATCH * LENGTH,
-    )
-]
+        f"{_SHAPE}/step", participants, _cost, repeats=5, heavy=True, quick=False, tokens=BATCH * LENGTH
+    ),
+    Case(
+        f"{_SHAPE}/memory", cost=_cost, repeats=STEPS - 1, quick=False, once=True, tokens=BATCH * LENGTH,
+        measure=_memory, dtypes=("bfloat16",),
+    ),
+]  # fmt: skip
+
+
+if __name__ == "__main__":
+    from transformers import GPT2LMHeadModel  # noqa: F401, what importing takes is not the step's
+
+    chosen, precision = sys.argv[1:]
+    print(json.dumps(peak_of(participants(Target(precision))[chosen])))

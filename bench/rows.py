@@ -31,6 +31,7 @@ ROWS = (
     "train_step/gpt2_124m_B2_T512/step",
     "train_step/gpt2_124m_B4_T1024/step/bfloat16",
     "hf_train_step/*",
+    "hf_generate/*",
     "memory/*/bfloat16",
     "neighbour/*",
     *README[3:],
