@@ -272,6 +272,58 @@ def matmul(
     transpose_a: bool,
     transpose_b: bool,
 ) -> None: ...
+def moe_combine_backward(
+    dout: Tensor | None,
+    y: Tensor | None,
+    rows: Tensor | None,
+    gates: Tensor | None,
+    offsets: Tensor | None,
+    dy: Tensor | None,
+    dgates: Tensor | None,
+) -> None: ...
+def moe_combine_forward(
+    y: Tensor | None,
+    rows: Tensor | None,
+    gates: Tensor | None,
+    offsets: Tensor | None,
+    out: Tensor | None,
+) -> None: ...
+def moe_dispatch_forward(
+    x: Tensor | None,
+    rows: Tensor | None,
+    offsets: Tensor | None,
+    out: Tensor | None,
+) -> None: ...
+def moe_router_backward(
+    dgates: Tensor | None,
+    dstatistics: Tensor | None,
+    logits: Tensor | None,
+    experts: Tensor | None,
+    rows: Tensor | None,
+    lse: Tensor | None,
+    share: Tensor | None,
+    renormalise: bool,
+    dlogits: Tensor | None,
+) -> None: ...
+def moe_router_forward(
+    logits: Tensor | None,
+    mask: Tensor | None,
+    priority: Tensor | None,
+    uniforms: Tensor | None,
+    renormalise: bool,
+    by_gate: bool,
+    second_threshold: float,
+    capacity: int,
+    count_all: bool,
+    experts: Tensor | None,
+    gates: Tensor | None,
+    rows: Tensor | None,
+    offsets: Tensor | None,
+    requested: Tensor | None,
+    statistics: Tensor | None,
+    lse: Tensor | None,
+    share: Tensor | None,
+) -> None: ...
 def noop(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> None: ...
 def num_threads() -> int: ...
 def num_threads_reason() -> str: ...

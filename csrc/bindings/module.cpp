@@ -22,6 +22,8 @@ void register_sgd(py::module_& m);
 void register_rotary(py::module_& m);
 void register_embedding(py::module_& m);
 void register_philox(py::module_& m);
+void register_moe_dispatch(py::module_& m);
+void register_moe_router(py::module_& m);
 void register_rms_norm(py::module_& m);
 void register_routing(py::module_& m);
 
@@ -81,6 +83,8 @@ PYBIND11_MODULE(_C, m) {
   register_rotary(m);
   register_embedding(m);
   register_philox(m);
+  register_moe_dispatch(m);
+  register_moe_router(m);
   register_rms_norm(m);
   register_routing(m);
 }

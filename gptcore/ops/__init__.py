@@ -43,6 +43,13 @@ from gptcore.ops.linear_cross_entropy import (
     token_logprobs_backward,
 )
 from gptcore.ops.matmul import matmul
+from gptcore.ops.moe_dispatch import (
+    moe_combine,
+    moe_combine_backward,
+    moe_dispatch,
+    moe_dispatch_backward,
+)
+from gptcore.ops.moe_router import expert_capacity, moe_router, moe_router_backward
 from gptcore.ops.philox import philox
 from gptcore.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_stats
 from gptcore.ops.rotary import rotary, rotary_tables
@@ -60,6 +67,7 @@ __all__ = [
     "cross_entropy_backward",
     "embedding",
     "embedding_backward",
+    "expert_capacity",
     "gated_activation_backward",
     "geglu",
     "geglu_backward",
@@ -76,6 +84,12 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "matmul",
+    "moe_combine",
+    "moe_combine_backward",
+    "moe_dispatch",
+    "moe_dispatch_backward",
+    "moe_router",
+    "moe_router_backward",
     "philox",
     "relu",
     "relu_backward",

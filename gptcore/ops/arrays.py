@@ -84,6 +84,13 @@ def as_rows(x: Array) -> Array:
     return x if x is None or x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
+def contiguous(x: Array) -> Array:
+    """``x`` itself if it has no gaps and is row-major, else a copy that is. None stays None."""
+    if x is None:
+        return None
+    return x.contiguous() if is_torch(x) else namespace(x).ascontiguousarray(x)
+
+
 def last_contiguous(x: Array) -> Array:
     """``x`` itself if its last dimension has stride 1, else a contiguous copy. None stays None."""
     if x is None or x.shape[-1] <= 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, empty, is_torch, namespace, rows
+from gptcore.ops.arrays import Array, contiguous, empty, rows
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
 
 
@@ -46,7 +46,7 @@ def embedding_backward(
     """
     accumulate = accumulate_into is not None
     dweight = accumulate_into if accumulate else empty(grad_out, (vocabulary, grad_out.shape[-1]))
-    backend.extension().embedding_backward(_contiguous(ids), rows(grad_out), dweight, accumulate)
+    backend.extension().embedding_backward(contiguous(ids), rows(grad_out), dweight, accumulate)
     return dweight
 
 
@@ -55,16 +55,10 @@ def embedding_reference(ids: Any, weight: Any) -> Any:
     return weight[ids.long()]
 
 
-def _contiguous(ids: Array) -> Array:
-    if is_torch(ids):
-        return ids.contiguous()
-    return namespace(ids).ascontiguousarray(ids)
-
-
 def _run(ids: Array, weight: Array, out: Array | None = None) -> Array:
     if out is None:
         out = empty(weight, (*ids.shape, weight.shape[-1]))
-    backend.extension().embedding_forward(_contiguous(ids), weight, out)
+    backend.extension().embedding_forward(contiguous(ids), weight, out)
     return out
 
 

@@ -319,3 +319,20 @@ def adafactor(ops: Any, a: Inputs) -> Sequence[Any]:
     settings = {"step_size": 0.1, "beta2": 0.5, "exp_avgs": averages, "beta1": 0.9, "copies": copies}
     norms = [ops.adafactor_(params, grads, *state, **settings) for _ in range(2)]
     return norms, params, rows, columns, whole, averages, copies
+
+
+@_case
+def moe(ops: Any, a: Inputs) -> Sequence[Any]:
+    logits, x, dout = a.real(40, 6), a.real(40, 16), a.real(40, 16)
+    capacity = ops.expert_capacity(40, 6, factor=1.0, convention="per_assignment")
+    routing = ops.moe_router(
+        logits, capacity=capacity, priority=a.f32(40), second_choice="gshard", uniforms=a.f32(40)
+    )
+    place = routing.rows, routing.offsets
+    y = ops.moe_dispatch(x, *place)
+    out = ops.moe_combine(y, *place, routing.gates)
+    dy, dgates = ops.moe_combine_backward(dout, y, *place, routing.gates)
+    unread = ("gates", "offsets", "requested", "balance_loss", "z_loss", "entropy")
+    read = routing._replace(**dict.fromkeys(unread))
+    dlogits = ops.moe_router_backward(dgates, 1e-2, 1e-3, logits, read)
+    return routing, y, out, dy, dgates, ops.moe_dispatch_backward(dy, routing.rows), dlogits

@@ -1,0 +1,120 @@
+#include "kernels/moe_dispatch/moe_dispatch.h"
+
+#include "core/check.h"
+#include "core/isa.h"
+#include "kernels/moe_dispatch/moe_dispatch_body.h"
+
+namespace gptcore {
+
+GPTCORE_BODIES(MoeDispatchBodies, moe_dispatch_bodies)
+
+namespace {
+
+void check_matrix(const Checker& check, const TensorView& tensor, const char* name, DType type, int64_t rows,
+                  int64_t width) {
+  check.input(tensor, name, {type});
+  check.ndim(tensor, name, 2);
+  check.shape(tensor, name, {rows, width});
+  check.last_contiguous(tensor, name);
+}
+
+void check_choices(const Checker& check, const TensorView& tensor, const char* name, DType type,
+                   const TensorView& rows) {
+  check.input(tensor, name, {type});
+  check.same_shape(tensor, name, rows, "rows");
+  check.contiguous(tensor, name);
+}
+
+// (N, K) of rows below `count`.
+void check_rows(const Checker& check, const TensorView& rows, int64_t tokens, int64_t count) {
+  check.input(rows, "rows", {DType::i32});
+  check.ndim(rows, "rows", 2);
+  check.shape(rows, "rows", {tokens, -1});
+  check.contiguous(rows, "rows");
+  if (rows.size(1) < 1 || rows.size(1) > kMostDispatchChoices) {
+    check.fail("rows", std::to_string(rows.size(1)) + " choices",
+               "1 to " + std::to_string(kMostDispatchChoices));
+  }
+  const int32_t* row = rows.as<int32_t>();
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    if (row[i] < -1 || row[i] >= count) {
+      check.fail("rows", std::to_string(row[i]), "-1 to " + std::to_string(count - 1));
+    }
+  }
+}
+
+// How many rows are in use.
+int64_t check_offsets(const Checker& check, const TensorView& offsets, int64_t count) {
+  check.input(offsets, "offsets", {DType::i32});
+  check.ndim(offsets, "offsets", 1);
+  check.contiguous(offsets, "offsets");
+  if (offsets.size(0) < 1) check.fail("offsets", "no numbers", "one more than there are experts");
+  const int64_t used = offsets.as<int32_t>()[offsets.size(0) - 1];
+  if (used < 0 || used > count) {
+    check.fail("offsets", std::to_string(used) + " at its end", "0 to " + std::to_string(count) + " rows");
+  }
+  return used;
+}
+
+}  // namespace
+
+void moe_dispatch_forward(const TensorView& x, const TensorView& rows, const TensorView& offsets,
+                          const TensorView& out) {
+  const Checker check("moe_dispatch");
+  check.input(x, "x", {DType::f32, DType::bf16});
+  check.ndim(x, "x", 2);
+  check_matrix(check, x, "x", x.dtype, x.size(0), x.size(1));
+  check_matrix(check, out, "out", x.dtype, -1, x.size(1));
+  check.writable(out, "out");
+  check_rows(check, rows, x.size(0), out.size(0));
+  MoeDispatch a{};
+  a.used = check_offsets(check, offsets, out.size(0)), a.all = out.size(0);
+  a.tokens = x.data, a.sorted = out.data, a.rows = rows.as<int32_t>();
+  a.count = x.size(0), a.choices = rows.size(1), a.width = x.size(1);
+  a.token_stride = x.stride(0), a.sorted_stride = out.stride(0);
+  moe_dispatch_bodies_table.pick().dispatch[is_bf16(x)](a);
+}
+
+void moe_combine_forward(const TensorView& y, const TensorView& rows, const TensorView& gates,
+                         const TensorView& offsets, const TensorView& out) {
+  const Checker check("moe_combine");
+  check.input(y, "y", {DType::f32, DType::bf16});
+  check.ndim(y, "y", 2);
+  check_matrix(check, y, "y", y.dtype, y.size(0), y.size(1));
+  check_matrix(check, out, "out", y.dtype, -1, y.size(1));
+  check.writable(out, "out");
+  check_rows(check, rows, out.size(0), y.size(0));
+  if (gates) check_choices(check, gates, "gates", DType::f32, rows);
+  if (offsets) check_offsets(check, offsets, y.size(0));
+  MoeCombine a{};
+  a.sorted = y.data, a.tokens = out.data, a.rows = rows.as<int32_t>();
+  a.gates = gates ? gates.as<float>() : nullptr;
+  a.count = out.size(0), a.choices = rows.size(1), a.width = y.size(1);
+  a.token_stride = out.stride(0), a.sorted_stride = y.stride(0);
+  moe_dispatch_bodies_table.pick().combine[is_bf16(y)](a);
+}
+
+void moe_combine_backward(const TensorView& dout, const TensorView& y, const TensorView& rows,
+                          const TensorView& gates, const TensorView& offsets, const TensorView& dy,
+                          const TensorView& dgates) {
+  const Checker check("moe_combine_backward");
+  check.input(y, "y", {DType::f32, DType::bf16});
+  check.ndim(y, "y", 2);
+  check_matrix(check, y, "y", y.dtype, y.size(0), y.size(1));
+  check_matrix(check, dout, "dout", y.dtype, -1, y.size(1));
+  check_rows(check, rows, dout.size(0), y.size(0));
+  check_choices(check, gates, "gates", DType::f32, rows);
+  check_matrix(check, dy, "dy", y.dtype, y.size(0), y.size(1));
+  check.writable(dy, "dy");
+  check_choices(check, dgates, "dgates", DType::f32, rows);
+  check.writable(dgates, "dgates");
+  MoeCombineBackward a{};
+  a.used = check_offsets(check, offsets, y.size(0)), a.all = y.size(0);
+  a.dtokens = dout.data, a.sorted = y.data, a.dsorted = dy.data, a.rows = rows.as<int32_t>();
+  a.gates = gates.as<float>(), a.dgates = dgates.as<float>();
+  a.count = dout.size(0), a.choices = rows.size(1), a.width = y.size(1);
+  a.token_stride = dout.stride(0), a.sorted_stride = y.stride(0), a.dsorted_stride = dy.stride(0);
+  moe_dispatch_bodies_table.pick().combine_backward[is_bf16(y)](a);
+}
+
+}  // namespace gptcore
