@@ -1,0 +1,270 @@
+"""A mixture of experts in place of a feed-forward layer: router, experts, and what is worth watching of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptcore import ops
+from gptcore.errors import unknown_name
+from gptcore.nn.feed_forward import GATED, FeedForward, activate, activate_reference, known_activation
+from gptcore.nn.linear import Linear, linear
+from gptcore.nn.support import covered
+from gptcore.ops.grouped_linear import grouped_linear_reference
+from gptcore.ops.moe_dispatch import moe_combine_reference, moe_dispatch_reference
+from gptcore.ops.moe_router import moe_router_reference
+
+PRIORITIES = ("position", "gate", "random")
+
+
+class MoEStatistics(NamedTuple):
+    """How the tokens of one call were spread over E experts; every field is f32.
+
+    balance_loss, z_loss: (), differentiable, without coefficients.
+    drop_rate: (), share of the choices that found their expert full.
+    load: (), requests of the most wanted expert over the mean.
+    entropy: (), of the router's probabilities, nats, mean over tokens; ln E is undecided, 0 is certain.
+    share: (E,), share of the tokens whose first choice an expert is.
+    """
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    drop_rate: Tensor
+    load: Tensor
+    entropy: Tensor
+    share: Tensor
+
+
+class MoEOutput(NamedTuple):
+    """``output`` like the input, and the statistics of the call."""
+
+    output: Tensor
+    statistics: MoEStatistics
+
+
+class GroupedLinear(torch.nn.Module):
+    """``num_experts`` linear maps over rows sorted by expert: ``weight`` (E, out, in), ``bias`` (E, out) or None."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        empty = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
+        self.weight = torch.nn.Parameter(empty)
+        self.bias = torch.nn.Parameter(empty.new_empty(num_experts, out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each expert as ``torch.nn.Linear`` starts: uniform within 1 / sqrt(in_features)."""
+        bound = self.in_features**-0.5
+        for parameter in self.parameters():
+            torch.nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """(M, out) for x (M, in); rows offsets[e] to offsets[e + 1] - 1 by expert e, zeros after the last.
+
+        offsets: (E + 1,) int32.
+        """
+        return ops.grouped_linear(x, self.weight, offsets, bias=self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts}, {self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class _Engine(NamedTuple):
+    """Who computes the steps of a layer."""
+
+    router: Callable[..., Any]
+    dispatch: Callable[..., Tensor]
+    grouped_linear: Callable[..., Tensor]
+    activate: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
+
+
+_KERNELS = _Engine(ops.moe_router, ops.moe_dispatch, ops.grouped_linear, activate, ops.moe_combine)
+_REFERENCES = _Engine(
+    moe_router_reference, moe_dispatch_reference, grouped_linear_reference, activate_reference,
+    moe_combine_reference,
+)  # fmt: skip
+
+
+class MoE(torch.nn.Module):
+    """``top_k`` of ``num_experts`` feed-forward layers for each token, chosen by a learned router.
+
+    Parameters: ``router.weight`` (E, C), ``up.weight`` (E, F, C) or, for gated activations, (E, 2F, C) with the
+    gate's rows first, ``down.weight`` (E, C, F), with ``bias`` also (E, F or 2F) and (E, C); ``shared`` is a
+    :class:`FeedForward`, ``noise.weight`` (E, C). The router computes in f32 whatever the dtype.
+
+    Args:
+        width, hidden: C, and F of one expert.
+        top_k: experts of a token, K.
+        activation: as :class:`FeedForward` takes it. ``bias``: of the experts; the router has none.
+        shared_experts: so many more experts, which every token passes: one layer of hidden size
+            ``shared_experts * hidden``, added without a gate (DeepSeekMoE).
+        renormalise: gates sum to 1 over the chosen; None: where ``top_k`` is above 1. A single choice keeps its
+            probability, without which the router would get no gradient (Switch).
+        capacity_factor: in training, see :func:`gptcore.ops.expert_capacity`; 0 drops none.
+        eval_capacity_factor: in evaluation mode; None: ``capacity_factor``.
+        capacity_convention, capacity_minimum, capacity_rounding: as ``expert_capacity`` takes them.
+        second_choice: "always", or at random in training: "gshard", "st_moe".
+        priority: who is placed first at an expert: by "position", by "gate", or in training at "random".
+        balance: whose share the balance loss takes, that of "first" choices or of "all".
+        noise: noisy top-K (Shazeer et al. 2017): in training, logits get normal noise times softplus(x W), W learned
+            from 0.
+        jitter: in training, the router's input is multiplied by uniform numbers within 1 - jitter and 1 + jitter
+            (Switch: 0.01).
+        dropout: of the experts' hidden values, in training (Switch's expert dropout).
+
+    Raises:
+        ValueError: sizes or names that do not fit.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        shared_experts: int = 0,
+        renormalise: bool | None = None,
+        capacity_factor: float = 0.0,
+        eval_capacity_factor: float | None = None,
+        capacity_convention: str = "per_token",
+        capacity_minimum: int = 1,
+        capacity_rounding: str = "up",
+        second_choice: str = "always",
+        priority: str = "position",
+        balance: str = "first",
+        noise: bool = False,
+        jitter: float = 0.0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"MoE: argument 'top_k': got {top_k}, expected 1 to the {num_experts} experts")
+        if priority not in PRIORITIES:
+            raise unknown_name("priority", priority, PRIORITIES)
+        self.top_k, self.balance = top_k, balance
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
+        self.capacity_options: dict[str, Any] = {
+            "top_k": top_k, "convention": capacity_convention, "minimum": capacity_minimum,
+            "rounding": capacity_rounding,
+        }  # fmt: skip
+        self.second_choice, self.priority = second_choice, priority
+        self.jitter, self.dropout = jitter, dropout
+        self.activation = known_activation(activation)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        rows = 2 * hidden if activation in GATED else hidden
+        self.router = Linear(width, num_experts, bias=False, **factory)
+        self.up = GroupedLinear(num_experts, width, rows, bias, **factory)
+        self.down = GroupedLinear(num_experts, hidden, width, bias, **factory)
+        shared = {"activation": activation, "bias": bias, **factory}
+        self.shared = FeedForward(width, shared_experts * hidden, **shared) if shared_experts else None
+        self.noise = Linear(width, num_experts, bias=False, **factory) if noise else None
+        if self.noise is not None:
+            torch.nn.init.zeros_(self.noise.weight)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, drop: bool = True) -> MoEOutput:
+        """Each token through its experts.
+
+        Args:
+            x: (..., C), f32 or bf16.
+            mask: x's leading shape, bool, False for padding: it takes no place, counts in no loss, and gets only
+                what the shared experts give.
+            drop: False leaves the capacity out of this call, as generating a token at a time needs.
+
+        Returns:
+            :class:`MoEOutput`; 0 beside the shared experts for a token whose choices were all dropped.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        if mask is not None:
+            if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"MoE: argument 'mask': got {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool of "
+                    f"{tuple(x.shape[:-1])}"
+                )
+            mask = mask.reshape(-1)
+        engine = _KERNELS if covered("moe", flat, self.up.weight) else _REFERENCES
+        routing = self._route(engine, flat, mask, drop)
+        rows = engine.dispatch(flat, routing.rows, routing.offsets)
+        inner = engine.grouped_linear(rows, self.up.weight, routing.offsets, bias=self.up.bias)
+        inner = engine.activate(self.activation, inner)
+        if self.dropout and self.training:
+            inner = torch.nn.functional.dropout(inner, self.dropout)
+        rows = engine.grouped_linear(inner, self.down.weight, routing.offsets, bias=self.down.bias)
+        y = engine.combine(rows, routing.rows, routing.offsets, routing.gates)
+        if self.shared is not None:
+            y = y + self.shared(flat)
+        return MoEOutput(y.view(x.shape), self._statistics(routing))
+
+    def _route(self, engine: _Engine, x: Tensor, mask: Tensor | None, drop: bool) -> Any:
+        """What ``ops.moe_router`` gives for x (N, C)."""
+        tokens = x.shape[0]
+        random = self.training and self.second_choice != "always"
+        priority: Any = "gate" if self.priority == "gate" else None
+        if self.training and self.priority == "random":
+            priority = torch.rand(tokens, device=x.device)
+        return engine.router(
+            self._logits(x),
+            top_k=self.top_k,
+            capacity=self.capacity(tokens) if drop else None,
+            renormalise=self.renormalise,
+            mask=mask,
+            priority=priority,
+            second_choice=self.second_choice if random else "always",
+            uniforms=torch.rand(tokens, device=x.device) if random else None,
+            balance=self.balance,
+        )
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(N, E) of the router, f32 (f64 for f64), under autocast too: a rounded logit changes choices."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.jitter and self.training:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            logits = linear(x, self.router.weight.to(x.dtype))
+            if self.noise is None or not self.training:
+                return logits
+            scale = torch.nn.functional.softplus(linear(x, self.noise.weight.to(x.dtype)))
+            return logits + torch.randn_like(logits) * scale
+
+    def capacity(self, tokens: int) -> int | None:
+        """Most tokens that an expert takes of ``tokens``, in the present mode; None is all."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if not factor:
+            return None
+        return ops.expert_capacity(tokens, self.router.out_features, factor=factor, **self.capacity_options)
+
+    def _statistics(self, routing: Any) -> MoEStatistics:
+        with torch.no_grad():
+            share = routing.share
+            if self.balance == "all":  # counted over all choices there
+                first = routing.experts[:, :1]
+                wanted = first == torch.arange(self.router.out_features, device=first.device)
+                share = wanted.sum(0) / (first >= 0).sum().clamp(min=1)
+            drop_rate, load = routing.drop_rate.float(), routing.load.float()
+        return MoEStatistics(
+            routing.balance_loss, routing.z_loss, drop_rate, load, routing.entropy.float(), share.float()
+        )
+
+    def extra_repr(self) -> str:
+        factors = f"capacity_factor={self.capacity_factor}, eval_capacity_factor={self.eval_capacity_factor}"
+        return f"top_k={self.top_k}, activation={self.activation}, {factors}"
