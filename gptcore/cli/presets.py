@@ -72,7 +72,9 @@ def _details(name: str) -> str:
 
     preset = presets.describe(name)
     total = accounting.parameter_counts(preset.config).total
-    facts = [f"{preset.name}: {total:,} parameters", f"source: {preset.source}"]
+    active = accounting.active_parameters(preset.config)
+    met = f", {active:,} of them for each token" if active != total else ""
+    facts = [f"{preset.name}: {total:,} parameters{met}", f"source: {preset.source}"]
     if preset.note:
         facts.append(f"note: {preset.note}")
     training = accounting.state_bytes(preset.config).total

@@ -8,15 +8,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gptcore.models.config import AttentionSpec, GPTConfig, MlpSpec, NormSpec, PositionSpec, ScalingSpec
+from gptcore.models.config import (
+    AttentionSpec,
+    GPTConfig,
+    MlpSpec,
+    MoESpec,
+    NormSpec,
+    PositionSpec,
+    ScalingSpec,
+)
 
 if TYPE_CHECKING:
     from gptcore.models import accounting, presets
     from gptcore.models.gpt import GPT, GPTLoss, KeyValueCache
 
 __all__ = [
-    "GPT", "AttentionSpec", "GPTConfig", "GPTLoss", "KeyValueCache", "MlpSpec", "NormSpec", "PositionSpec",
-    "ScalingSpec", "accounting", "presets",
+    "GPT", "AttentionSpec", "GPTConfig", "GPTLoss", "KeyValueCache", "MlpSpec", "MoESpec", "NormSpec",
+    "PositionSpec", "ScalingSpec", "accounting", "presets",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from gptcore.models.config import GPTConfig
 
 
 class ParameterCounts(NamedTuple):
-    """Where the parameters are."""
+    """Where the parameters are; ``mlp`` with all experts and their routers."""
 
     token_embedding: int
     position_embedding: int
@@ -52,8 +52,8 @@ def parameter_counts(config: GPTConfig) -> ParameterCounts:
     spec = config.attention
     attention = c * (q + 2 * kv) + q * c + spec.qkv_bias * (q + 2 * kv) + spec.out_bias * c
     attention += spec.sinks * config.num_heads
-    up = 2 * f if config.mlp.gated else f
-    mlp = c * up + f * c + config.mlp.bias * (up + c)
+    expert_layers = len(config.expert_layers)
+    mlp = (layers - expert_layers) * _mlp_parameters(config, f) + expert_layers * _moe_parameters(config)
     projected = config.table_width != c
     learned = config.position.kind == "learned"
     return ParameterCounts(
@@ -61,10 +61,35 @@ def parameter_counts(config: GPTConfig) -> ParameterCounts:
         position_embedding=(config.context_length + config.position.offset) * c if learned else 0,
         embedding_projection=2 * c * config.table_width if projected else 0,
         attention=layers * attention,
-        mlp=layers * mlp,
+        mlp=mlp,
         norms=_norm_parameters(config),
         head=0 if config.tied_head else config.vocab_size * (config.table_width + config.head_bias),
     )
+
+
+def active_parameters(config: GPTConfig) -> int:
+    """The parameters that one token meets: all but those of the E - K experts in each layer that it is not sent to."""
+    total = parameter_counts(config).total
+    if config.moe is None:
+        return total
+    idle = config.moe.num_experts - config.moe.top_k
+    return total - len(config.expert_layers) * idle * _mlp_parameters(config, config.expert_hidden_size)
+
+
+def _mlp_parameters(config: GPTConfig, hidden: int) -> int:
+    """Of a feed-forward layer of this hidden size."""
+    up = 2 * hidden if config.mlp.gated else hidden
+    return config.width * (up + hidden) + config.mlp.bias * (up + config.width)
+
+
+def _moe_parameters(config: GPTConfig) -> int:
+    """Of a layer of experts, with its router."""
+    spec, hidden = config.moe, config.expert_hidden_size
+    if spec is None:
+        return 0
+    shared = _mlp_parameters(config, spec.shared_experts * hidden) if spec.shared_experts else 0
+    router = config.width * spec.num_experts * (1 + spec.noise)
+    return router + spec.num_experts * _mlp_parameters(config, hidden) + shared
 
 
 def _norm_parameters(config: GPTConfig) -> int:
@@ -83,13 +108,14 @@ def _norm_parameters(config: GPTConfig) -> int:
 def flops_per_token(config: GPTConfig, length: int, *, causal_halved: bool = False) -> int:
     """Model FLOPs of training on one token in a sequence of ``length``: 6N + 12·L·H·D·T (PaLM, appendix B).
 
-    N is every parameter; recomputation does not count, and neither does what a band leaves out.
+    N is every parameter that a token meets (:func:`active_parameters`); recomputation does not count, and neither does
+    what a band leaves out.
     ``causal_halved`` takes 6·L·H·D·T for the attention of causal models, whose queries see half the keys.
     """
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * length
     if causal_halved and config.attention.causal:
         attention //= 2
-    return 6 * parameter_counts(config).total + attention
+    return 6 * active_parameters(config) + attention
 
 
 def state_bytes(config: GPTConfig, *, parameter_bytes: int = 2) -> StateBytes:

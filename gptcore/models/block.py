@@ -16,7 +16,9 @@ from gptcore import ops
 from gptcore.models.config import GPTConfig
 from gptcore.models.norm import Norm
 from gptcore.models.positions import RotaryTables, alibi_slopes
-from gptcore.nn.linear import Linear, linear
+from gptcore.nn.feed_forward import FeedForward
+from gptcore.nn.linear import Linear
+from gptcore.nn.moe import MoE, MoEStatistics
 
 
 class KeyValueCache(Protocol):
@@ -37,7 +39,7 @@ class Context(NamedTuple):
     """What every layer of one forward shares.
 
     ``positions`` is the number of tokens before the first, or (N,) int32 places inside packed documents;
-    ``seed`` (1,) int64 what attention drops, where it does.
+    ``seed`` (1,) int64 what attention drops, where it does. Layers of experts append to ``routing``.
     """
 
     cu_seqlens: Tensor | None = None
@@ -45,6 +47,7 @@ class Context(NamedTuple):
     cache: KeyValueCache | None = None
     rotary: RotaryTables | None = None
     seed: Tensor | None = None
+    routing: list[MoEStatistics] | None = None
 
 
 class Attention(nn.Module):
@@ -109,30 +112,27 @@ class Attention(nn.Module):
         return options
 
 
-class Mlp(nn.Module):
-    """Feed-forward; the bias of the first projection is added inside the activation."""
+class Mlp(FeedForward):
+    """The feed-forward of a block without experts."""
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        spec, hidden = config.mlp, config.hidden_size
-        self.activation, self.gated = spec.activation, spec.gated
-        self.up = Linear(config.width, 2 * hidden if self.gated else hidden, spec.bias)  # gate rows first
-        self.down = Linear(hidden, config.width, spec.bias)
+        spec = config.mlp
+        super().__init__(config.width, config.hidden_size, activation=spec.activation, bias=spec.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self._activate(linear(x, self.up.weight), self.up.bias))
 
-    def _activate(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.activation == "swiglu":
-            return ops.swiglu_packed(x, bias)
-        if self.gated:
-            form = "tanh" if self.activation == "geglu_tanh" else "none"
-            return ops.geglu_packed(x, bias, approximate=form)
-        if self.activation == "relu":
-            return ops.relu(x, bias)
-        if self.activation == "silu":
-            return ops.silu(x, bias)
-        return ops.gelu(x, bias, approximate="tanh" if self.activation == "gelu" else "none")
+# What a layer of experts takes from ``MoESpec`` under the same name.
+_MOE_OPTIONS = (
+    "num_experts", "top_k", "shared_experts", "renormalise", "capacity_factor", "eval_capacity_factor",
+    "capacity_convention", "capacity_minimum", "capacity_rounding", "second_choice", "priority", "balance", "noise",
+    "jitter", "dropout",
+)  # fmt: skip
+
+
+def experts_of(config: GPTConfig) -> MoE:
+    """The layer of experts of a block that has them."""
+    options = {name: getattr(config.moe, name) for name in _MOE_OPTIONS}
+    mlp = config.mlp
+    return MoE(config.width, config.expert_hidden_size, activation=mlp.activation, bias=mlp.bias, **options)
 
 
 class Block(nn.Module):
@@ -144,7 +144,7 @@ class Block(nn.Module):
         self.placement, self.parallel = spec.placement, spec.parallel
         self.alpha = config.deepnorm_alpha
         self.attention = Attention(config, layer)
-        self.mlp = Mlp(config)
+        self.mlp = experts_of(config) if config.has_experts(layer) else Mlp(config)
         self.norm1 = Norm(spec, config.width)
         if spec.parallel != "shared":
             self.norm2 = Norm(spec, config.width)
@@ -160,14 +160,23 @@ class Block(nn.Module):
         if self.parallel == "none":
             delta = self.dropout(self.attention_norm(self.attention(y, context)))
             y, x = self.norm2.add(x, delta)
-            return x, self.dropout(self.mlp_norm(self.mlp(y)))
+            return x, self.dropout(self.mlp_norm(self._feed_forward(y, context)))
         z = y if self.parallel == "shared" else self.norm2(x)
-        return x, self.dropout(self.attention(y, context) + self.mlp(z))
+        return x, self.dropout(self.attention(y, context) + self._feed_forward(z, context))
 
     def _normed_after(self, x: Tensor, context: Context) -> Tensor:
         """norm(alpha * x + f(x)) for attention and then the feed-forward; alpha is 1 for post-LN."""
         x = self._add_after(self.norm1, x, self.attention(x, context))
-        return self._add_after(self.norm2, x, self.mlp(x))
+        return self._add_after(self.norm2, x, self._feed_forward(x, context))
+
+    def _feed_forward(self, x: Tensor, context: Context) -> Tensor:
+        if not isinstance(self.mlp, MoE):
+            return self.mlp(x)
+        # With a cache, a capacity over the few tokens of one step would make a text depend on those beside it.
+        y, statistics = self.mlp(x, drop=context.cache is None)
+        if context.routing is not None:
+            context.routing.append(statistics)
+        return y
 
     def _add_after(self, norm: Norm, x: Tensor, delta: Tensor) -> Tensor:
         residual = self.alpha * x if self.placement == "deepnorm" else x

@@ -130,6 +130,78 @@ class MlpSpec(Spec):
 
 
 @dataclass(frozen=True)
+class MoESpec(Spec):
+    """Experts in place of the feed-forward of every ``every``-th block; ``gptcore.nn.MoE`` explains the options.
+
+    A block of index i has experts where i % every == offset (None: the last of each ``every``). Activation and biases
+    are those of ``model.mlp``, and so is the hidden size unless given. A capacity factor of 0 drops no token;
+    ``eval_capacity_factor`` None is that of training. Generation with a cache drops none. ``balance_weight`` and
+    ``z_weight`` are the coefficients of the losses, which are summed over the layers. ``router_init_scale`` s draws
+    the router from N(0, s / C) (ST-MoE: 0.1); None: as the family's other matrices.
+    """
+
+    section: ClassVar[str] = "model.moe"
+
+    num_experts: int = 8  # E
+    top_k: int = 2  # K
+    every: int = 1
+    offset: int | None = None
+    hidden_size: int | None = None
+    shared_experts: int = 0
+    renormalise: bool | None = None
+    capacity_factor: float = 0.0
+    eval_capacity_factor: float | None = None
+    capacity_convention: Literal["per_token", "per_assignment"] = "per_token"
+    capacity_minimum: int = 1
+    capacity_rounding: Literal["up", "down", "nearest"] = "up"
+    second_choice: Literal["always", "gshard", "st_moe"] = "always"
+    priority: Literal["position", "gate", "random"] = "position"
+    balance: Literal["first", "all"] = "first"
+    balance_weight: float = 1e-2
+    z_weight: float = 1e-3
+    noise: bool = False
+    jitter: float = 0.0
+    dropout: float = 0.0
+    router_init_scale: float | None = None
+
+    @property
+    def first(self) -> int:
+        """The offset that counts."""
+        return self.every - 1 if self.offset is None else self.offset
+
+    def validate(self) -> None:
+        _positive(
+            self.section, num_experts=self.num_experts, every=self.every, hidden_size=self.hidden_size,
+            capacity_minimum=self.capacity_minimum, router_init_scale=self.router_init_scale,
+        )  # fmt: skip
+        if not 1 <= self.top_k <= min(self.num_experts, 64):
+            raise UserError(
+                f"{self.section}.top_k: expected 1 to {min(self.num_experts, 64)}, got {self.top_k}"
+            )
+        if self.num_experts > 4096:
+            raise UserError(f"{self.section}.num_experts: expected at most 4096, got {self.num_experts}")
+        if not 0 <= self.first < self.every:
+            raise UserError(
+                f"{self.section}.offset: expected 0 to {self.every - 1}, below every = {self.every}, got {self.offset}"
+            )
+        if self.top_k == 1 and self.second_choice != "always":
+            raise UserError(
+                f"{self.section}.second_choice: '{self.second_choice}' needs a top_k of 2 or more"
+            )
+        at_least_0 = {
+            "shared_experts": self.shared_experts, "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor or 0.0, "balance_weight": self.balance_weight,
+            "z_weight": self.z_weight,
+        }  # fmt: skip
+        for name, value in at_least_0.items():
+            if not 0 <= value < float("inf"):
+                raise UserError(f"{self.section}.{name}: expected 0 or more, got {value}")
+        for name, value in (("jitter", self.jitter), ("dropout", self.dropout)):
+            if not 0 <= value < 1:
+                raise UserError(f"{self.section}.{name}: expected at least 0 and below 1, got {value}")
+
+
+@dataclass(frozen=True)
 class ScalingSpec(Spec):
     """Stretches rotary frequencies to contexts longer than those trained on.
 
@@ -218,7 +290,8 @@ class GPTConfig(Spec):
     ``embedding_width`` differs from ``width`` only in OPT-350M, which projects in and out.
     ``embedding_grad_shrink`` alpha lets alpha of the gradient through to the token embedding (GLM: 0.1).
     Logits are soft_cap(logit_scale * (x @ head + bias)), the bias with ``head_bias`` only (GPT-J). ``dropout``
-    acts on embeddings and on what attention and feed-forward add to the residual stream.
+    acts on embeddings and on what attention and feed-forward add to the residual stream. ``moe`` None is a dense
+    model.
     """
 
     section: ClassVar[str] = "model"
@@ -230,6 +303,7 @@ class GPTConfig(Spec):
     attention: AttentionSpec = field(default_factory=AttentionSpec)
     norm: NormSpec = field(default_factory=NormSpec)
     mlp: MlpSpec = field(default_factory=MlpSpec)
+    moe: MoESpec | None = None
     position: PositionSpec = field(default_factory=PositionSpec)
     tied_head: bool = True
     head_bias: bool = False
@@ -262,6 +336,20 @@ class GPTConfig(Spec):
     def hidden_size(self) -> int:
         """F."""
         return self.mlp.hidden_size or 4 * self.width
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block ``layer`` has experts in place of its feed-forward."""
+        return self.moe is not None and layer % self.moe.every == self.moe.first
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The blocks with experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.has_experts(layer))
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """F of one expert."""
+        return (self.moe.hidden_size if self.moe else None) or self.hidden_size
 
     @property
     def table_width(self) -> int:
@@ -299,6 +387,11 @@ class GPTConfig(Spec):
             raise UserError(
                 f"model.width: {self.width} is not a multiple of {self.attention.num_heads} heads; "
                 "change one of them or give model.attention.head_dim"
+            )
+        if self.moe is not None and not self.expert_layers:
+            raise UserError(
+                f"model.moe.every: no block of {self.num_layers} has experts with every = {self.moe.every}, "
+                f"offset = {self.moe.first}"
             )
         if self.head_bias and self.tied_head:
             raise UserError("model.head_bias: belongs to a head of its own; set model.tied_head to false")

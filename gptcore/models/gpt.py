@@ -22,6 +22,7 @@ from gptcore.models.positions import RotaryTables, document_positions
 from gptcore.models.tied import TiedTable
 from gptcore.nn.embedding import Embedding
 from gptcore.nn.linear import linear
+from gptcore.nn.moe import MoEStatistics
 
 __all__ = ["GPT", "GPTLoss", "KeyValueCache"]
 
@@ -29,12 +30,25 @@ __all__ = ["GPT", "GPTLoss", "KeyValueCache"]
 class GPTLoss(NamedTuple):
     """``loss`` without the z-loss, ``z_loss`` with its coefficient, ``logprobs`` (B, T) f32 of the targets.
 
-    ``logprobs`` is detached; with ``reduction="none"`` the first two are (B, T) f32 too, and differentiable.
+    ``logprobs`` is detached; with ``reduction="none"`` the first two are (B, T) f32 too, and differentiable. Of a model
+    with experts, ``balance_loss`` and ``router_z_loss`` are (), summed over the layers, with their coefficients from
+    ``model.moe``, and ``routing`` has the statistics of each layer of experts; training minimises ``total``.
     """
 
     loss: Tensor
     z_loss: Tensor
     logprobs: Tensor
+    balance_loss: Tensor | None = None
+    router_z_loss: Tensor | None = None
+    routing: tuple[MoEStatistics, ...] = ()
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of all losses; under ``reduction="none"`` those of the routers are added to every token's."""
+        total = self.loss + self.z_loss
+        if self.balance_loss is None or self.router_z_loss is None:
+            return total
+        return total + self.balance_loss + self.router_z_loss
 
 
 class GPT(nn.Module):
@@ -109,13 +123,15 @@ class GPT(nn.Module):
         if cache is not None and (targets is not None or cu_seqlens is not None):
             raise ValueError("GPT: cache goes with neither targets nor cu_seqlens, got both")
         table = self._tied_table() if targets is not None else None
-        x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only, table=table)
+        routing: list[MoEStatistics] = []
+        x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only, table=table, routing=routing)
         if targets is not None:
             if targets.shape != tokens.shape:
                 got, expected = tuple(targets.shape), tuple(tokens.shape)
                 raise ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
             weight = self.head_weight if table is None else table.head()
-            return self._loss(x, weight, targets, z_loss, label_smoothing, reduction)
+            out = self._loss(x, weight, targets, z_loss, label_smoothing, reduction)
+            return self._with_routing(out, routing) if routing else out
         logits = self.logits(x)
         return logits[:, 0] if last_only else logits.view(*tokens.shape, -1)
 
@@ -149,6 +165,7 @@ class GPT(nn.Module):
         *,
         last_only: bool = False,
         table: TiedTable | None = None,
+        routing: list[MoEStatistics] | None = None,
     ) -> Tensor:
         """Normed output of the stack: (B, T, C), packed (B·T, C), or (B, 1, C) if ``last_only``."""
         before = 0 if cache is None else cache.length
@@ -158,7 +175,8 @@ class GPT(nn.Module):
             tokens = tokens.reshape(-1)
             positions = document_positions(cu_seqlens, tokens.shape[0])
         x, delta = self._embed(tokens, positions, table)
-        context = Context(cu_seqlens, positions, cache, self.rotary, self._attention_seed(tokens.device))
+        seed = self._attention_seed(tokens.device)
+        context = Context(cu_seqlens, positions, cache, self.rotary, seed, routing)
         x = self.stack(x, delta, context, last_only=last_only)
         if cache is not None:
             cache.advance(tokens.shape[1])
@@ -224,6 +242,18 @@ class GPT(nn.Module):
             loss, z = loss.view(shape), z.view(shape)
         return GPTLoss(loss, z, out.logprobs.view(shape))
 
+    def _with_routing(self, out: GPTLoss, routing: list[MoEStatistics]) -> GPTLoss:
+        """The losses of the routers beside those of the head."""
+        spec = self.config.moe
+        assert spec is not None
+        balance = torch.stack([layer.balance_loss for layer in routing]).sum()
+        z = torch.stack([layer.z_loss for layer in routing]).sum()
+        return out._replace(
+            balance_loss=spec.balance_weight * balance,
+            router_z_loss=spec.z_weight * z,
+            routing=tuple(routing),
+        )
+
     def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, before: int) -> None:
         if tokens.dim() != 2 or tokens.numel() == 0:
             got = tuple(tokens.shape)
@@ -263,10 +293,13 @@ class GPT(nn.Module):
                 f"context length {self.config.context_length}"
             )
 
-    def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Number of parameters; ``embeddings`` false leaves tables and an own head out (Kaplan's N)."""
+    def num_parameters(self, *, embeddings: bool = True, active: bool = False) -> int:
+        """Number of parameters; ``embeddings`` false leaves tables and an own head out (Kaplan's N), ``active`` the
+        experts that a token is not sent to."""
         counts = accounting.parameter_counts(self.config)
-        return sum(p.numel() for p in self.parameters()) if embeddings else counts.without_embeddings
+        idle = counts.total - accounting.active_parameters(self.config) if active else 0
+        whole = sum(p.numel() for p in self.parameters()) if embeddings else counts.without_embeddings
+        return whole - idle
 
     def flops_per_token(self, length: int, *, causal_halved: bool = False) -> int:
         """Model FLOPs of training on one token: see ``accounting.flops_per_token``."""

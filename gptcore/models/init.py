@@ -12,9 +12,10 @@
 | deepnet | Xavier, see below      | Xavier                   | N(0, 0.02)       | Wang et al. 2022      |
 
 Xavier-normal deviations are scaled by (2L)**-0.5 (glm) or (8L)**-0.25 (deepnet) on value, output and
-feed-forward projections, and not on query and key. Biases and sinks are 0, gains 1. Values are drawn in f32 from one
-CPU generator in the order of the parameters and then rounded, so that a seed means the same model in every
-dtype, on every device and with every number of threads.
+feed-forward projections, and not on query and key. Each expert is a feed-forward of its own and its router a matrix,
+unless ``model.moe.router_init_scale`` says otherwise; the weights of noisy routing are 0. Biases and sinks are 0, gains
+1. Values are drawn in f32 from one CPU generator in the order of the parameters and then rounded, so that a seed means
+the same model in every dtype, on every device and with every number of threads.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gptcore.models.block import Attention, Mlp
+from gptcore.models.block import Attention
 from gptcore.models.config import GPTConfig
 from gptcore.models.norm import Norm
+from gptcore.nn.feed_forward import GATED, FeedForward
 from gptcore.nn.linear import Linear
+from gptcore.nn.moe import MoE
 
 # family: (deviation, None for 1 / sqrt(3C); whether projections into the stream are divided by sqrt(2L))
 _NORMAL = {
@@ -46,7 +49,7 @@ class Projection(Linear):
 
 
 class _Part(NamedTuple):
-    """Rows of a matrix initialised alike, and their role: table, projection, in, query_key, value or out."""
+    """Rows of a matrix initialised alike, and their role, a name that ``deviation`` knows."""
 
     rows: Tensor
     role: str
@@ -73,7 +76,15 @@ def _parts(module: nn.Module) -> Iterator[_Part]:
         q, k, v = module.qkv.weight.split([module.heads * module.head_dim, kv, kv])
         yield from (_Part(q, "query_key"), _Part(k, "query_key"), _Part(v, "value"))
         yield _Part(module.out.weight, "out")
-    elif isinstance(module, Mlp):
+    elif isinstance(module, MoE):
+        yield _Part(module.router.weight, "router")
+        if module.noise is not None:
+            yield _Part(module.noise.weight, "noise")
+        halves = 2 if module.activation in GATED else 1
+        for up, down in zip(module.up.weight, module.down.weight, strict=True):
+            yield from (_Part(rows, "in") for rows in up.chunk(halves))
+            yield _Part(down, "out")
+    elif isinstance(module, FeedForward):
         yield from (_Part(rows, "in") for rows in module.up.weight.chunk(2 if module.gated else 1))
         yield _Part(module.down.weight, "out")
     elif isinstance(module, nn.Embedding):
@@ -83,7 +94,12 @@ def _parts(module: nn.Module) -> Iterator[_Part]:
 
 
 def deviation(config: GPTConfig, role: str, rows: Tensor) -> float:
-    """Standard deviation of the weights ``rows`` (fan out, fan in) in their role."""
+    """Standard deviation of the weights ``rows`` (fan out, fan in) in their role: table, projection, in, query_key,
+    value, out, router or noise."""
+    if role == "noise":
+        return 0.0
+    if role == "router" and config.moe is not None and config.moe.router_init_scale is not None:
+        return math.sqrt(config.moe.router_init_scale / config.width)
     depth = 2 * config.num_layers
     fan_out, fan_in = rows.shape
     small = (3 * config.width) ** -0.5

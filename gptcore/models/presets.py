@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from gptcore.errors import unknown_name
-from gptcore.models.config import AttentionSpec, GPTConfig, MlpSpec, NormSpec, PositionSpec
+from gptcore.models.config import AttentionSpec, GPTConfig, MlpSpec, MoESpec, NormSpec, PositionSpec
 
 
 class Preset(NamedTuple):
@@ -171,6 +171,27 @@ def _glm() -> list[Preset]:
     return [Preset("glm-130b", config, "Zeng et al. 2022, section 2 and Table 11", 130e9, note)]
 
 
+def _llama_like(
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    hidden: int,
+    *,
+    eps: float,
+    base: float,
+    **changes: Any,
+) -> GPTConfig:
+    return GPTConfig(
+        num_layers=layers, width=width, tied_head=False,
+        attention=AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, qkv_bias=False, out_bias=False),
+        norm=NormSpec(kind="rms_norm", eps=eps),
+        mlp=MlpSpec(hidden_size=hidden, activation="swiglu", bias=False),
+        position=PositionSpec(kind="rotary", base=base),
+        init="llama", **changes,
+    )  # fmt: skip
+
+
 def _llama() -> list[Preset]:
     one, two = "Touvron et al. 2023a, Table 2", "Touvron et al. 2023b, Table 1"
     three = "Llama Team 2024, Table 3"
@@ -185,19 +206,61 @@ def _llama() -> list[Preset]:
     ]
     return [
         Preset(
-            name,
-            GPTConfig(
-                num_layers=layers, width=c, vocab_size=v, context_length=t, tied_head=False,
-                attention=AttentionSpec(num_heads=h, num_kv_heads=hkv, qkv_bias=False, out_bias=False),
-                norm=NormSpec(kind="rms_norm", eps=eps),
-                mlp=MlpSpec(hidden_size=f, activation="swiglu", bias=False),
-                position=PositionSpec(kind="rotary", base=base),
-                init="llama",
-            ),
-            source, n,
+            name, _llama_like(layers, c, h, hkv, f, vocab_size=v, context_length=t, eps=eps, base=base), source, n
         )
         for name, layers, c, h, hkv, f, v, t, base, eps, n, source in rows
     ]  # fmt: skip
+
+
+_DECODER_NOTE = "published as an encoder-decoder; this is a decoder of its sizes, with rotary positions"
+
+
+def _experts() -> list[Preset]:
+    switch = MoESpec(
+        num_experts=64, top_k=1, every=2, capacity_factor=1.25, eval_capacity_factor=2.0, jitter=0.01,
+        z_weight=0.0, router_init_scale=0.1,
+    )  # fmt: skip
+    st_moe = MoESpec(
+        num_experts=32, top_k=2, every=4, capacity_factor=1.25, eval_capacity_factor=2.0, second_choice="st_moe",
+        router_init_scale=0.1,
+    )  # fmt: skip
+    st_moe_32b = st_moe.merged({"num_experts": 64})
+    mixtral = MoESpec(num_experts=8, top_k=2, balance="all", balance_weight=0.02, z_weight=0.0)
+    # name, L, C, H, D, F, activation, experts, source
+    rows = [
+        (
+            "switch-base",
+            12,
+            768,
+            12,
+            64,
+            3072,
+            "relu",
+            switch,
+            "Fedus et al. 2021; sizes of the released weights",
+        ),
+        ("st-moe-l", 27, 1024, 16, 64, 2816, "geglu_tanh", st_moe, "Zoph et al. 2022"),
+        ("st-moe-32b", 27, 5120, 64, 128, 20480, "geglu_tanh", st_moe_32b, "Zoph et al. 2022"),
+    ]
+    decoders = [
+        Preset(
+            name,
+            GPTConfig(
+                num_layers=layers, width=c, vocab_size=32128, context_length=512,
+                attention=AttentionSpec(num_heads=h, head_dim=d, qkv_bias=False, out_bias=False),
+                norm=NormSpec(kind="rms_norm", eps=1e-6),
+                mlp=MlpSpec(hidden_size=f, activation=activation, bias=False), moe=moe,  # type: ignore[arg-type]
+                position=PositionSpec(kind="rotary"),
+            ),
+            source, note=_DECODER_NOTE,
+        )
+        for name, layers, c, h, d, f, activation, moe, source in rows
+    ]  # fmt: skip
+    mixtral_8x7b = _llama_like(
+        32, 4096, 32, 8, 14336, vocab_size=32000, context_length=32768, eps=1e-5, base=1e6, moe=mixtral
+    )
+    source = "Jiang et al. 2024, Table 1; count of the released weights"
+    return [*decoders, Preset("mixtral-8x7b", mixtral_8x7b, source, 46_702_792_704)]
 
 
 def _small() -> list[Preset]:
@@ -211,20 +274,43 @@ def _small() -> list[Preset]:
         norm=NormSpec(kind="rms_norm"),
         mlp=MlpSpec(hidden_size=704, activation="swiglu", bias=False),
     )  # fmt: skip
+    experts = quick.merged(
+        {
+            "mlp": {"hidden_size": 352},
+            "moe": {"num_experts": 8, "top_k": 2, "capacity_factor": 2.5, "router_init_scale": 0.1},
+        }
+    )
     return [
         Preset("quickstart", quick, "this project", note="trains in about a minute on two CPU cores"),
+        Preset(
+            "quickstart-moe",
+            experts,
+            "this project",
+            note="quickstart with 8 experts of half the size in every block, two for each token",
+        ),
         Preset("shakespeare-char", character, "nanoGPT's CPU recipe, without biases"),
     ]
 
 
-_FAMILIES: tuple[Callable[[], list[Preset]], ...] = (_gpt, _gpt3, _opt, _bloom, _palm, _glm, _llama, _small)
+_FAMILIES: tuple[Callable[[], list[Preset]], ...] = (
+    _gpt,
+    _gpt3,
+    _opt,
+    _bloom,
+    _palm,
+    _glm,
+    _llama,
+    _experts,
+    _small,
+)
 
 # Other names for the same thing; the last two carry the values that the GPT-3 paper prints.
 _ALIASES = {
     "gpt": "gpt1", "gpt2-small": "gpt2", "gpt2-124m": "gpt2", "gpt2-355m": "gpt2-medium",
     "gpt2-774m": "gpt2-large", "gpt2-1.5b": "gpt2-xl", "gpt3-125m": "gpt3-small", "gpt3-350m": "gpt3-medium",
     "gpt3-760m": "gpt3-large", "gpt3-1.3b": "gpt3-xl", "gpt3": "gpt3-175b", "bloom": "bloom-176b",
-    "palm": "palm-540b", "llama-30b": "llama-33b", "gpt3-13b-5140": "gpt3-13b", "gpt3-xl-24-heads": "gpt3-xl",
+    "palm": "palm-540b", "llama-30b": "llama-33b", "st-moe": "st-moe-32b", "mixtral": "mixtral-8x7b",
+    "gpt3-13b-5140": "gpt3-13b", "gpt3-xl-24-heads": "gpt3-xl",
 }  # fmt: skip
 
 # (preset, path) -> (printed, shipped): overrides with the printed value mean the shipped one

@@ -85,7 +85,9 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _nested(hint: Any) -> type[Spec] | None:
-    return hint if isinstance(hint, type) and issubclass(hint, Spec) else None
+    """The specification that a field holds, if it holds one (or None)."""
+    options = (option for option in _options(hint) if isinstance(option, type))
+    return next((option for option in options if issubclass(option, Spec)), None)
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:

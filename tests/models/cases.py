@@ -82,6 +82,17 @@ CASES: dict[str, GPTConfig] = {
     "alibi-gqa-banded": _shrunk(
         "bloom-560m", {"attention": {"num_kv_heads": 2, "pattern": ["banded"], "window": 7}}
     ),
+    # All experts for each token: with a choice, bf16 roundings of the stream would decide some tokens otherwise.
+    "experts": _shrunk(
+        "llama-7b",
+        {
+            "attention": {"num_kv_heads": 4},
+            "moe": {"num_experts": 3, "top_k": 3, "every": 2, "hidden_size": 40, "shared_experts": 2},
+        },
+    ),
+    "experts-bias": _shrunk(
+        "gpt2", {"norm": {"parallel": "shared"}, "moe": {"num_experts": 2, "top_k": 2, "every": 2, "offset": 0}}
+    ),
     "soft-cap": _shrunk("gpt2", {"attention": {"soft_cap": 0.5}}),
 }  # fmt: skip
 

@@ -39,9 +39,30 @@ def gelu(x: Tensor, tanh: bool) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
+def experts(config: GPTConfig, w: Weights, name: str, x: Tensor) -> Tensor:
+    """Every expert on every token, weighted by gates that are 0 for those not chosen."""
+    logits = torch.einsum("...c,ec->...e", x, w[f"{name}.router.weight"])
+    chosen = logits >= logits.topk(config.moe.top_k, -1).values[..., -1:]
+    gates = logits.masked_fill(~chosen, -math.inf).softmax(-1)
+    if config.moe.top_k == 1:
+        gates = logits.softmax(-1).masked_fill(~chosen, 0.0)
+    y = feed_forward(config, w, f"{name}.shared", x) if f"{name}.shared.up.weight" in w else 0.0
+    for e in range(config.moe.num_experts):
+        one = {key: w[f"{name}.{key}"][e] for key in EXPERT if f"{name}.{key}" in w}
+        y = y + gates[..., e : e + 1] * feed_forward(
+            config, {f"e.{key}": v for key, v in one.items()}, "e", x
+        )
+    return y
+
+
+EXPERT = ("up.weight", "up.bias", "down.weight", "down.bias")
+
+
 def feed_forward(config: GPTConfig, w: Weights, name: str, x: Tensor) -> Tensor:
+    if f"{name}.router.weight" in w:
+        return experts(config, w, name, x)
     a = affine(w, f"{name}.up", x)
-    kind, f = config.mlp.activation, config.hidden_size
+    kind = config.mlp.activation
     if kind == "relu":
         a = a.clamp(min=0)
     elif kind == "silu":
@@ -49,7 +70,7 @@ def feed_forward(config: GPTConfig, w: Weights, name: str, x: Tensor) -> Tensor:
     elif kind in ("gelu", "gelu_erf"):
         a = gelu(a, kind == "gelu")
     else:
-        gate, up = a[..., :f], a[..., f:]
+        gate, up = a.chunk(2, -1)
         gate = gate * torch.sigmoid(gate) if kind == "swiglu" else gelu(gate, kind == "geglu_tanh")
         a = gate * up
     return affine(w, f"{name}.down", a)

@@ -37,7 +37,15 @@ def _compare(name: str, backend: str, packed: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("name", "packed"),
-    [("gpt2", False), ("gpt2", True), ("llama3", False), ("gemma", True), ("glm", False), ("bloom", True)],
+    [
+        ("gpt2", False),
+        ("gpt2", True),
+        ("llama3", False),
+        ("gemma", True),
+        ("glm", False),
+        ("bloom", True),
+        ("experts", False),
+    ],
 )
 def test_one_graph(name: str, packed: bool):
     _compare(name, "aot_eager", packed, torch.float32)
