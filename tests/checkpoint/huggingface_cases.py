@@ -51,6 +51,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         }},
     ),
     "mistral": ("mistral", {**_LLAMA, "sliding_window": 7, "head_dim": 16}),
+    "mixtral": (
+        "mixtral",
+        {**_LLAMA, "num_key_value_heads": 1, "sliding_window": 7, "head_dim": 16, "num_local_experts": 5,
+         "num_experts_per_tok": 2},
+    ),
     "qwen2": (
         "qwen2", {**_LLAMA, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
     ),

@@ -354,3 +354,40 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     assert {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()} == before
+
+
+def test_published_mixtral_is_the_preset():
+    """Every key of Mixtral 8x7B's config.json that says what is computed."""
+    published = {
+        "model_type": "mixtral", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_experts_per_tok": 2,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32000,
+    }  # fmt: skip
+    config, preset = huggingface.read_config(published), presets.get("mixtral-8x7b")
+    assert config.moe.merged({"renormalise": None}) == preset.moe.merged({"renormalise": None})
+    written = huggingface.write_config(preset)
+    assert written["model_type"] == "mixtral" and huggingface.read_config(written).moe == config.moe
+
+
+@pytest.mark.parametrize(
+    ("moe", "sentence"),
+    [
+        ({"capacity_factor": 1.25}, "mixtral: moe.eval_capacity_factor would be 0.0, not 1.25"),
+        ({"every": 2}, "mixtral: mlp.hidden_size would be None"),
+        ({"shared_experts": 1}, "mixtral: moe.shared_experts would be 0, not 1"),
+        ({"top_k": 1}, "mixtral: moe.renormalise would be True, not False"),
+        ({"noise": True}, "mixtral: moe.noise would be False, not True"),
+    ],
+)
+def test_experts_that_mixtral_has_not_are_refused(moe: dict[str, Any], sentence: str):
+    with pytest.raises(UserError) as caught:
+        huggingface.write_config(presets.get("mixtral-8x7b", {"moe": moe}))
+    assert sentence in str(caught.value)
+
+
+def test_what_only_training_looks_at_does_not_stand_in_the_way():
+    moe = {"capacity_factor": 1.25, "eval_capacity_factor": 0.0, "dropout": 0.1, "second_choice": "gshard",
+           "z_weight": 1e-3, "router_init_scale": 0.1}  # fmt: skip
+    assert huggingface.write_config(presets.get("mixtral-8x7b", {"moe": moe}))["model_type"] == "mixtral"

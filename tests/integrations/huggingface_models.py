@@ -6,23 +6,9 @@ from typing import Any
 
 import torch
 
-from tests.checkpoint.huggingface_cases import CASES as CONVERTED
+from tests.checkpoint.huggingface_cases import CASES
 
 LENGTH, PADDING = 37, 9
-
-# Those that from_hf converts, and those that stay transformers' own.
-CASES = {
-    **CONVERTED,
-    "mixtral": (
-        "mixtral",
-        {
-            **CONVERTED["mistral"][1],
-            "num_local_experts": 5,
-            "num_experts_per_tok": 2,
-            "num_key_value_heads": 1,
-        },
-    ),
-}
 
 
 def family_of(config: Any) -> str:

@@ -169,8 +169,18 @@ class Converted:
         found = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
         pieces = layout.pieces(self.family, self.model.config, named)
         stored = {name: p.read(i, found[p.ours]) for p in pieces for i, name in enumerate(p.theirs)}
-        # GPT-NeoX' checkpoints have another name for the head than transformers' module
-        return {name.replace("embed_out", "lm_head"): gradient for name, gradient in stored.items()}
+        # transformers' modules are not called what is in the files: the head of GPT-NeoX, the experts of Mixtral,
+        # which it keeps in one tensor of our layout
+        for name in [name for name in found if found[name].dim() == 3]:
+            kind = "gate_up_proj" if ".up." in name else "down_proj"
+            stored[f"model.layers.{name.split('.')[2]}.mlp.experts.{kind}"] = found[name]
+        named = {
+            name: gradient for name, gradient in stored.items() if ".block_sparse_moe.experts." not in name
+        }
+        names = {
+            name: name.replace("embed_out", "lm_head").replace("block_sparse_moe", "mlp") for name in named
+        }
+        return {names[name]: gradient for name, gradient in named.items()}
 
     @torch.no_grad()
     def decode(self, batch: Batch) -> Tensor:

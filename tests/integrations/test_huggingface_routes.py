@@ -35,7 +35,6 @@ def has(route: str, name: str) -> bool:
     return not (
         (route == "attn_implementation" and family in OWN_ATTENTION)
         or (route == "apply" and family in NOT_APPLIED)
-        or (route == "from_hf" and family == "mixtral")
     )
 
 

@@ -119,14 +119,30 @@ def _comparable(config: GPTConfig) -> dict[str, Any]:
         flat = {key: value for key, value in flat.items() if not key.startswith("position.scaling")}
     if config.position.kind in ("alibi", "none"):
         flat.pop("context_length")
+    flat = {key: value for key, value in flat.items() if not key.startswith("moe.")} | _experts(config)
     flat |= {
         "attention.num_kv_heads": config.num_kv_heads, "attention.head_dim": config.head_dim,
         "attention.softmax_scale": config.attention.softmax_scale or config.head_dim**-0.5,
         "attention.windows": [config.window_size(i) for i in layers],
-        "mlp.hidden_size": config.hidden_size, "norm.bias": config.norm.has_bias,
+        "mlp.hidden_size": None if len(config.expert_layers) == len(layers) else config.hidden_size,
+        "norm.bias": config.norm.has_bias,
         "norm.final": config.norm.has_final, "embedding_width": config.table_width,
     }  # fmt: skip
     return flat
+
+
+def _experts(config: GPTConfig) -> dict[str, Any]:
+    """What counts of layers of experts where nothing is trained."""
+    moe = config.moe
+    if moe is None:
+        return {}
+    factor = moe.capacity_factor if moe.eval_capacity_factor is None else moe.eval_capacity_factor
+    return {
+        "moe.num_experts": moe.num_experts, "moe.top_k": moe.top_k, "moe.layers": config.expert_layers,
+        "moe.hidden_size": config.expert_hidden_size, "moe.shared_experts": moe.shared_experts,
+        "moe.renormalise": moe.top_k > 1 if moe.renormalise is None else moe.renormalise,
+        "moe.eval_capacity_factor": factor, "moe.noise": moe.noise,
+    }  # fmt: skip
 
 
 # In the order in which a configuration of ours looks for one that fits.
@@ -139,6 +155,7 @@ FAMILIES: Mapping[str, Family] = {
     "gptj": Family("GPTJForCausalLM", gpt_families.read_gptj, gpt_families.write_gptj),
     "falcon": Family("FalconForCausalLM", gpt_families.read_falcon, gpt_families.write_falcon),
     "mistral": Family("MistralForCausalLM", llama_families.read_mistral, llama_families.write_mistral),
+    "mixtral": Family("MixtralForCausalLM", llama_families.read_mixtral, llama_families.write_mixtral),
     "qwen2": Family("Qwen2ForCausalLM", llama_families.read_qwen2, llama_families.write_qwen2),
     "qwen3": Family("Qwen3ForCausalLM", llama_families.read_qwen3, llama_families.write_qwen3),
     "gemma2": Family("Gemma2ForCausalLM", llama_families.read_gemma2, llama_families.write_gemma),

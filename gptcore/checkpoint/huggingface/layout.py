@@ -2,7 +2,7 @@
 
 Every family is a table of module names. Their tensors become ours by one of four layouts: the same tensor, its
 transpose (GPT-2 stores a product's matrix as (in, out)), rows of several tensors one after another (q, k and v;
-gate and up), or rows grouped by key/value head (BLOOM, GPT-NeoX, Falcon).
+gate and up; expert after expert), or rows grouped by key/value head (BLOOM, GPT-NeoX, Falcon).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptcore.errors import UserError
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
 class Names(NamedTuple):
     """``base``: the prefix that a checkpoint of the headless model lacks; ``block``: where layer {} is;
-    ``modules``: our module names to theirs, those inside a block without its prefix; several are stacked."""
+    ``modules``: our module names to theirs, those inside a block without its prefix; several are stacked;
+    ``experts``: the same for layers of experts, with {} for the expert."""
 
     base: str
     block: str
     modules: Mapping[str, str | tuple[str, ...]]
     transposed: bool = False
     grouped: bool = False
+    experts: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 _GPT2 = Names(
@@ -114,6 +117,13 @@ _LLAMA = Names(
         "mlp.down": "mlp.down_proj",
     },
 )  # fmt: skip
+_MIXTRAL = _LLAMA._replace(
+    modules={**_LLAMA.modules, "mlp.router": "block_sparse_moe.gate"},
+    experts={
+        "mlp.up": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+        "mlp.down": ("block_sparse_moe.experts.{}.w2",),
+    },
+)
 _GEMMA = _LLAMA._replace(
     modules={
         **_LLAMA.modules, "attention_norm": "post_attention_layernorm", "norm2": "pre_feedforward_layernorm",
@@ -127,7 +137,7 @@ _GLM4 = _GLM._replace(
 
 _NAMES: Mapping[str, Names] = {
     "gpt2": _GPT2, "opt": _OPT, "bloom": _BLOOM, "gpt_neox": _GPT_NEOX, "gptj": _GPTJ, "falcon": _FALCON,
-    "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma2": _GEMMA,
+    "llama": _LLAMA, "mistral": _LLAMA, "mixtral": _MIXTRAL, "qwen2": _LLAMA, "qwen3": _LLAMA, "gemma2": _GEMMA,
     "gemma3_text": _GEMMA, "glm": _GLM, "glm4": _GLM4,
 }  # fmt: skip
 
@@ -160,7 +170,7 @@ class Piece:
             for place, part in zip(parameter.split(rows), parts, strict=True):
                 place.copy_(part.flatten(0, 2))
         elif self.rows:
-            parameter.split(list(self.rows))[index].copy_(tensor)
+            _rows_of(parameter).split(list(self.rows))[index].copy_(tensor)
         else:
             parameter.copy_(tensor.t() if self.transposed else tensor)
 
@@ -175,8 +185,13 @@ class Piece:
             parts = [part.unflatten(0, (groups, -1, size)) for part in (q, k, v)]
             return torch.cat(parts, dim=1).flatten(0, 2)
         if self.rows:
-            return parameter.split(list(self.rows))[index].contiguous()
+            return _rows_of(parameter).split(list(self.rows))[index].contiguous()
         return (parameter.t() if self.transposed else parameter).contiguous()
+
+
+def _rows_of(parameter: Tensor) -> Tensor:
+    """Its rows, and those of all experts one after another."""
+    return parameter.flatten(0, 1) if parameter.dim() == 3 else parameter
 
 
 def base_prefix(family: str) -> str:
@@ -202,12 +217,17 @@ def _piece(names: Names, config: GPTConfig, ours: str, parameter: Tensor) -> Pie
     prefix = ""
     if found := re.fullmatch(r"stack\.blocks\.(\d+)\.(.*)", module):
         prefix, module = names.block.format(found[1]), found[2]
+    shape = tuple(parameter.shape)
+    if len(shape) == 3 and module in names.experts:
+        experts, parts = range(shape[0]), names.experts[module]
+        stored = tuple(f"{prefix}{name.format(e)}.{kind}" for e in experts for name in parts)
+        rows = [shape[1] // len(parts)] * len(stored)
+        return Piece(ours, stored, rows=rows, shapes=[(n, shape[2]) for n in rows])
     if module not in names.modules:
         raise UserError(f"the family stores no '{ours}'")
     theirs = names.modules[module]
     several = (theirs,) if isinstance(theirs, str) else theirs
     stored = tuple(f"{prefix}{name}.{kind}" for name in several)
-    shape = tuple(parameter.shape)
     if len(stored) > 1:
         rows = _stacked_rows(config, module)
         return Piece(ours, stored, rows=rows, shapes=[(n, *shape[1:]) for n in rows])

@@ -1,4 +1,4 @@
-"""``config.json`` of LLaMA and what grew from it (Mistral, Qwen, Gemma, GLM): a reader and a writer each."""
+"""``config.json`` of LLaMA and what grew from it (Mistral, Mixtral, Qwen, Gemma, GLM): a reader and a writer each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from gptcore.checkpoint.huggingface import rotary
 from gptcore.checkpoint.huggingface.settings import Config, gated, refuse, their_activation
 from gptcore.errors import UserError
-from gptcore.models import AttentionSpec, GPTConfig, MlpSpec, NormSpec
+from gptcore.models import AttentionSpec, GPTConfig, MlpSpec, MoESpec, NormSpec
 
 
 def _pattern(hf: Config) -> tuple[Any, int]:
@@ -86,6 +86,28 @@ def read_mistral(hf: Config) -> GPTConfig:
 def write_mistral(config: GPTConfig) -> Config:
     banded = config.window_size(0)[0] >= 0
     return write_llama_like(config, sliding_window=config.attention.window if banded else None)
+
+
+def read_mixtral(hf: Config) -> GPTConfig:
+    """Its jitter multiplies what the experts read too, ours what the router reads; both are for training only."""
+    if not hf.get("rope_parameters"):
+        hf = {"rope_theta": 1e6} | hf
+    config = read_mistral({"sliding_window": None, "rms_norm_eps": 1e-5} | hf)
+    moe = {
+        "num_experts": hf.get("num_local_experts", 8), "top_k": hf.get("num_experts_per_tok", 2),
+        "renormalise": True, "balance": "all", "balance_weight": float(hf.get("router_aux_loss_coef", 1e-3)),
+        "z_weight": 0.0, "jitter": float(hf.get("router_jitter_noise") or 0.0),
+    }  # fmt: skip
+    return config.merged({"moe": moe})
+
+
+def write_mixtral(config: GPTConfig) -> Config:
+    moe = config.moe or MoESpec()
+    return write_mistral(config) | {
+        "intermediate_size": config.expert_hidden_size, "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k, "router_aux_loss_coef": moe.balance_weight,
+        "router_jitter_noise": moe.jitter,
+    }  # fmt: skip
 
 
 def _qwen_layers(hf: Config) -> Config:
