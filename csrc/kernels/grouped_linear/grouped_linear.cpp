@@ -11,7 +11,7 @@
 namespace gptcore {
 
 GPTCORE_BODIES(GroupedBodies, grouped_f32_bodies)
-GPTCORE_BODIES(GroupedBodies, grouped_bf16_bodies)
+GPTCORE_BODIES_AMX(GroupedBodies, grouped_bf16_bodies)
 
 namespace {
 
@@ -130,6 +130,7 @@ void zero_rows(const TensorView& out, int64_t first) {
 void multiply_rows(const Groups& groups, const TensorView& in, const TensorView& weight, bool transpose,
                    const TensorView& bias, const TensorView& out) {
   const GroupedBodies& bodies = bodies_of(groups.dtype);
+  const bool past_caches = bodies.past_caches(out.data, out.numel() * size_of(out.dtype));
   std::vector<GroupProduct> products(static_cast<size_t>(groups.experts));
   for (int64_t e = 0; e < groups.experts; ++e) {
     GroupProduct& p = products[static_cast<size_t>(e)];
@@ -142,6 +143,7 @@ void multiply_rows(const Groups& groups, const TensorView& in, const TensorView&
     p.a_stride = in.stride(0), p.b_stride = groups.inner, p.out_stride = out.stride(0);
     p.a_depth_lines = true, p.b_depth_lines = transpose;
     p.accumulate = false, p.f32_out = out.dtype == DType::f32, p.f32_bias = bias.dtype == DType::f32;
+    p.past_caches = past_caches;
     p.dtype = groups.dtype;
   }
   run(products, bodies);
@@ -150,6 +152,10 @@ void multiply_rows(const Groups& groups, const TensorView& in, const TensorView&
 
 void weight_gradient(const Groups& groups, const TensorView& dy, const TensorView& x,
                      const TensorView& dweight, bool accumulate) {
+  const GroupedBodies& bodies = bodies_of(groups.dtype);
+  // Ordinary stores would read all of the gradient first.
+  const bool past_caches =
+      !accumulate && bodies.past_caches(dweight.data, dweight.numel() * size_of(dweight.dtype));
   std::vector<GroupProduct> products(static_cast<size_t>(groups.experts));
   for (int64_t e = 0; e < groups.experts; ++e) {
     GroupProduct& p = products[static_cast<size_t>(e)];
@@ -162,9 +168,10 @@ void weight_gradient(const Groups& groups, const TensorView& dy, const TensorVie
     p.a_stride = dy.stride(0), p.b_stride = x.stride(0), p.out_stride = groups.inner;
     p.a_depth_lines = false, p.b_depth_lines = false;
     p.accumulate = accumulate, p.f32_out = dweight.dtype == DType::f32, p.f32_bias = false;
+    p.past_caches = past_caches;
     p.dtype = groups.dtype;
   }
-  run(products, bodies_of(groups.dtype));
+  run(products, bodies);
 }
 
 void bias_gradient(const Groups& groups, const TensorView& dy, const TensorView& dbias) {

@@ -15,6 +15,7 @@ struct GroupProduct {
   int64_t a_stride, b_stride, out_stride;
   bool a_depth_lines, b_depth_lines;
   bool accumulate, f32_out, f32_bias;
+  bool past_caches;  // all experts' results are worth storing past the caches
   DType dtype;
 };
 
@@ -40,6 +41,7 @@ struct GroupedBodies {
   GroupCut (*cut)(const GroupProduct&);
   void (*block)(const GroupProduct&, const GroupBlock&);
   void (*column_sums)(const ColumnSums&);
+  bool (*past_caches)(const void* out, int64_t bytes);
 };
 
 }  // namespace gptcore

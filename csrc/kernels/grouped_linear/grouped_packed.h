@@ -1,42 +1,51 @@
-// A block of an expert's product through packed operands, for every ISA and layout; and sums over rows.
+// A block of an expert's product through packed operands, for every ISA and layout.
 #pragma once
 
 #include "core/arena.h"
 #include "core/gemm_tile.h"
-#include "kernels/grouped_linear/grouped_linear_body.h"
+#include "core/stream.h"
+#include "kernels/grouped_linear/grouped_memory.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// Depth of a pass: the rows of a block, packed, are at most half of the smallest L2 we aim at (256 rows of 512 f32).
-constexpr int64_t kPassSteps = 32;
+// Steps of depth of a pass: all of them up to 48 (768 KB of a block's rows, packed), else 24, which leaves room in L2
+// for the sums that wait between passes.
+constexpr int64_t kWholeSteps = 48, kPassSteps = 24;
 constexpr int64_t kBlockRows = 256;
-// Columns packed at a time, in whole panels of three; and of a block, whose f32 sums wait in L2 between passes.
+// Columns packed at a time, in whole panels of three; and of a block, which packs its rows anew.
 constexpr int64_t kChunkColumns = 192;
-constexpr int64_t kBlockColumns = 4 * kChunkColumns;
+constexpr int64_t kOnePassColumns = 1536, kWaitingColumns = 768;
 constexpr int64_t kSumStride = kChunkColumns + kGroup;  // rows of sums do not lie a multiple of 4 KiB apart
 
 template <class T>
-GPTCORE_INLINE void put_row(const GroupProduct& p, const float* sums, T* out, int64_t column,
-                            int64_t columns) {
+GPTCORE_INLINE void put_row(const GroupProduct& p, const float* sums, T* out, int64_t column, int64_t columns,
+                            [[maybe_unused]] bool streams) {
   for_lanes(columns, [&](int64_t j, int64_t n) {
     Vec value = load_some(sums + j, n);
     if (p.bias && p.f32_bias) value += load_some(static_cast<const float*>(p.bias) + column + j, n);
     if (p.bias && !p.f32_bias) value += load_some(static_cast<const bf16*>(p.bias) + column + j, n);
     if (p.accumulate) value += load_some(out + j, n);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (streams && n == kLanes) {
+        stream(out + j, value);
+        return;
+      }
+    }
     store_some(out + j, value, n);
   });
 }
 
 static void put_sums(const GroupProduct& p, const float* sums, const GroupBlock& at) {
+  const bool streams = whole_lines(p);
   for (int64_t r = 0; r < at.rows; ++r) {
     const int64_t offset = (at.row + r) * p.out_stride + at.column;
     const float* line = sums + r * kSumStride;
     if (p.f32_out) {
-      put_row(p, line, static_cast<float*>(p.out) + offset, at.column, at.columns);
+      put_row(p, line, static_cast<float*>(p.out) + offset, at.column, at.columns, streams);
     } else {
-      put_row(p, line, static_cast<bf16*>(p.out) + offset, at.column, at.columns);
+      put_row(p, line, static_cast<bf16*>(p.out) + offset, at.column, at.columns, streams);
     }
   }
 }
@@ -46,14 +55,39 @@ inline Lines lines_of(const void* data, const GroupProduct& p, int64_t stride, b
   return {data, p.dtype, stride, nullptr, depth_lines ? across : p.k, depth_lines ? p.k : across};
 }
 
-inline GroupCut packed_cut(const GroupProduct&) { return {kBlockRows, kBlockColumns, kChunkColumns}; }
+// Passes of about equal length.
+template <class P>
+GPTCORE_INLINE int64_t passes_of(const GroupProduct& p) {
+  const int64_t steps = ceil_div(p.k, kStepDepth<P>);
+  return steps <= kWholeSteps ? 1 : ceil_div(steps, kPassSteps);
+}
+
+template <class Policy>
+GroupCut packed_cut(const GroupProduct& p) {
+  const bool waiting = passes_of<typename Policy::P>(p) > 1;
+  return {kBlockRows, waiting ? kWaitingColumns : kOnePassColumns, kChunkColumns};
+}
+
+// What comes after `width` columns at j of the pass: the block's next columns or its first ones of the next pass.
+template <class Policy>
+GPTCORE_INLINE Fetch fetch_after(const GroupProduct& p, const GroupBlock& block, int64_t j, int64_t width,
+                                 int64_t depth, int64_t depths) {
+  const bool last = j + width >= block.columns;
+  const int64_t column = last ? 0 : j + width, from = last ? depth + depths : depth;
+  if (from >= p.k) return {};
+  const int64_t steps = ceil_div(depths, kStepDepth<typename Policy::P>);
+  const int64_t turns = ceil_div(block.rows, kGroup) * ceil_div(steps, Policy::kBlockSteps) *
+                        ceil_div(ceil_div(width, kGroup), Policy::kPanels);
+  return fetch_of(p, block.column + column, smaller(kChunkColumns, block.columns - column), from,
+                  smaller(depths, p.k - from), turns);
+}
 
 template <class Policy>
 void packed_block(const GroupProduct& p, const GroupBlock& block) {
   using P = typename Policy::P;
   const Lines a = lines_of(p.a, p, p.a_stride, p.a_depth_lines, p.m);
   const Lines b = lines_of(p.b, p, p.b_stride, p.b_depth_lines, p.n);
-  const int64_t all_steps = ceil_div(p.k, kStepDepth<P>), most = smaller(kPassSteps, all_steps);
+  const int64_t all_steps = ceil_div(p.k, kStepDepth<P>), most = ceil_div(all_steps, passes_of<P>(p));
   const int64_t groups = ceil_div(block.rows, kGroup), chunk_floats = groups * kGroup * kSumStride;
   const int64_t kept = all_steps > most ? ceil_div(block.columns, kChunkColumns) : 1;
   const Scratch rows(static_cast<size_t>(groups * most * kStepBytes));
@@ -73,46 +107,16 @@ void packed_block(const GroupProduct& p, const GroupBlock& block) {
                   columns.as<char>() + q * stride);
       }
       float* c = sums.as<float>() + (kept > 1 ? j / kChunkColumns * chunk_floats : 0);
+      Fetch next = fetch_after<Policy>(p, block, j, width, depth, steps * kStepDepth<P>);
       multiply_block<Policy>(rows.as<char>(), stride, groups, columns.as<char>(), stride, panels, steps, c,
-                             kSumStride, step > 0);
+                             kSumStride, step > 0, [&] { fetch_some(next); });
       if (step + steps >= all_steps) {
         put_sums(p, c, {block.expert, block.row, block.rows, block.column + j, width});
       }
     }
     if (steps == 0) break;
   }
-}
-
-// One chain of sums for each column, over the rows in order.
-template <class T>
-GPTCORE_INLINE void sum_rows(const ColumnSums& x, float* sums) {
-  const T* in = static_cast<const T*>(x.in);
-  for (int64_t r = 0; r < x.rows; r += 4) {
-    const int64_t count = smaller(4, x.rows - r);
-    for_lanes(x.columns, [&](int64_t j, int64_t n) {
-      Vec sum = r ? load_some(sums + j, n) : Vec{};
-      for (int64_t i = 0; i < count; ++i) sum += load_some(in + (r + i) * x.stride + j, n);
-      store_some(sums + j, sum, n);
-    });
-  }
-}
-
-inline void column_sums(const ColumnSums& x) {
-  const Scratch room(static_cast<size_t>(x.columns) * sizeof(float));
-  float* sums = room.as<float>();
-  __builtin_memset(sums, 0, static_cast<size_t>(x.columns) * sizeof(float));
-  if (x.f32_in) {
-    sum_rows<float>(x, sums);
-  } else {
-    sum_rows<bf16>(x, sums);
-  }
-  for_lanes(x.columns, [&](int64_t j, int64_t n) {
-    if (x.f32_out) {
-      store_some(static_cast<float*>(x.out) + j, load_some(sums + j, n), n);
-    } else {
-      store_some(static_cast<bf16*>(x.out) + j, load_some(sums + j, n), n);
-    }
-  });
+  if (p.past_caches) stream_fence();
 }
 
 }  // namespace

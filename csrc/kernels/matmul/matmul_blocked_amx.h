@@ -12,9 +12,9 @@
 #pragma once
 
 #include "core/arena.h"
+#include "core/gemm_pack_amx.h"
 #include "core/parallel.h"
 #include "kernels/matmul/matmul_body.h"
-#include "kernels/matmul/matmul_pack_amx.h"
 
 namespace gptcore {
 namespace GPTCORE_ISA_NS {

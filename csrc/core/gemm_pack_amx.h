@@ -1,4 +1,4 @@
-// Packing for the blocked AMX product: everything is made of blocks of 32 lines x 64 bytes of the matrix,
+// Packing for AMX products of blocks: everything is made of blocks of 32 lines x 64 bytes of the matrix,
 // each of which becomes 2 KiB: the two tiles (of A: rows 0-15 and 16-31; of B: columns 0-15 and 16-31) that
 // 32 x 32 of C need for a step, 32 of depth. A whole cache line of the matrix is read at a time, whatever the
 // layout.
