@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _TRAIN, _HELD_OUT = "#4c72b0", "#c44e52"  # told apart by the colour-blind too: they differ in lightness
 
@@ -52,6 +53,52 @@ def loss_curve(
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    path = Path(path)
+    figure.savefig(path, format="png")
+    return path
+
+
+# key of a metrics line's routing, label of its axis
+_ROUTING = (
+    ("drop_rate", "share of choices\ndropped"),
+    ("load", "load, maximum\nover mean"),
+    ("entropy", "entropy of the\nrouter (nats)"),
+)
+
+
+def routing_curves(
+    path: str | os.PathLike[str], lines: Sequence[tuple[int, Mapping[str, Any]]], *, title: str = ""
+) -> Path | None:
+    """Draws drop rate, load and entropy over the updates, a line for each layer of experts, into a PNG.
+
+    ``lines``: step and the ``routing`` of its metrics line. Returns the path, or None when there is nothing to draw.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if not lines:
+        return None
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(_ROUTING), sharex=True)
+    layers, steps = lines[-1][1]["layers"], [step for step, _ in lines]
+    shades = colormaps["viridis"]  # from dark to light with depth, in print too
+    for axes, (key, label) in zip(panels, _ROUTING, strict=True):
+        for place, layer in enumerate(layers):
+            mean = running_mean([routing[key][place] for _, routing in lines], len(lines) // 100)
+            shade = shades(place / max(1, len(layers) - 1) * 0.9)
+            axes.plot(steps, mean, color=shade, linewidth=1.2, label=f"block {layer}, {mean[-1]:.3f}")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+        if len(layers) <= 8:
+            axes.legend(frameon=False, fontsize="small", ncols=2)
+    panels[0].set_title(title)
+    panels[-1].set_xlabel("update")
     path = Path(path)
     figure.savefig(path, format="png")
     return path

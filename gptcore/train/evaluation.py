@@ -30,24 +30,30 @@ def held_out(loader: Batches, batches: int) -> Callable[[torch.nn.Module], dict[
 
     ``val_loss`` is in nats per token. Batches that know their ``target_bytes`` (UTF-8 bytes of the
     targets) give ``val_bits_per_byte`` too, which compares models whatever their tokenizers.
-    Ignored targets (negative) don't count.
+    Ignored targets (negative) don't count. Models with experts give ``val_drop_rate``, the mean over batches and
+    layers, at the capacity of evaluation.
     """
 
     @torch.no_grad()
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         nats, tokens_seen, bytes_seen = 0.0, 0, 0
+        drop_rates: list[float] = []
         for index in range(batches):
             batch = loader.batch_at(index)
             tokens, targets, bounds = tensors_of(batch, device)
             options = {} if bounds is None else {"cu_seqlens": bounds}
             count = int((targets >= 0).sum())
-            nats += float(model(tokens, targets, **options).loss) * count if count else 0.0
+            out = model(tokens, targets, **options)
+            nats += float(out.loss) * count if count else 0.0
+            drop_rates.extend(float(layer.drop_rate) for layer in getattr(out, "routing", ()))
             tokens_seen += count
             bytes_seen += getattr(batch, "target_bytes", 0)
         result = {"val_loss": nats / max(1, tokens_seen)}
         if bytes_seen:
             result["val_bits_per_byte"] = nats / math.log(2) / bytes_seen
+        if drop_rates:
+            result["val_drop_rate"] = sum(drop_rates) / len(drop_rates)
         return result
 
     return evaluate

@@ -19,6 +19,7 @@ import torch
 
 from gptcore import checkpoint
 from gptcore.errors import UserError
+from gptcore.models import accounting
 from gptcore.models.config import GPTConfig
 from gptcore.optim import AdamW, decay_groups
 from gptcore.report.progress import Progress, format_count
@@ -26,6 +27,7 @@ from gptcore.train import peak, state
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches, tensors_of
 from gptcore.train.metrics import FORMULA, MetricsFile, ModelFlops, throughput
+from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
 from gptcore.train.stop import StopRequest, resume_command
 
@@ -68,6 +70,7 @@ class _Run:
     logged_seconds: float = 0.0
     loss: float | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
+    routing: RoutingWatch | None = None
 
 
 def run(
@@ -86,8 +89,8 @@ def run(
 
     Args:
         config: the settings; ``config.data`` and ``config.model`` describe, they are not built here.
-        model: ``model(tokens, targets, **options)`` gives ``.loss`` (mean nats per token) and ``.z_loss``.
-            Cast and moved as the config says; trained in place.
+        model: ``model(tokens, targets, **options)`` gives ``.loss`` (mean nats per token) and ``.z_loss``, with
+            experts what ``GPTLoss`` has of them. Cast and moved as the config says; trained in place.
         loader: ``batch_at(i)`` for micro-batch i, counted from the start: ``config.micro_batches(step)``.
         evaluate: model → named numbers, ``val_loss`` and ``val_bits_per_byte`` among them; see ``held_out``.
         sample: model → text.
@@ -120,6 +123,8 @@ def run(
     with RunDirectory(config.run_dir) as directory:
         identity = state.identity(config, model, loader, tokenizer)
         now = _Run(config, model, optimizer, loader, directory, evaluate, sample, identity)
+        layers = _expert_layers(model)
+        now.routing = RoutingWatch(layers) if layers else None
         began = time.perf_counter()
         checkpoint.clean(directory.checkpoints)
         resumed = _resume(now, resume, quiet)
@@ -148,10 +153,11 @@ def _train(now: _Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> 
             _measure(now, metrics, progress)
         while now.step < config.steps:
             start = time.perf_counter()
-            now.loss = update(config, now.model, now.optimizer, now.loader, now.step)
+            now.loss = update(config, now.model, now.optimizer, now.loader, now.step, routing=now.routing)
             now.tokens += _tokens_per_update(config, now.step)
             now.step += 1
             now.train_seconds += time.perf_counter() - start
+            _watch_routing(now, metrics, progress, quiet)
             if now.step == config.steps or _due(now.step, config.log_every):
                 _log(now, metrics, progress, flops, ceiling)
             progress.update(1)
@@ -178,6 +184,7 @@ def _log(
         "lr": now.config.learning_rate(now.step - 1),
         "seconds": now.train_seconds,
         **throughput(tokens, seconds, flops, ceiling),
+        **({} if now.routing is None else now.routing.fields()),
     }
     metrics.write("train", now.step, **fields)
     mfu = "unknown" if fields["mfu"] is None else f"{100 * fields['mfu']:.1f}%"
@@ -185,10 +192,28 @@ def _log(
     progress.update(0, **{"loss": f"{now.loss:.4f}", "tok/s": rate, "MFU": mfu})
 
 
+def _watch_routing(now: _Run, metrics: MetricsFile, progress: Progress, quiet: bool) -> None:
+    """Say, and keep in the metrics, that a router has collapsed."""
+    for sentence in [] if now.routing is None else now.routing.updated():
+        metrics.write("warning", now.step, text=sentence)
+        text = f"gptcore: warning: step {now.step}: {sentence}"
+        if quiet:  # which is meant for progress
+            print(text, file=sys.stderr, flush=True)
+        progress.message(text)
+
+
 def update(
-    config: TrainConfig, model: torch.nn.Module, optimizer: AdamW, loader: Batches, step: int
+    config: TrainConfig,
+    model: torch.nn.Module,
+    optimizer: AdamW,
+    loader: Batches,
+    step: int,
+    *,
+    routing: RoutingWatch | None = None,
 ) -> float:
     """One update, the one with zero-based index ``step``; returns the mean loss of its micro-batches.
+
+    ``routing`` is told what the layers of experts did.
 
     Raises:
         NonFiniteError: before anything was written, whether the loss or only a gradient is not finite.
@@ -208,7 +233,9 @@ def update(
         if config.z_loss:
             options["z_loss"] = config.z_loss
         out = model(tokens, targets, **options)
-        (out.loss + out.z_loss if config.z_loss else out.loss).backward()
+        _total(out, config).backward()
+        if routing is not None:
+            routing.add(out)
         if count > 1:
             optimizer.accumulate()
         loss += float(out.loss.detach())
@@ -220,6 +247,14 @@ def update(
     if optimizer.found_inf:
         raise _non_finite(config, step, "a gradient is not finite")
     return loss
+
+
+def _total(out: Any, config: TrainConfig) -> torch.Tensor:
+    """What is minimised: the loss with all that is added to it."""
+    total: torch.Tensor = out.loss + out.z_loss if config.z_loss else out.loss
+    if getattr(out, "balance_loss", None) is not None:
+        total = total + out.balance_loss + out.router_z_loss
+    return total
 
 
 def _non_finite(config: TrainConfig, step: int, what: str) -> NonFiniteError:
@@ -292,6 +327,11 @@ def _flops(now: _Run) -> ModelFlops | None:
     return ModelFlops.of(config, now.config.data.length) if isinstance(config, GPTConfig) else None
 
 
+def _expert_layers(model: torch.nn.Module) -> tuple[int, ...]:
+    config = getattr(model, "config", None)
+    return config.expert_layers if isinstance(config, GPTConfig) else ()
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -320,13 +360,17 @@ def _measure(now: _Run, metrics: MetricsFile, progress: Progress) -> None:
 
 
 def _headline(now: _Run, flops: ModelFlops | None, ceiling: peak.Peak) -> str:
-    count = sum(p.numel() for p in now.model.parameters())
+    parameters = f"{format_count(sum(p.numel() for p in now.model.parameters()))} parameters"
+    if now.routing is not None:
+        config = now.model.config
+        assert isinstance(config, GPTConfig)
+        parameters += f" ({format_count(accounting.active_parameters(config))} for each token)"
     data = now.config.data
     batch = f"{data.batch * data.length * data.accumulate}"
     if data.ramp_tokens:
         batch = f"{_tokens_per_update(now.config, 0)} to {batch}"
     cost = f"{flops.per_token / 1e6:.3g} MFLOP/token ({FORMULA})" if flops else "FLOPs per token unknown"
-    return f"{format_count(count)} parameters, {now.config.dtype}, {batch} tokens/update, {cost}, {ceiling}"
+    return f"{parameters}, {now.config.dtype}, {batch} tokens/update, {cost}, {ceiling}"
 
 
 def _say_stopped(now: _Run, signal: int) -> None:
@@ -343,9 +387,11 @@ def _plot(now: _Run) -> Path | None:
     from gptcore.train.metrics import read
 
     lines = read(now.directory.metrics)
+    routing = [(line["step"], line["routing"]) for line in lines if line.get("routing")]
     train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
     held = [(e["step"], e["val_loss"]) for e in lines if e["kind"] == "evaluation" and "val_loss" in e]
     try:
+        plot.routing_curves(now.directory.routing, routing, title=now.directory.path.name)
         return plot.loss_curve(now.directory.curve, train, held, title=now.directory.path.name)
     except OSError as error:  # the run itself is whole and saved
         print(f"gptcore: cannot write {now.directory.curve}: {error.strerror}", file=sys.stderr)

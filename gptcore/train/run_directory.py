@@ -1,6 +1,7 @@
 """The directory of one run, and the lock that keeps a second run out of it.
 
-``checkpoints/``, ``metrics.jsonl``, ``config.json``, ``loss.png`` and ``lock``.
+``checkpoints/``, ``metrics.jsonl``, ``config.json``, ``loss.png`` and ``lock``; of a
+model with experts also ``routing.png``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.config = self.path / "config.json"
         self.curve = self.path / "loss.png"
+        self.routing = self.path / "routing.png"
 
     def __enter__(self) -> RunDirectory:
         try:
