@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gptcore.data.dataset import TokenDataset
     from gptcore.data.vocabulary import Tokenizer
+    from gptcore.models import GPT
     from gptcore.train import Result, TrainConfig
 
 
@@ -35,6 +36,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
 
     Raises UserError for settings and data that don't fit.
     """
+    from gptcore import checkpoint
     from gptcore import train as training
     from gptcore.data.loader import Loader
     from gptcore.infer.trained import TOKENIZER_DIRECTORY
@@ -44,6 +46,8 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
     spec = config.data
     loader = Loader(data.train, spec.batch, spec.length, config.seed, mode=spec.mode, documents=spec.packed)
     model = GPT(config.model_config(data.tokenizer.vocab_size), seed=config.seed)
+    if config.start and not checkpoint.steps(Path(config.run_dir) / "checkpoints"):
+        _start(config.start, model, data.tokenizer)
     data.tokenizer.save(Path(config.run_dir) / TOKENIZER_DIRECTORY)
     return training.run(
         config,
@@ -55,6 +59,17 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Result:
         measure_peak=not quiet,  # takes a second, for a figure that only the progress line shows
         quiet=quiet,
     )
+
+
+def _start(start: str, model: GPT, tokenizer: Tokenizer) -> None:
+    """Give ``model`` the weights of the one at ``start``, which must have been trained with ``tokenizer``."""
+    from gptcore.data import tokenizer as tokenizers
+    from gptcore.infer import trained
+    from gptcore.models.upcycling import copy_weights
+
+    source, own = trained.load(start)
+    tokenizers.require_same(own.fingerprint, start, tokenizer.fingerprint, "the data")
+    copy_weights(source, model)
 
 
 def kept_settings(run_dir: str | Path) -> TrainConfig:

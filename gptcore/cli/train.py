@@ -4,6 +4,9 @@ WHAT is the name of a preset ('gptcore presets' lists them) and what to train on
 that 'gptcore prepare' made, or 'builtin', text found on this machine. Settings come from the preset, then
 from --config, then from the other options, then from --set; docs/training.md explains them.
 
+--start begins with the weights of a trained model instead of random ones. With --set model.moe.num_experts=8 the
+feed-forward layers of a dense model become experts, all copies at first.
+
 A run lives in its directory: checkpoints, metrics.jsonl, loss.png, config.json. The same command
 continues a run that was stopped; --resume continues it with the settings kept there.
 
@@ -13,6 +16,8 @@ Examples:
   gptcore train gpt2 prepared/ --set dtype=bfloat16 --set data.batch=4 --set data.length=512
   gptcore train --config my.toml --set steps=5000
   gptcore train --resume runs/book
+  gptcore train --start models/mixtral book.txt --out runs/tuned
+  gptcore train --start runs/book book.txt --out runs/experts --set model.moe.num_experts=8
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import UserError
 
@@ -45,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="directory of the run (runs/gpt)")
     parser.add_argument("--steps", type=int, metavar="N", help="updates (2000)")
     parser.add_argument("--resume", metavar="DIR", help="continue this run with the settings kept there")
+    parser.add_argument(
+        "--start",
+        metavar="MODEL",
+        help="begin with the weights of a run, checkpoint or Hugging Face directory",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress line and no MFU")
 
 
@@ -73,6 +83,15 @@ def _configured(args: argparse.Namespace) -> TrainConfig:
         settings.insert(0, f"run_dir={json.dumps(args.out)}")
     if paths:
         settings.insert(0, f"data.path={json.dumps(paths)}")
+    if args.start is not None:
+        if preset is not None:
+            raise UserError(f"--start brings its own model; leave out '{preset}'")
+        base = _started(args.start)
+        return (
+            training.from_table(base, settings)
+            if args.config is None
+            else training.load(args.config, settings, base)
+        )
     if args.config is not None:
         if preset is not None:
             settings.insert(0, f"model.preset={json.dumps(preset)}")
@@ -80,6 +99,16 @@ def _configured(args: argparse.Namespace) -> TrainConfig:
     preset = preset or _DEFAULT_PRESET
     length = min(_DEFAULT_LENGTH, presets.get(preset).context_length)
     return training.from_table({"model": {"preset": preset}, "data": {"length": length}}, settings)
+
+
+def _started(start: str) -> dict[str, Any]:
+    """The settings that follow from the model to start with: its own, its tokenizer, a length that it takes."""
+    from gptcore.infer import trained
+
+    config = trained.load(start)[0].config
+    length = min(_DEFAULT_LENGTH, config.context_length)
+    tokenizer = str(trained.tokenizer_place(start))
+    return {"start": start, "model": config.to_dict(), "data": {"length": length, "tokenizer": tokenizer}}
 
 
 def _split(what: list[str]) -> tuple[str | None, list[str]]:
@@ -98,8 +127,10 @@ def _continued(args: argparse.Namespace) -> TrainConfig:
     """The settings of the run to resume; only the length of the run may be given anew."""
     from gptcore.cli import pipeline
 
-    if args.what or args.config or args.out:
-        raise UserError("--resume takes the settings kept with the run; leave out WHAT, --config and --out")
+    if args.what or args.config or args.out or args.start:
+        raise UserError(
+            "--resume takes the settings kept with the run; leave out WHAT, --config, --out and --start"
+        )
     config = pipeline.kept_settings(args.resume)
     steps = [] if args.steps is None else [f"steps={args.steps}"]
     return config.with_overrides([*steps, *args.set])

@@ -33,6 +33,16 @@ def load(
     return _model(run, tensors, state), _tokenizer(run, state, tokenizer)
 
 
+def tokenizer_place(path: str | os.PathLike[str]) -> Path:
+    """Where :func:`load` looks for the tokenizer of the model at ``path``."""
+    place = Path(path)
+    if place.is_file():
+        return place.parent.parent / TOKENIZER_DIRECTORY
+    if place.name == _CHECKPOINT_DIRECTORY:
+        return place.parent / TOKENIZER_DIRECTORY
+    return place / TOKENIZER_DIRECTORY if (place / _CHECKPOINT_DIRECTORY).is_dir() else place
+
+
 def _published(directory: Path, tokenizer: str | os.PathLike[str] | None) -> tuple[GPT, Tokenizer]:
     from gptcore.data import tokenizer as tokenizers
 

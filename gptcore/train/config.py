@@ -165,13 +165,15 @@ class TrainConfig(Spec):
     """Everything that decides a run. The same config gives the same bits, whatever the thread count.
 
     ``model`` is a table of :class:`GPTConfig`, optionally over ``preset = "gpt2"``; :meth:`model_config`
-    resolves it. ``dtype`` bfloat16 trains bf16 weights with f32 masters. ``threads`` 0 takes what the
-    machine gives. ``log_every`` is in updates.
+    resolves it. ``start`` names a run, checkpoint or Hugging Face directory whose weights the run begins with; a dense
+    model's go to every expert of one with experts. ``dtype`` bfloat16 trains bf16 weights with f32 masters.
+    ``threads`` 0 takes what the machine gives. ``log_every`` is in updates.
     """
 
     section: ClassVar[str] = ""
 
     run_dir: str = "runs/gpt"
+    start: str = ""
     steps: int = 2000
     seed: int = 1337
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -245,8 +247,10 @@ class TrainConfig(Spec):
         return config
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
-    """Reads a TOML file and lays ``key.sub=value`` overrides over it.
+def load(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """Reads a TOML file and lays ``key.sub=value`` overrides over it, and it over the table ``base``.
 
     Raises:
         UserError: no such file, not TOML, an unknown key (with the nearest name), a wrong type or value.
@@ -259,7 +263,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainCo
         raise UserError(f"cannot read config {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"config {path} is not valid TOML: {error}") from error
-    return from_table(table, overrides)
+    return from_table(merge(base or {}, table), overrides)
 
 
 def from_table(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:

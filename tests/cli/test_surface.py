@@ -8,7 +8,7 @@ SURFACE = {
         "INPUT...", "--held-out", "--out", "--quiet", "--replace", "--separator", "--text-field", "--tokenizer",
         "--vocab-size",
     ],
-    "train": ["WHAT...", "--config", "--out", "--quiet", "--resume", "--set", "--steps"],
+    "train": ["WHAT...", "--config", "--out", "--quiet", "--resume", "--set", "--start", "--steps"],
     "generate": [
         "MODEL", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples", "--seed",
         "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",
