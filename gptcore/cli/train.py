@@ -4,8 +4,8 @@ WHAT is the name of a preset ('gptcore presets' lists them) and what to train on
 that 'gptcore prepare' made, or 'builtin', text found on this machine. Settings come from the preset, then
 from --config, then from the other options, then from --set; docs/training.md explains them.
 
---start begins with the weights of a trained model instead of random ones. With --set model.moe.num_experts=8 the
-feed-forward layers of a dense model become experts, all copies at first.
+--start begins with the weights of a trained model instead of random ones. With
+--set model.moe.num_experts=8 the feed-forward layers of a dense model become experts, all copies at first.
 
 A run lives in its directory: checkpoints, metrics.jsonl, loss.png, config.json. The same command
 continues a run that was stopped; --resume continues it with the settings kept there.

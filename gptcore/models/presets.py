@@ -277,7 +277,13 @@ def _small() -> list[Preset]:
     experts = quick.merged(
         {
             "mlp": {"hidden_size": 352},
-            "moe": {"num_experts": 8, "top_k": 2, "capacity_factor": 2.5, "router_init_scale": 0.1},
+            "moe": {
+                "num_experts": 8,
+                "top_k": 2,
+                "capacity_factor": 2.5,
+                "eval_capacity_factor": 0.0,
+                "router_init_scale": 0.1,
+            },
         }
     )
     return [

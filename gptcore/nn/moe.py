@@ -193,6 +193,9 @@ class MoE(torch.nn.Module):
 
         Returns:
             :class:`MoEOutput`; 0 beside the shared experts for a token whose choices were all dropped.
+
+        Raises:
+            ValueError: a mask that does not fit, another device than the CPU.
         """
         flat = x.reshape(-1, x.shape[-1])
         if mask is not None:
@@ -202,6 +205,8 @@ class MoE(torch.nn.Module):
                     f"{tuple(x.shape[:-1])}"
                 )
             mask = mask.reshape(-1)
+        if x.device.type != "cpu":  # the references' loops over tokens are no way to use another device
+            raise ValueError(f"MoE: argument 'x': got a tensor on {x.device}, expected one on the CPU")
         engine = _KERNELS if covered("moe", flat, self.up.weight) else _REFERENCES
         routing = self._route(engine, flat, mask, drop)
         rows = engine.dispatch(flat, routing.rows, routing.offsets)

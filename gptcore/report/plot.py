@@ -94,7 +94,7 @@ def routing_curves(
             axes.plot(steps, mean, color=shade, linewidth=1.2, label=f"block {layer}, {mean[-1]:.3f}")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         if len(layers) <= 8:
             axes.legend(frameon=False, fontsize="small", ncols=2)
     panels[0].set_title(title)

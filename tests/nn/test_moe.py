@@ -317,4 +317,6 @@ def test_mistakes_of_a_call_are_named():
         module(inputs())
     with pytest.raises(ValueError, match=r"argument 'mask': got torch.bool of shape \(3,\)"):
         module_of("swiglu")(inputs(), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="got a tensor on meta, expected one on the CPU"):
+        module_of("swiglu").to("meta")(inputs().to("meta"))
     assert ops.expert_capacity(33, 5, factor=1.0) == 7
