@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import gptcore.functional as F
+from gptcore.integrations import autocast_linear
 from gptcore.integrations.swap import Rule, original_forward, random_input
+
+# Where an embedding finds the gptcore.models.tied.TiedTable of a forward pass whose head is its weight too.
+TIED_TABLE = "_gptcore_tied_table"
 
 
 def _layer_norm(module: Any, input: Tensor) -> Tensor:
@@ -28,6 +32,10 @@ def _silu(module: Any, input: Tensor) -> Tensor:
 
 
 def _embedding(module: Any, input: Tensor) -> Tensor:
+    table = module.__dict__.get(TIED_TABLE)
+    if table is not None:
+        rows: Tensor = table.rows(input)
+        return rows
     return F.embedding(
         input, module.weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq,
         module.sparse,
@@ -35,7 +43,9 @@ def _embedding(module: Any, input: Tensor) -> Tensor:
 
 
 def _linear(module: Any, input: Tensor) -> Tensor:
-    """Few rows without gradients on the kernel; everything else is a product that torch does at the limit."""
+    """Few rows without gradients on the kernel, and training under autocast; other products torch does at the limit."""
+    if autocast_linear.takes(input, module.weight, module.bias):
+        return autocast_linear.autocast_linear(input, module.weight, module.bias, transposed=False)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
         return original_forward(module, input)
     return F.linear(input, module.weight, module.bias)

@@ -27,6 +27,7 @@ class TiedTable:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.has_rows = False
         self._gradient: Tensor | None = None
 
     @staticmethod
@@ -37,11 +38,13 @@ class TiedTable:
         tensor subclass, hooks on the embedding, a ``main_grad`` that collects gradients itself.
         """
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        kind = type(module)
         return (
             not torch.compiler.is_compiling()
             and torch.is_grad_enabled()
             and weight.requires_grad
-            and type(module) is Embedding
+            and (kind is Embedding or getattr(kind, "original", None) is torch.nn.Embedding)
+            and module.padding_idx is None  # whose row has no gradient as an embedding
             and type(weight) in (Tensor, torch.nn.Parameter)
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.bfloat16)
@@ -52,10 +55,12 @@ class TiedTable:
 
     def rows(self, tokens: Tensor) -> Tensor:
         """(..., C): the embeddings of ``tokens`` (...)."""
+        self.has_rows = True
         return _Rows.apply(self.weight, tokens, self)
 
     def head(self) -> Tensor:
-        """The table as the head sees it. Its gradient may be written to, and reaches ``weight`` by ``rows``."""
+        """The table as the head sees it. Its gradient may be written to, and reaches ``weight`` by ``rows``, which must
+        have been called in the same forward pass."""
         return _Head.apply(self.weight, self)
 
     def keep(self, gradient: Tensor) -> None:

@@ -81,12 +81,12 @@ def _moves(a: Tensor, b: Tensor) -> bool:
     if not _fixed_order:
         return False
     if a.dtype == torch.bfloat16:
-        return _amx()
+        return amx()
     return min(a.numel() // a.shape[-1], a.shape[-1], *b.shape) < SMALL
 
 
 @functools.cache
-def _amx() -> bool:
+def amx() -> bool:
     """Whether the library multiplies bf16 by AMX tiles and so splits sums over threads."""
     return "amx" in backend.available_isas()
 

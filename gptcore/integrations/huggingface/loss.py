@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from gptcore import backend, ops
 from gptcore.integrations.swap import Rule, original_forward
+from gptcore.integrations.torch_modules import TIED_TABLE
+from gptcore.models.tied import TiedTable
 
 _CALL = "fused_linear_cross_entropy"
 
@@ -33,10 +37,13 @@ def _causal_lm(model: Any, *arguments: Any, **keywords: Any) -> Any:
     counted, shifted = given.pop("num_items_in_batch", None), given.pop("shift_labels", None)
     ignored = given.get("ignore_index", -100)
     given.pop("logits_to_keep", None)
-    outputs = model.base_model(**given, return_dict=True)
+    head = model.get_output_embeddings()
+    with _tied_table(model, head) as table:
+        outputs = model.base_model(**given, return_dict=True)
+    weight = table.head() if table is not None and table.has_rows else head.weight
     if shifted is None:  # a token is predicted from those before it
         shifted = nn.functional.pad(labels, (0, 1), value=ignored)[..., 1:]
-    loss = _loss(model, outputs.last_hidden_state, shifted, ignored, counted)
+    loss = _loss(model, weight, outputs.last_hidden_state, shifted, ignored, counted)
     balance = _balance_loss(model, given, outputs)
     if balance is not None:
         loss = loss + model.router_aux_loss_coef * balance
@@ -67,10 +74,23 @@ def _uncovered(model: Any, given: dict[str, Any]) -> str | None:
     return None
 
 
-def _loss(model: Any, hidden: Tensor, targets: Tensor, ignored: int, counted: Any) -> Tensor:
-    head = model.get_output_embeddings()
+@contextmanager
+def _tied_table(model: Any, head: nn.Linear) -> Iterator[TiedTable | None]:
+    """For a pass that ends in the loss: where the head is the token embedding too, one gradient instead of two."""
+    embedding = model.get_input_embeddings()
+    table = None
+    if embedding.weight is head.weight and TiedTable.serves(embedding, head.weight):
+        table = embedding.__dict__[TIED_TABLE] = TiedTable(head.weight)
+    try:
+        yield table
+    finally:
+        embedding.__dict__.pop(TIED_TABLE, None)
+
+
+def _loss(model: Any, weight: Tensor, hidden: Tensor, targets: Tensor, ignored: int, counted: Any) -> Tensor:
+    bias = model.get_output_embeddings().bias
     loss: Tensor = ops.linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), head.weight, targets.reshape(-1), bias=head.bias, ignore_index=ignored,
+        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias=bias, ignore_index=ignored,
         logit_soft_cap=getattr(model.config, "final_logit_softcapping", None),
         reduction="mean" if counted is None else "sum",
     ).loss  # fmt: skip

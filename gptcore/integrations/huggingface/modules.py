@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gptcore.functional as F
 from gptcore import ops
+from gptcore.integrations import autocast_linear
 from gptcore.integrations.swap import Rule, original_forward, random_input
 from gptcore.nn.linear import SMALL
 
@@ -114,7 +115,26 @@ def _unknown_gate(name: str) -> Callable[[nn.Module], str | None]:
     return reason
 
 
+def _gpt2_mlp(module: Any, hidden_states: Tensor) -> Tensor:
+    """In training under autocast the activation is not kept between the two products but computed anew."""
+    up, down = module.c_fc, module.c_proj
+    form = _gate_kind(module.act)
+    plain = all(getattr(layer, "kernel_forward", None) is _conv1d for layer in (up, down))
+    plain = plain and form in ("tanh", "none") and not any(map(_is_watched, (up, down, module.act)))
+    if not plain or not autocast_linear.takes(hidden_states, down.weight, down.bias):
+        return original_forward(module, hidden_states)
+    return module.dropout(autocast_linear.activated_linear(up(hidden_states), down.weight, down.bias, form))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks or wrapper want to see its calls."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in module.__dict__ or any(getattr(module, name) for name in hooks)
+
+
 def _conv1d(module: Any, x: Tensor) -> Tensor:
+    if autocast_linear.takes(x, module.weight, module.bias):
+        return autocast_linear.autocast_linear(x, module.weight, module.bias, transposed=True)
     rows = x.numel() // x.shape[-1]
     few = 0 < rows <= SMALL and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
     if not few or torch.compiler.is_compiling() or not _taken(x, module.weight, module.bias):
@@ -155,5 +175,6 @@ RULES = [
         "gated feed-forward", _has("gate_up_proj", "down_proj", "activation_fn"), _packed_mlp,
         _rows_of("gate_up_proj"), _unknown_gate("activation_fn"),
     ),
+    Rule("GPT-2 feed-forward", _named("GPT2MLP"), _gpt2_mlp, lambda m: (random_input(m.c_fc.weight, 3, m.c_fc.nx),)),
     Rule("Conv1D without gradients", _named("Conv1D"), _conv1d, lambda m: (random_input(m.weight, 3, m.nx),)),
 ]  # fmt: skip
