@@ -173,7 +173,7 @@ class TrainConfig(Spec):
     section: ClassVar[str] = ""
 
     run_dir: str = "runs/gpt"
-    start: str = ""
+    start: str | None = None
     steps: int = 2000
     seed: int = 1337
     dtype: Literal["float32", "bfloat16"] = "float32"
