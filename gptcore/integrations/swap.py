@@ -58,7 +58,7 @@ class Report:
 def replace(model: nn.Module, *, verbose: bool = True) -> Report:
     """Swap, in place, every module of ``model`` that a kernel serves better; :func:`restore` undoes it.
 
-    torch's LayerNorm, RMSNorm, GELU, SiLU, Embedding and, for few rows without gradients, Linear; of transformers'
+    torch's LayerNorm, RMSNorm, GELU, SiLU, Embedding and, for few rows and under autocast, Linear; of transformers'
     models also RMSNorms, activations, gated feed-forwards, GPT-2's Conv1D, and attention where the model lets it be
     chosen. Parameters, state dict, hooks and module names do not change; a copy or a pickle of the model is swapped
     too. What is not supported stays as it is, in the module's class or, for a dtype or device, call by call.

@@ -76,5 +76,8 @@ RULES = [
             else None
         ),
     ),
-    Rule("Linear without gradients", _is(nn.Linear), _linear, lambda m: (random_input(m.weight, 3, m.in_features),)),
+    Rule(
+        "Linear, few rows or autocast", _is(nn.Linear), _linear,
+        lambda module: (random_input(module.weight, 3, module.in_features),),
+    ),
 ]  # fmt: skip

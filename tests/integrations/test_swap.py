@@ -74,7 +74,7 @@ def test_results_gradients_names_and_objects_stay(small: Small):
     assert all(isinstance(m, c) for m, c in zip(small.modules(), classes, strict=True))
     assert report.swapped == {
         "Embedding": ["table"], "LayerNorm": ["layer_norm"], "RMSNorm": ["rms_norm"], "GELU": ["gelu", "tanh"],
-        "SiLU": ["silu"], "Linear without gradients": ["up", "down"],
+        "SiLU": ["silu"], "Linear, few rows or autocast": ["up", "down"],
     }  # fmt: skip
     assert report.left == {
         ("Embedding", "max_norm, scale_grad_by_freq or sparse"): ["sparse"],

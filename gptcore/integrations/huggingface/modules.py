@@ -176,5 +176,5 @@ RULES = [
         _rows_of("gate_up_proj"), _unknown_gate("activation_fn"),
     ),
     Rule("GPT-2 feed-forward", _named("GPT2MLP"), _gpt2_mlp, lambda m: (random_input(m.c_fc.weight, 3, m.c_fc.nx),)),
-    Rule("Conv1D without gradients", _named("Conv1D"), _conv1d, lambda m: (random_input(m.weight, 3, m.nx),)),
+    Rule("Conv1D, few rows or autocast", _named("Conv1D"), _conv1d, lambda m: (random_input(m.weight, 3, m.nx),)),
 ]  # fmt: skip
