@@ -214,4 +214,14 @@ void view_capsule(py::handle source, TensorView* view, py::object* owner) {
   view_dlpack(static_cast<dlpack::ManagedTensor*>(plain)->tensor, false, source, view);
 }
 
+void view_copy(py::handle source, TensorView* view, py::object* owner, int64_t* dims) {
+  const py::object copy = source.attr("copy")();
+  if (view_numpy(copy, view, dims)) {
+    *owner = copy;
+  } else {
+    view_capsule(copy, view, owner);
+  }
+  view->readonly = true;
+}
+
 }  // namespace gptcore::bindings

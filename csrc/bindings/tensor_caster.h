@@ -48,6 +48,14 @@ TypeTraits traits_of(PyTypeObject* type);
 // `dims` is room for sizes and strides that the source does not store itself.
 bool view_numpy(py::handle source, TensorView* view, int64_t* dims);
 
+// Whether elements lie elsewhere than at multiples of their size, where kernels cannot address them.
+inline bool is_misaligned(const TensorView& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % static_cast<uintptr_t>(size_of(view.dtype)) != 0;
+}
+
+// Fills `view` from an aligned copy of a NumPy array, read-only since what is written there would be lost.
+void view_copy(py::handle source, TensorView* view, py::object* owner, int64_t* dims);
+
 // Fills `view` through `__dlpack__`. `owner` keeps the memory's description alive.
 void view_capsule(py::handle source, TensorView* view, py::object* owner);
 
@@ -66,8 +74,8 @@ inline void view_of(py::handle source, TensorView* view, py::object* owner, int6
     view_dlpack(tensor, false, source, view);
     return;
   }
-  if (traits.is_numpy && view_numpy(source, view, dims)) return;
-  view_capsule(source, view, owner);
+  if (!traits.is_numpy || !view_numpy(source, view, dims)) view_capsule(source, view, owner);
+  if (traits.is_numpy && is_misaligned(*view)) view_copy(source, view, owner, dims);
 }
 
 }  // namespace gptcore::bindings

@@ -203,6 +203,14 @@ def test_a_file_mapped_read_only_is_read_in_place(tmp_path: Path) -> None:
         ops.layer_norm(x, out=mapped)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["f32", "bf16"])
+def test_what_is_not_aligned_is_not_written(dtype: Any) -> None:
+    out = _view("misaligned", np.zeros((4, 6), dtype))
+    with pytest.raises(ValueError, match="'out': got a read-only array"):
+        ops.layer_norm(np.ones((4, 6), dtype), out=out)
+    assert not out.astype(np.float32).any()
+
+
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
