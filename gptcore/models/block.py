@@ -123,8 +123,8 @@ class Mlp(FeedForward):
 # What a layer of experts takes from ``MoESpec`` under the same name.
 _MOE_OPTIONS = (
     "num_experts", "top_k", "shared_experts", "renormalise", "capacity_factor", "eval_capacity_factor",
-    "capacity_convention", "capacity_minimum", "capacity_rounding", "second_choice", "priority", "balance", "noise",
-    "jitter", "dropout",
+    "capacity_convention", "capacity_minimum", "capacity_rounding", "second_choice", "priority", "balance",
+    "w_importance", "w_load", "noise", "jitter", "dropout",
 )  # fmt: skip
 
 

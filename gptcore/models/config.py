@@ -136,8 +136,9 @@ class MoESpec(Spec):
     A block of index i has experts where i % every == offset (None: the last of each ``every``). Activation and biases
     are those of ``model.mlp``, and so is the hidden size unless given. A capacity factor of 0 drops no token;
     ``eval_capacity_factor`` None is that of training. Generation with a cache drops none. ``balance_weight`` and
-    ``z_weight`` are the coefficients of the losses, which are summed over the layers. ``router_init_scale`` s draws
-    the router from N(0, s / C) (ST-MoE: 0.1); None: as the family's other matrices.
+    ``z_weight`` are the coefficients of the losses, which are summed over the layers; with ``balance`` "shazeer" those
+    of importance and load are ``balance_weight`` times ``w_importance`` and ``w_load``. ``router_init_scale`` s
+    draws the router from N(0, s / C) (ST-MoE: 0.1); None: as the family's other matrices.
     """
 
     section: ClassVar[str] = "model.moe"
@@ -156,7 +157,9 @@ class MoESpec(Spec):
     capacity_rounding: Literal["up", "down", "nearest"] = "up"
     second_choice: Literal["always", "gshard", "st_moe"] = "always"
     priority: Literal["position", "gate", "random"] = "position"
-    balance: Literal["first", "all"] = "first"
+    balance: Literal["first", "all", "shazeer"] = "first"
+    w_importance: float = 1.0
+    w_load: float = 1.0
     balance_weight: float = 1e-2
     z_weight: float = 1e-3
     noise: bool = False
@@ -188,10 +191,12 @@ class MoESpec(Spec):
             raise UserError(
                 f"{self.section}.second_choice: '{self.second_choice}' needs a top_k of 2 or more"
             )
+        if self.balance == "shazeer" and not self.noise:
+            raise UserError(f"{self.section}.balance: 'shazeer' needs {self.section}.noise = true")
         at_least_0 = {
             "shared_experts": self.shared_experts, "capacity_factor": self.capacity_factor,
             "eval_capacity_factor": self.eval_capacity_factor or 0.0, "balance_weight": self.balance_weight,
-            "z_weight": self.z_weight,
+            "z_weight": self.z_weight, "w_importance": self.w_importance, "w_load": self.w_load,
         }  # fmt: skip
         for name, value in at_least_0.items():
             if not 0 <= value < float("inf"):

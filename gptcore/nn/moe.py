@@ -10,14 +10,17 @@ from torch import Tensor
 
 from gptcore import ops
 from gptcore.errors import unknown_name
+from gptcore.nn import noisy_top_k
 from gptcore.nn.feed_forward import GATED, FeedForward, activate, activate_reference, known_activation
 from gptcore.nn.linear import Linear, linear
+from gptcore.nn.noisy_top_k import NoisyLogits
 from gptcore.nn.support import covered
 from gptcore.ops.grouped_linear import grouped_linear_reference
 from gptcore.ops.moe_dispatch import moe_combine_reference, moe_dispatch_reference
-from gptcore.ops.moe_router import moe_router_reference
+from gptcore.ops.moe_router import MOST_CHOICES, MOST_EXPERTS, moe_router_reference
 
 PRIORITIES = ("position", "gate", "random")
+BALANCES = ("first", "all", "shazeer")
 
 
 class MoEStatistics(NamedTuple):
@@ -99,6 +102,14 @@ _REFERENCES = _Engine(
 )  # fmt: skip
 
 
+def _check_sizes(num_experts: int, top_k: int) -> None:
+    if not 1 <= num_experts <= MOST_EXPERTS:
+        raise ValueError(f"MoE: argument 'num_experts': got {num_experts}, expected 1 to {MOST_EXPERTS}")
+    most = min(num_experts, MOST_CHOICES)
+    if not 1 <= top_k <= most:
+        raise ValueError(f"MoE: argument 'top_k': got {top_k} of {num_experts} experts, expected 1 to {most}")
+
+
 class MoE(torch.nn.Module):
     """``top_k`` of ``num_experts`` feed-forward layers for each token, chosen by a learned router.
 
@@ -119,7 +130,8 @@ class MoE(torch.nn.Module):
         capacity_convention, capacity_minimum, capacity_rounding: as ``expert_capacity`` takes them.
         second_choice: "always", or at random in training: "gshard", "st_moe".
         priority: who is placed first at an expert: by "position", by "gate", or in training at "random".
-        balance: whose share the balance loss takes, that of "first" choices or of "all".
+        balance: whose share the balance loss takes, that of "first" choices or of "all"; or "shazeer", the losses of
+            noisy top-K: ``w_importance`` * CV(importance)^2 + ``w_load`` * CV(load)^2. Needs ``noise``.
         noise: noisy top-K (Shazeer et al. 2017): in training, logits get normal noise times softplus(x W), W learned
             from 0.
         jitter: in training, the router's input is multiplied by uniform numbers within 1 - jitter and 1 + jitter
@@ -149,6 +161,8 @@ class MoE(torch.nn.Module):
         second_choice: str = "always",
         priority: str = "position",
         balance: str = "first",
+        w_importance: float = 1.0,
+        w_load: float = 1.0,
         noise: bool = False,
         jitter: float = 0.0,
         dropout: float = 0.0,
@@ -156,11 +170,15 @@ class MoE(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"MoE: argument 'top_k': got {top_k}, expected 1 to the {num_experts} experts")
-        if priority not in PRIORITIES:
-            raise unknown_name("priority", priority, PRIORITIES)
-        self.top_k, self.balance = top_k, balance
+        _check_sizes(num_experts, top_k)
+        for name, value, known in (("priority", priority, PRIORITIES), ("balance", balance, BALANCES)):
+            if value not in known:
+                raise unknown_name(name, value, known)
+        if balance == "shazeer" and not noise:
+            raise ValueError(
+                "MoE: argument 'balance': got 'shazeer' without noise, expected noise=True beside it"
+            )
+        self.top_k, self.balance, self.w_importance, self.w_load = top_k, balance, w_importance, w_load
         self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
@@ -227,8 +245,10 @@ class MoE(torch.nn.Module):
         priority: Any = "gate" if self.priority == "gate" else None
         if self.training and self.priority == "random":
             priority = torch.rand(tokens, device=x.device)
-        return engine.router(
-            self._logits(x),
+        logits = self._logits(x)
+        shazeer = self.balance == "shazeer"
+        routing = engine.router(
+            logits.noisy,
             top_k=self.top_k,
             capacity=self.capacity(tokens) if drop else None,
             renormalise=self.renormalise,
@@ -236,10 +256,18 @@ class MoE(torch.nn.Module):
             priority=priority,
             second_choice=self.second_choice if random else "always",
             uniforms=torch.rand(tokens, device=x.device) if random else None,
-            balance=self.balance,
+            balance="first" if shazeer else self.balance,
         )
+        return routing._replace(balance_loss=self._shazeer(logits, routing, mask)) if shazeer else routing
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _shazeer(self, logits: NoisyLogits, routing: Any, mask: Tensor | None) -> Tensor:
+        with torch.autocast(logits.noisy.device.type, enabled=False):
+            return noisy_top_k.balance_loss(
+                logits, routing.experts, renormalise=self.renormalise, mask=mask,
+                w_importance=self.w_importance, w_load=self.w_load,
+            )  # fmt: skip
+
+    def _logits(self, x: Tensor) -> NoisyLogits:
         """(N, E) of the router, f32 (f64 for f64), under autocast too: a rounded logit changes choices."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -247,9 +275,8 @@ class MoE(torch.nn.Module):
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             logits = linear(x, self.router.weight.to(x.dtype))
             if self.noise is None or not self.training:
-                return logits
-            scale = torch.nn.functional.softplus(linear(x, self.noise.weight.to(x.dtype)))
-            return logits + torch.randn_like(logits) * scale
+                return NoisyLogits(logits, logits)
+            return NoisyLogits.drawn(logits, linear(x, self.noise.weight.to(x.dtype)))
 
     def capacity(self, tokens: int) -> int | None:
         """Most tokens that an expert takes of ``tokens``, in the present mode; None is all."""

@@ -12,6 +12,7 @@ from gptcore.ops.arrays import Array, contiguous, empty, empty_like, is_torch, l
 from gptcore.ops.registration import TorchOp
 
 _NO_LIMIT = 2**31 - 1
+MOST_EXPERTS, MOST_CHOICES = 4096, 64  # the kernel's
 # A second choice of renormalised gate g is kept with probability min(1, g / threshold).
 SECOND_THRESHOLDS = {"always": 0.0, "gshard": 0.5, "st_moe": 0.2}
 CAPACITY_CONVENTIONS = ("per_token", "per_assignment")
@@ -159,12 +160,12 @@ def expert_capacity(
         )
     share = factor * tokens / experts * (top_k if convention == "per_assignment" else 1)
     capacity = max(_ROUNDINGS[rounding](share), minimum)
-    if capacity < 1:
+    if capacity < 1 and tokens:
         raise ValueError(
             f"expert_capacity: got 0 (factor {factor}, {tokens} tokens, {experts} experts, rounded {rounding}), "
             "expected at least 1; every token would be dropped"
         )
-    return capacity
+    return max(capacity, 1)  # no tokens: any will do
 
 
 def moe_router_reference(

@@ -125,6 +125,46 @@ def test_all_padding_and_no_tokens_at_all():
     out.sum().backward()
 
 
+def test_a_token_that_is_not_a_number_spoils_itself_and_the_losses():
+    module, x = module_of("swiglu"), inputs()
+    clean = module(x)
+    x[4, 3] = math.nan
+    out, statistics = module(x)
+    assert out[4].isnan().all()
+    others = [n for n in range(TOKENS) if n != 4]
+    assert torch.equal(out[others], clean.output[others])
+    for loss in (statistics.balance_loss, statistics.z_loss, statistics.entropy):
+        assert loss.isnan()
+    mask = torch.arange(TOKENS) != 4
+    masked = module(x, mask)
+    assert torch.equal(masked.output[others], clean.output[others]) and not masked.output[4].any()
+    assert masked.statistics.balance_loss.isfinite() and masked.statistics.z_loss.isfinite()
+
+
+def test_a_capacity_without_a_place():
+    """Nothing is dropped silently as a whole; without tokens there is nothing to drop."""
+    options = {"capacity_factor": 0.01, "capacity_minimum": 0, "capacity_rounding": "down"}
+    module = module_of("swiglu", **options)
+    with pytest.raises(
+        ValueError, match=r"expert_capacity: got 0 \(factor 0.01, 33 tokens, 5 experts, rounded down\)"
+    ):
+        module(inputs())
+    assert module(torch.empty(0, WIDTH)).output.shape == (0, WIDTH)
+    assert torch.equal(module(inputs(), drop=False).output, module_of("swiglu")(inputs()).output)
+
+
+def test_every_choice_of_a_token_dropped_leaves_the_shared_experts():
+    """One place for each expert and tokens that all want the same two: the first finds room, the others none."""
+    module = module_of("capacity", capacity_factor=0.01)
+    x = inputs()[:1].expand(TOKENS, WIDTH).contiguous()
+    out, statistics = module(x)
+    assert module.capacity(TOKENS) == 1
+    assert torch.equal(out[1:], module.shared(x)[1:]) and not torch.equal(out[0], module.shared(x)[0])
+    assert float(statistics.drop_rate) == pytest.approx(1 - 1 / TOKENS)
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
 def test_shapes_of_batches_and_what_is_watched():
     module, x = module_of("relu-three"), inputs(tokens=30)
     flat, batched = module(x), module(x.view(2, 15, WIDTH))
@@ -300,15 +340,23 @@ def test_grouped_linear_is_a_linear_layer_for_each_expert():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"top_k": 6}, "argument 'top_k': got 6, expected 1 to the 5 experts"),
-        ({"top_k": 0}, "argument 'top_k'"),
+        ({"top_k": 6}, "argument 'top_k': got 6 of 5 experts, expected 1 to 5"),
+        ({"top_k": 0}, "argument 'top_k': got 0 of 5 experts"),
+        ({"num_experts": 100, "top_k": 65}, "argument 'top_k': got 65 of 100 experts, expected 1 to 64"),
+        ({"num_experts": 0}, "argument 'num_experts': got 0, expected 1 to 4096"),
+        ({"num_experts": 4097}, "argument 'num_experts': got 4097, expected 1 to 4096"),
+        ({"balance": "shazer"}, "unknown balance 'shazer'; did you mean 'shazeer'"),
+        (
+            {"balance": "shazeer"},
+            "argument 'balance': got 'shazeer' without noise, expected noise=True beside it",
+        ),
         ({"priority": "gates"}, "unknown priority 'gates'; did you mean 'gate'"),
         ({"activation": "swigl"}, "unknown activation 'swigl'; did you mean 'swiglu'"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], sentence: str):
     with pytest.raises(ValueError, match=sentence):
-        nn.MoE(WIDTH, HIDDEN, EXPERTS, **options)
+        nn.MoE(WIDTH, HIDDEN, **{"num_experts": EXPERTS, **options})
 
 
 def test_mistakes_of_a_call_are_named():
