@@ -30,7 +30,8 @@ class Batch(NamedTuple):
 
     ``cu_seqlens``: (S + 1,) int32 over all B * T tokens, or None when documents are not told apart.
     ``target_bytes``: UTF-8 bytes of the targets, the divisor of bits per byte. ``target_count``: targets
-    that count (not ``IGNORE``). ``step``: the batch's number.
+    that count (not ``IGNORE``). ``step``: the batch's number. ``mask``: (B, T) bool, False for padding, or None
+    where there is none.
     """
 
     tokens: np.ndarray
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     target_bytes: int
     target_count: int
     step: int
+    mask: np.ndarray | None = None
 
 
 class _Source:
@@ -277,8 +279,8 @@ class Evaluation:
     """Held-out batches in the order of the data, every token but each shard's first a target once.
 
     All batches have the same shape: what is missing at the end of a shard or of the last batch is token 0
-    with target ``IGNORE``. Weigh batches by ``target_count``, or sum and divide by ``target_bytes``.
-    ``limit``: at most so many batches, from the front.
+    with target ``IGNORE`` and False in the batch's ``mask``. Weigh batches by ``target_count``, or sum and divide
+    by ``target_bytes``. ``limit``: at most so many batches, from the front.
     """
 
     def __init__(
@@ -312,18 +314,20 @@ class Evaluation:
             raise IndexError(f"batch_at: got step {step}, expected 0 to {self._batches - 1}")
         tokens = np.zeros((self.batch, self.length), np.int64)
         targets = np.full((self.batch, self.length), IGNORE, np.int64)
-        begins = np.zeros((self.batch, self.length), bool)
+        begins, mask = np.zeros((self.batch, self.length), bool), np.zeros((self.batch, self.length), bool)
         for row, (number, start) in enumerate(self._places[step * self.batch : (step + 1) * self.batch]):
             shard = self.data.shards[number]
             ids = shard.read(start, min(start + self.length + 1, shard.tokens))
             tokens[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = ids[1:]
+            mask[row, : len(ids) - 1] = True
             if self.documents:
                 starts = segment_starts(start, len(ids) - 1, shard.document_ends, self.data.eot)
                 begins[row, starts] = True
                 begins[row, len(ids) - 1 : len(ids)] = True
         bounds = cu_seqlens_at(begins) if self.documents else None
-        return _batch(tokens, targets, bounds, self.data.token_bytes, step)
+        batch = _batch(tokens, targets, bounds, self.data.token_bytes, step)
+        return batch if mask.all() else batch._replace(mask=mask)
 
 
 def _batch(

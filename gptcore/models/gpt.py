@@ -18,6 +18,7 @@ from gptcore.models.block import Context, KeyValueCache, Stack
 from gptcore.models.config import GPTConfig
 from gptcore.models.init import Projection, initialise
 from gptcore.models.norm import Norm
+from gptcore.models.padding import Padding
 from gptcore.models.positions import RotaryTables, document_positions
 from gptcore.models.tied import TiedTable
 from gptcore.nn.embedding import Embedding
@@ -105,6 +106,7 @@ class GPT(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
+        mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: KeyValueCache | None = None,
         all_logits: bool = False,
@@ -116,27 +118,53 @@ class GPT(nn.Module):
 
         tokens, targets: (B, T) integers; targets of -100 don't count. ``cu_seqlens`` (documents + 1,) int32
         bounds documents in the B·T tokens laid end to end: none sees another, and positions start anew.
+        ``mask`` (B, T) bool is False for padding, anywhere in a row (or document): it meets no layer, positions
+        count the tokens that are left, and what is given for it is 0.
         With targets: ``GPTLoss``. Without: logits (B, T, V). With ``cache``: keys and values are appended to
         it, and the logits are those of the last position (B, V) unless ``all_logits``.
         """
         last_only = cache is not None and not all_logits
         if cache is not None and (targets is not None or cu_seqlens is not None):
             raise ValueError("GPT: cache goes with neither targets nor cu_seqlens, got both")
+        if mask is not None:
+            if cache is not None:
+                raise ValueError("GPT: argument 'mask': got one beside a cache, expected None")
+            options = {"z_loss": z_loss, "label_smoothing": label_smoothing, "reduction": reduction}
+            return self._without_padding(Padding.of(tokens, mask, cu_seqlens), tokens, targets, options)
         table = self._tied_table() if targets is not None else None
         routing: list[MoEStatistics] = []
         x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only, table=table, routing=routing)
         if targets is not None:
             if targets.shape != tokens.shape:
-                got, expected = tuple(targets.shape), tuple(tokens.shape)
-                raise ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
+                raise _other_shape(targets, tokens)
             weight = self.head_weight if table is None else table.head()
             out = self._loss(x, weight, targets, z_loss, label_smoothing, reduction)
             return self._with_routing(out, routing) if routing else out
         logits = self.logits(x)
         return logits[:, 0] if last_only else logits.view(*tokens.shape, -1)
 
-    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """(B, T, C): what the head would read, for heads of another kind."""
+    def _without_padding(
+        self, padding: Padding, tokens: Tensor, targets: Tensor | None, options: dict[str, Any]
+    ) -> Any:
+        """``forward`` of the tokens that count, as documents."""
+        bounds = padding.cu_seqlens
+        if targets is None:
+            return padding.put(self.forward(padding.take(tokens), cu_seqlens=bounds))
+        if targets.shape != tokens.shape:
+            raise _other_shape(targets, tokens)
+        out = self.forward(padding.take(tokens), padding.take(targets), cu_seqlens=bounds, **options)
+        out = out._replace(logprobs=padding.put(out.logprobs))
+        if options["reduction"] == "none":
+            out = out._replace(loss=padding.put(out.loss), z_loss=padding.put(out.z_loss))
+        return out
+
+    def hidden(
+        self, tokens: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C): what the head would read, for heads of another kind; ``mask`` as ``forward`` takes it."""
+        if mask is not None:
+            padding = Padding.of(tokens, mask, cu_seqlens)
+            return padding.put(self.hidden(padding.take(tokens), cu_seqlens=padding.cu_seqlens))
         return self._hidden(tokens, cu_seqlens, None).view(*tokens.shape, -1)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -309,6 +337,11 @@ class GPT(nn.Module):
         """Bytes of parameters, gradients and AdamW state in this model's dtype."""
         size = self.token_embedding.weight.element_size()
         return accounting.state_bytes(self.config, parameter_bytes=size)
+
+
+def _other_shape(targets: Tensor, tokens: Tensor) -> ValueError:
+    got, expected = tuple(targets.shape), tuple(tokens.shape)
+    return ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
 
 
 class _ShrinkGradient(torch.autograd.Function):

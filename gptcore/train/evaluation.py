@@ -13,16 +13,27 @@ class Batches(Protocol):
     """A loader as training and evaluation see it: the batch is a pure function of its index."""
 
     def batch_at(self, step: int) -> Any:
-        """``tokens`` and ``targets`` (B, T), and ``cu_seqlens`` or None; NumPy arrays."""
+        """``tokens`` and ``targets`` (B, T), and ``cu_seqlens`` and ``mask``, each where there is one; NumPy arrays."""
         ...
 
 
-def tensors_of(batch: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """tokens (B, T) int64, targets (B, T) int64, cu_seqlens int32 or None, on ``device``."""
+def tensors_of(
+    batch: Any, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """tokens and targets (B, T) int64, and the model's options: what the batch has of cu_seqlens (int32) and of a
+    padding mask (B, T) (bool), on ``device``."""
     tokens = torch.as_tensor(batch.tokens).to(device, torch.int64)
     targets = torch.as_tensor(batch.targets).to(device, torch.int64)
-    bounds = getattr(batch, "cu_seqlens", None)
-    return tokens, targets, None if bounds is None else torch.as_tensor(bounds).to(device, torch.int32)
+    given = {
+        name: (getattr(batch, name, None), dtype)
+        for name, dtype in (("cu_seqlens", torch.int32), ("mask", torch.bool))
+    }
+    options = {
+        name: torch.as_tensor(array).to(device, dtype)
+        for name, (array, dtype) in given.items()
+        if array is not None
+    }
+    return tokens, targets, options
 
 
 def held_out(loader: Batches, batches: int) -> Callable[[torch.nn.Module], dict[str, float]]:
@@ -41,9 +52,8 @@ def held_out(loader: Batches, batches: int) -> Callable[[torch.nn.Module], dict[
         drop_rates: list[float] = []
         for index in range(batches):
             batch = loader.batch_at(index)
-            tokens, targets, bounds = tensors_of(batch, device)
-            options = {} if bounds is None else {"cu_seqlens": bounds}
-            count = int((targets >= 0).sum())
+            tokens, targets, options = tensors_of(batch, device)
+            count = int(((targets >= 0) & options.get("mask", torch.tensor(True))).sum())
             out = model(tokens, targets, **options)
             nats += float(out.loss) * count if count else 0.0
             drop_rates.extend(float(layer.drop_rate) for layer in getattr(out, "routing", ()))

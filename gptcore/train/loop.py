@@ -89,8 +89,9 @@ def run(
 
     Args:
         config: the settings; ``config.data`` and ``config.model`` describe, they are not built here.
-        model: ``model(tokens, targets, **options)`` gives ``.loss`` (mean nats per token) and ``.z_loss``, with
-            experts what ``GPTLoss`` has of them. Cast and moved as the config says; trained in place.
+        model: ``model(tokens, targets, **options)``, options being what a batch has of ``cu_seqlens`` and ``mask``,
+            gives ``.loss`` (mean nats per token) and ``.z_loss``, with experts what ``GPTLoss`` has of them. Cast and
+            moved as the config says; trained in place.
         loader: ``batch_at(i)`` for micro-batch i, counted from the start: ``config.micro_batches(step)``.
         evaluate: model → named numbers, ``val_loss`` and ``val_bits_per_byte`` among them; see ``held_out``.
         sample: model → text.
@@ -228,11 +229,9 @@ def update(
     optimizer.zero_grad()
     loss = 0.0
     for micro in micro_batches:
-        tokens, targets, bounds = tensors_of(loader.batch_at(micro), device)
-        options: dict[str, Any] = {} if bounds is None else {"cu_seqlens": bounds}
-        if config.z_loss:
-            options["z_loss"] = config.z_loss
-        out = model(tokens, targets, **options)
+        tokens, targets, options = tensors_of(loader.batch_at(micro), device)
+        z_loss = {"z_loss": config.z_loss} if config.z_loss else {}
+        out = model(tokens, targets, **options, **z_loss)
         _total(out, config).backward()
         if routing is not None:
             routing.add(out)

@@ -211,6 +211,8 @@ def test_evaluation_scores_every_token_once(
     assert sum(b.target_count for b in seen) == len(expected)
     for b in seen:
         assert b.tokens.shape == (batch, length)
+        counted = np.ones((batch, length), bool) if b.mask is None else b.mask
+        assert np.array_equal(counted, b.targets != IGNORE) and (b.mask is None or not b.mask.all())
         if documents:
             assert b.cu_seqlens is not None and b.cu_seqlens[0] == 0 and b.cu_seqlens[-1] == batch * length
             assert np.all(np.diff(b.cu_seqlens) > 0)
