@@ -1,4 +1,4 @@
-"""transformers models of every family, batches with padding, and one run of both."""
+"""transformers models of every family, their ways onto the kernels, batches with padding, and one run of both."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from typing import Any
 
 import torch
 
+import gptcore
+from gptcore.integrations import huggingface
 from tests.checkpoint.huggingface_cases import CASES
 
 LENGTH, PADDING = 37, 9
+ROUTES = ("attn_implementation", "apply", "replace")
+# Families whose own layers compute attention and leave no choice of it, and those without an apply_gptcore_to_*.
+OWN_ATTENTION = ("bloom", "gptj", "falcon")
+NOT_APPLIED = ("gptj", "falcon", "glm", "glm4")
 
 
 def family_of(config: Any) -> str:
@@ -28,6 +34,29 @@ def model_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
     return model.to(dtype)
+
+
+def has_route(name: str, route: str) -> bool:
+    """Whether the case's family can come onto the kernels by this one of ``ROUTES``."""
+    return CASES[name][0] not in {"attn_implementation": OWN_ATTENTION, "apply": NOT_APPLIED}.get(route, ())
+
+
+def apply_to(family: str) -> Any:
+    """``apply_gptcore_to_*`` of transformers' model_type."""
+    return getattr(huggingface, f"apply_gptcore_to_{family.removesuffix('_text')}")
+
+
+def put_on(model: Any, route: str) -> None:
+    """``model`` onto the kernels by one of ``ROUTES``."""
+    if route == "attn_implementation":
+        huggingface.register()
+        model.set_attn_implementation(huggingface.ATTENTION_NAME)
+    elif route == "apply":
+        apply_to(family_of(model.config))(model=model)
+    elif route == "replace":
+        gptcore.replace(model, verbose=False)
+    else:
+        raise ValueError(route)
 
 
 def batch(padding: str) -> dict[str, torch.Tensor]:

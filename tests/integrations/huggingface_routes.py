@@ -14,11 +14,10 @@ from torch.nn.functional import pad
 import gptcore
 from gptcore.checkpoint.huggingface import layout
 from gptcore.infer import KVCache
-from gptcore.integrations import huggingface
-from tests.integrations.huggingface_models import LENGTH, PADDING, family_of
+from tests.integrations.huggingface_models import LENGTH, PADDING, ROUTES, family_of, put_on
 
 PREFILLED = 20  # of LENGTH tokens; the rest are decoded one by one
-ROUTES = ("attn_implementation", "apply", "replace", "from_hf")
+EVERY_ROUTE = (*ROUTES, "from_hf")
 BATCHES = ("whole", "left", "right", "packed")
 
 
@@ -80,14 +79,7 @@ def by_route(model: Any, route: str, directory: Path) -> Swapped | Converted:
     if route == "from_hf":
         model.save_pretrained(directory)
         return Converted(gptcore.from_hf(directory), family_of(model.config))
-    if route == "attn_implementation":
-        huggingface.register()
-        model.set_attn_implementation(huggingface.ATTENTION_NAME)
-    elif route == "apply":
-        apply = getattr(huggingface, f"apply_gptcore_to_{family_of(model.config).removesuffix('_text')}")
-        apply(model=model)
-    elif route == "replace":
-        gptcore.replace(model, verbose=False)
+    put_on(model, route)
     return Swapped(model)
 
 

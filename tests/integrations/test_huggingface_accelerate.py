@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gptcore
-from tests.integrations.huggingface_models import batch, model_of
+from tests.integrations.huggingface_models import batch, model_of, put_on
 from tests.integrations.test_huggingface_training import Tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -20,17 +20,14 @@ from gptcore.integrations import huggingface  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
+def without_state() -> Iterator[None]:
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    huggingface.unapply()
-    transformers.utils.logging.set_verbosity_warning()
 
 
 def swapped(name: str) -> Any:
     model = model_of(name).train()
-    getattr(huggingface, f"apply_gptcore_to_{name}")(model=model)
+    put_on(model, "apply")
     return model
 
 

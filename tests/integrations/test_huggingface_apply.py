@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,29 @@ import torch
 
 import gptcore
 from gptcore import backend
-from tests.integrations.huggingface_models import CASES, assert_same, batch, model_of, run
+from tests.integrations.huggingface_models import (
+    CASES,
+    apply_to,
+    assert_same,
+    batch,
+    has_route,
+    model_of,
+    put_on,
+    run,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from gptcore.integrations import huggingface  # noqa: E402
 
-FAMILIES = (
-    "gpt2", "opt", "bloom", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral",
-)  # fmt: skip
-NAMES = [name for name in CASES if CASES[name][0].removesuffix("_text") in FAMILIES]
-
-
-def apply_to(name: str) -> Callable[..., Any]:
-    family = CASES[name][0].removesuffix("_text")
-    return getattr(huggingface, f"apply_gptcore_to_{family}")
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    backend.reset_report()
-    yield
-    huggingface.unapply()
-    transformers.utils.logging.set_verbosity_warning()
+NAMES = [name for name in CASES if has_route(name, "apply")]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_computes_the_loss_without_logits(name: str):
     model, inputs = model_of(name), batch("left")
     wanted, kept = run(model, inputs), inputs["labels"] >= 0
-    apply_to(name)(model=model)
+    put_on(model, "apply")
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -62,7 +53,7 @@ def test_models_built_afterwards_are_swapped_and_unapply_stops_it(name: str, tmp
     original.save_pretrained(tmp_path)
     with torch.no_grad():
         wanted = original(batch("left")["input_ids"]).logits
-    apply_to(name)()
+    apply_to(CASES[name][0])()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     # BLOOM has no choice; for Gemma 2 transformers chooses eager, as a user may
     kept = name in ("bloom", "gemma2")
@@ -185,16 +176,10 @@ def test_the_balance_of_experts_stays_in_the_loss(asked: str):
     assert got.logits is None and len(got.router_logits) == 3
     assert abs(got.aux_loss - wanted.aux_loss) <= 1e-5 * wanted.aux_loss
     assert abs(got.loss - wanted.loss) <= 1e-5 * wanted.loss
-    _, _, ours = run_without_logits(model, inputs)
-    for name, gradient in gradients.items():
-        assert (ours[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
-
-
-def run_without_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     model.zero_grad()
-    out = model(**inputs, skip_logits=True)
-    out.loss.backward()
-    return None, out.loss, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    got.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - gradients[name]).abs().max() <= 1e-5 * gradients[name].abs().max(), name
 
 
 def test_a_head_of_another_kind_keeps_the_models_loss():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,24 +9,18 @@ import torch
 
 from gptcore import backend
 from tests.checkpoint.huggingface_cases import CASES
-from tests.integrations.huggingface_models import LENGTH, assert_same, batch, model_of, run
+from tests.integrations.huggingface_models import LENGTH, assert_same, batch, has_route, model_of, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from gptcore.integrations import huggingface  # noqa: E402
 
-# These compute attention in their own layers and leave no choice of it.
-OWN_ATTENTION = ("bloom", "gptj", "falcon", "falcon-40b", "falcon-one-norm", "falcon-sequential")
-NAMES = [name for name in CASES if name not in OWN_ATTENTION]
+NAMES = [name for name in CASES if has_route(name, "attn_implementation")]
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
+def registered() -> None:
     huggingface.register()
-    backend.reset_report()
-    yield
-    transformers.utils.logging.set_verbosity_warning()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,36 +9,23 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import gptcore
-from tests.integrations.huggingface_models import batch, model_of
+from tests.integrations.huggingface_models import ROUTES, batch, model_of, put_on
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from gptcore.integrations import huggingface  # noqa: E402
-
-ROUTES = ("name", "replace", "apply")
-
 
 @pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    huggingface.register()
+def no_graphs() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-    huggingface.unapply()
-    transformers.utils.logging.set_verbosity_warning()
 
 
 def by(route: str, name: str, **changes: Any) -> Any:
     model = model_of(name, **changes)
     model.loss_type = "ForCausalLM"  # transformers warns that GPT-2 has none, which breaks eager's graph too
-    if route == "name":
-        model.set_attn_implementation(huggingface.ATTENTION_NAME)
-    elif route == "replace":
-        gptcore.replace(model, verbose=False)
-    elif route == "apply":
-        getattr(huggingface, f"apply_gptcore_to_{name}")(model=model)
+    if route != "eager":
+        put_on(model, route)
     return model
 
 
@@ -83,7 +70,8 @@ def test_backends(backend: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "routes"), [("gpt2", ("name", "replace")), ("llama", ("apply",)), ("gptj", ("replace",))]
+    ("name", "routes"),
+    [("gpt2", ("attn_implementation", "replace")), ("llama", ("apply",)), ("gptj", ("replace",))],
 )
 def test_generation_with_a_static_cache_and_compiled_decoding(name: str, routes: tuple[str, ...]):
     """transformers compiles the forward of one token by itself; on the CPU where this flag of its tests asks it to."""

@@ -10,13 +10,11 @@ import torch
 
 import gptcore
 from tests.checkpoint.huggingface_cases import CASES
-from tests.integrations.huggingface_models import batch, model_of
+from tests.integrations.huggingface_models import OWN_ATTENTION, ROUTES, batch, has_route, model_of, put_on
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import cache_utils  # noqa: E402
-
-from gptcore.integrations import huggingface  # noqa: E402
 
 NEW = 16
 FAMILIES = ["gpt2", "opt", "bloom", "gpt_neox", "gptj", "falcon", "llama", "mistral", "gemma3"]
@@ -43,15 +41,6 @@ DECODING: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    huggingface.register()
-    yield
-    huggingface.unapply()
-    transformers.utils.logging.set_verbosity_warning()
-
-
 def long_model(name: str) -> Any:
     key = {"gpt2": "n_positions", "gptj": "n_positions"}.get(name, "max_position_embeddings")
     return model_of(name, **({} if name == "bloom" else {key: 80}))
@@ -59,18 +48,11 @@ def long_model(name: str) -> Any:
 
 def by_every_route(name: str) -> Iterator[Any]:
     """The model on the kernels by each of the routes that its family has."""
-    if name not in ("bloom", "gptj", "falcon"):
-        model = long_model(name)
-        model.set_attn_implementation(huggingface.ATTENTION_NAME)
-        yield model
-    model = long_model(name)
-    gptcore.replace(model, verbose=False)
-    yield model
-    apply = getattr(huggingface, f"apply_gptcore_to_{name}", None)
-    if apply is not None:
-        model = long_model(name)
-        apply(model=model)
-        yield model
+    for route in ROUTES:
+        if has_route(name, route):
+            model = long_model(name)
+            put_on(model, route)
+            yield model
 
 
 def tokens_of(model: Any, inputs: dict[str, Any] | None = None, **options: Any) -> torch.Tensor:
@@ -161,7 +143,7 @@ def test_a_cache_of_the_users_is_continued(name: str):
             assert torch.equal(twice(model, kind(config=config, **options)), wanted)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] in ("bloom", "gptj", "falcon")])
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0] in OWN_ATTENTION])
 def test_the_weights_of_attention_come_from_the_layer_itself(name: str):
     model, inputs = model_of(name), batch("left")
     wanted = model(**inputs, output_attentions=True)

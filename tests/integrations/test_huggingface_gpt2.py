@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,13 +14,6 @@ from tests.integrations.huggingface_models import batch, model_of
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 GREEDY = {"do_sample": False, "min_new_tokens": 20, "max_new_tokens": 20, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    yield
-    transformers.utils.logging.set_verbosity_warning()
 
 
 def _swapped(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 import gptcore
 from gptcore import backend
-from tests.integrations.huggingface_models import batch, model_of
+from tests.integrations.huggingface_models import batch, model_of, put_on
 from tests.integrations.test_huggingface_training import Tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -21,19 +20,10 @@ from gptcore.integrations import huggingface  # noqa: E402
 FUSED = "fused_linear_cross_entropy"
 
 
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    backend.reset_report()
-    yield
-    huggingface.unapply()
-    transformers.utils.logging.set_verbosity_warning()
-
-
 def pair(name: str = "llama", **changes: Any) -> tuple[Any, Any]:
     """The same model twice in training, eager and ours."""
     theirs, ours = (model_of(name, **changes).train() for _ in range(2))
-    getattr(huggingface, f"apply_gptcore_to_{name}")(model=ours)
+    put_on(ours, "apply")
     return theirs, ours
 
 

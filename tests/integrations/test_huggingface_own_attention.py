@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,22 +11,14 @@ import gptcore
 from gptcore import backend, ops
 from gptcore.integrations.swap import Report, swap_modules
 from tests.checkpoint.huggingface_cases import CASES
-from tests.integrations.huggingface_models import LENGTH, assert_same, batch, model_of, run
+from tests.integrations.huggingface_models import LENGTH, OWN_ATTENTION, assert_same, batch, model_of, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from gptcore.integrations.huggingface import own_attention  # noqa: E402
 
-NAMES = [name for name in CASES if CASES[name][0] in ("bloom", "gptj", "falcon")]
+NAMES = [name for name in CASES if CASES[name][0] in OWN_ATTENTION]
 ATTENTION = "transformers attention"
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    backend.reset_report()
-    yield
-    transformers.utils.logging.set_verbosity_warning()
 
 
 @pytest.fixture
@@ -126,7 +117,7 @@ def test_a_mask_with_holes(name: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon"])
+@pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_dtypes_the_kernel_lacks_stay_on_torch(name: str, dtype: torch.dtype):
     model, inputs = model_of(name, dtype), unlabelled("left")
     with torch.no_grad():
@@ -137,7 +128,7 @@ def test_dtypes_the_kernel_lacks_stay_on_torch(name: str, dtype: torch.dtype):
     assert backend.report()[ATTENTION] == {f"dtype {dtype} on cpu": 3}
 
 
-@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon"])
+@pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_under_autocast(name: str):
     model, inputs = model_of(name), batch("left")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -192,7 +183,7 @@ def test_again_and_back(name: str):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon"])
+@pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_checkpointing_gives_the_same_gradients(name: str, reentrant: bool):
     model, inputs = model_of(name), batch("left")
     gptcore.replace(model, verbose=False)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integrations.huggingface_models import CASES, LENGTH, model_of
+from tests.integrations.huggingface_models import CASES, LENGTH, has_route, model_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from gptcore.integrations import huggingface  # noqa: E402
 from tests.integrations.huggingface_routes import (  # noqa: E402
     BATCHES,
-    ROUTES,
+    EVERY_ROUTE,
     Batch,
     Run,
     Swapped,
@@ -25,31 +23,13 @@ from tests.integrations.huggingface_routes import (  # noqa: E402
     by_route,
 )
 
-OWN_ATTENTION = ("bloom", "gptj", "falcon")  # in their own layers, without a choice
-NOT_APPLIED = ("gptj", "falcon", "glm", "glm4")
 NEW = 64
-
-
-def has(route: str, name: str) -> bool:
-    family = CASES[name][0]
-    return not (
-        (route == "attn_implementation" and family in OWN_ATTENTION)
-        or (route == "apply" and family in NOT_APPLIED)
-    )
-
-
 PAIRS = [
-    pytest.param(name, route, id=f"{name}-{route}") for name in CASES for route in ROUTES if has(route, name)
+    pytest.param(name, route, id=f"{name}-{route}")
+    for name in CASES
+    for route in EVERY_ROUTE
+    if has_route(name, route)
 ]
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    huggingface.unapply()
-    transformers.utils.logging.set_verbosity_warning()
 
 
 def assert_close(got: Run, wanted: Run) -> None:

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import gptcore
 from gptcore import backend
-from tests.integrations.huggingface_models import CASES, batch, model_of, run
+from tests.integrations.huggingface_models import CASES, OWN_ATTENTION, batch, model_of, run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-# These compute attention in their own layers, which are swapped one by one.
-OWN_ATTENTION = ("bloom", "gptj", "falcon")
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    backend.reset_report()
-    yield
-    transformers.utils.logging.set_verbosity_warning()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,11 @@ import pytest
 import torch
 
 import gptcore
-from tests.integrations.huggingface_models import model_of
+from tests.integrations.huggingface_models import model_of, put_on
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from gptcore.integrations import huggingface  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    transformers.utils.logging.set_verbosity_error()
-    yield
-    huggingface.unapply()
-    transformers.utils.logging.set_verbosity_warning()
 
 
 class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -55,7 +46,7 @@ def losses(model: Any, directory: Path, **settings: Any) -> list[float]:
 def test_trainer_takes_the_same_course(name: str, tmp_path: Path):
     wanted = losses(model_of(name), tmp_path)
     model = model_of(name)
-    getattr(huggingface, f"apply_gptcore_to_{name}")(model=model)
+    put_on(model, "apply")
     got = losses(model, tmp_path)
     assert len(got) == 9 and wanted[-1] < wanted[0]
     # Trainer logs four digits; rounding of 1e-6 grows with the updates
