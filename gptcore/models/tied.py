@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from gptcore import ops
 from gptcore.nn.embedding import Embedding
+from gptcore.nn.support import is_watched
 
 
 class TiedTable:
@@ -35,9 +36,8 @@ class TiedTable:
         """Whether ``weight`` of ``module`` may be used so: plain eager training on the kernels.
 
         Whatever else wants to see the two uses apart keeps autograd's own sum: a compiler, functorch, a
-        tensor subclass, hooks on the embedding, a ``main_grad`` that collects gradients itself.
+        tensor subclass, who watches the embedding, a ``main_grad`` that collects gradients itself.
         """
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         kind = type(module)
         return (
             not torch.compiler.is_compiling()
@@ -50,7 +50,7 @@ class TiedTable:
             and weight.dtype in (torch.float32, torch.bfloat16)
             and getattr(weight, "main_grad", None) is None
             and torch._C._functorch.peek_interpreter_stack() is None
-            and not any(getattr(module, name) for name in hooks)
+            and not is_watched(module)
         )
 
     def rows(self, tokens: Tensor) -> Tensor:

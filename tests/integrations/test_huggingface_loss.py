@@ -127,10 +127,14 @@ def test_another_index_to_ignore():
     assert assert_same_step(theirs, ours, {**inputs, "ignore_index": 0}).logits is None
 
 
-def test_hooks_on_the_head_are_run():
+@pytest.mark.parametrize("kind", ["forward", "full_backward"])
+def test_hooks_on_the_head_are_run(kind: str):
     theirs, ours = pair()
     for model in (theirs, ours):
-        model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+        if kind == "forward":
+            model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+        else:
+            model.lm_head.register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],))
     assert_same_step(theirs, ours, batch("right"))
     assert backend.report()[FUSED] == {"hooks on the head": 1}
 

@@ -56,6 +56,11 @@ def test_the_table_is_shared_only_where_nobody_looks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(TiedTable, "keep", lambda self, gradient: kept.append(gradient.shape))
     _gradient(_hooked(_model()))
     assert not kept
+    model, seen = _model(), []
+    forward = model.token_embedding.forward
+    model.token_embedding.forward = lambda tokens: (seen.append(tokens), forward(tokens))[1]
+    _gradient(model)
+    assert seen and not kept
     model = _model()
     model.token_embedding.weight.main_grad = torch.zeros(65, CONFIG.width)
     model(*_batch()).loss.backward()

@@ -17,6 +17,7 @@ from gptcore.integrations import torch_modules
 from gptcore.integrations.huggingface import attention, cache, modules
 from gptcore.integrations.swap import Rule, original_forward, random_input
 from gptcore.nn.linear import SMALL
+from gptcore.nn.support import is_watched
 
 
 class _Parts(NamedTuple):
@@ -122,16 +123,11 @@ _OURS = attention.ATTENTION_NAME
 
 def _is(module: nn.Module, name: str) -> bool:
     kind = type(module)
-    return kind.__name__ == name and modules._theirs(module) and _unheard(module)
+    return kind.__name__ == name and modules._theirs(module) and not is_watched(module)
 
 
 def _runs(module: Any, forward: Any) -> bool:
-    return getattr(type(module), "kernel_forward", None) is forward and _unheard(module)
-
-
-def _unheard(module: nn.Module) -> bool:
-    """Whether a call of the module is its class's forward and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return getattr(type(module), "kernel_forward", None) is forward and not is_watched(module)
 
 
 def _fits(module: Any, x: Tensor) -> bool:
@@ -140,7 +136,7 @@ def _fits(module: Any, x: Tensor) -> bool:
 
 
 def _does_nothing(module: Any) -> bool:
-    return type(module) is nn.Dropout and not (module.training and module.p) and _unheard(module)
+    return type(module) is nn.Dropout and not (module.training and module.p) and not is_watched(module)
 
 
 def _is_block(module: nn.Module) -> bool:

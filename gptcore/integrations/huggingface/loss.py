@@ -15,6 +15,7 @@ from gptcore import backend, ops
 from gptcore.integrations.swap import Rule, original_forward
 from gptcore.integrations.torch_modules import TIED_TABLE
 from gptcore.models.tied import TiedTable
+from gptcore.nn.support import is_watched
 
 _CALL = "fused_linear_cross_entropy"
 
@@ -62,7 +63,7 @@ def _uncovered(model: Any, given: dict[str, Any]) -> str | None:
     head = model.get_output_embeddings()
     if getattr(type(head), "original", type(head)) is not nn.Linear:
         return f"head of type {type(head).__name__}"
-    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+    if is_watched(head):
         return "hooks on the head"
     chosen = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)), ForCausalLMLoss)
     if hasattr(model, "_loss_function") or chosen is not ForCausalLMLoss:

@@ -16,6 +16,7 @@ from gptcore import ops
 from gptcore.integrations import autocast_linear
 from gptcore.integrations.swap import Rule, original_forward, random_input
 from gptcore.nn.linear import SMALL
+from gptcore.nn.support import is_watched
 
 _TANH = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation", "GELUTanh", "BloomGelu")
 # Gemma's norms multiply by 1 + weight.
@@ -120,16 +121,10 @@ def _gpt2_mlp(module: Any, hidden_states: Tensor) -> Tensor:
     up, down = module.c_fc, module.c_proj
     form = _gate_kind(module.act)
     plain = all(getattr(layer, "kernel_forward", None) is _conv1d for layer in (up, down))
-    plain = plain and form in ("tanh", "none") and not any(map(_is_watched, (up, down, module.act)))
+    plain = plain and form in ("tanh", "none") and not any(map(is_watched, (up, down, module.act)))
     if not plain or not autocast_linear.takes(hidden_states, down.weight, down.bias):
         return original_forward(module, hidden_states)
     return module.dropout(autocast_linear.activated_linear(up(hidden_states), down.weight, down.bias, form))
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody's hooks or wrapper want to see its calls."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in module.__dict__ or any(getattr(module, name) for name in hooks)
 
 
 def _conv1d(module: Any, x: Tensor) -> Tensor:
