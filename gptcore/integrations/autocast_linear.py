@@ -34,10 +34,16 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
-    """bf16 x @ weight.T + bias for x (..., K), weight (M, K); or x @ weight for a weight (K, M), ``transposed``."""
+def autocast_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool, gelu: str | None = None
+) -> Tensor:
+    """bf16 x @ weight.T + bias for x (..., K), weight (M, K); or x @ weight for a weight (K, M), ``transposed``.
+
+    With ``gelu``, torch's name of its form, gelu(x) takes the place of x, and backward computes it anew instead of
+    keeping it.
+    """
     rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1])
-    y: Tensor = _AutocastLinear.apply(rows, weight, bias, transposed)
+    y: Tensor = _AutocastLinear.apply(rows, weight, bias, transposed, gelu)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -50,26 +56,26 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, **transposed: boo
     return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
 
 
-def activated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """bf16 gelu(x) @ weight + bias for x (..., K) bf16 and weight (K, M), whose backward computes the activation anew
-    instead of keeping it."""
-    y: Tensor = _ActivatedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, approximate)
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _weight_gradient(left: Tensor, right: Tensor, weight: Tensor) -> Tensor:
-    """left.T @ right in f32, from bf16 factors."""
+def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, *, transposed: bool) -> Tensor:
+    """x.T @ dy in f32 for a weight (K, M), else dy.T @ x, from bf16 factors."""
+    left, right = (x, dy) if transposed else (dy, x)
     if amx():
         return ops.matmul(left, right, out=torch.empty_like(weight), transpose_a=True)
     return (left.t() @ right).float()
 
 
+def _activated(x: Tensor, gelu: str | None) -> Tensor:
+    return x if gelu is None else ops.gelu(x, approximate=gelu)
+
+
 class _AutocastLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, gelu: str | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.transposed = transposed
-        return _product(x, weight.to(torch.bfloat16), bias, transpose_b=not transposed)
+        ctx.transposed, ctx.gelu = transposed, gelu
+        return _product(_activated(x, gelu), weight.to(torch.bfloat16), bias, transpose_b=not transposed)
 
     @staticmethod
     @once_differentiable
@@ -77,33 +83,12 @@ class _AutocastLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dy = dy.contiguous()
         dx = dweight = dbias = None
+        if ctx.needs_input_grad[1]:
+            dweight = _weight_gradient(_activated(x, ctx.gelu), dy, weight, transposed=ctx.transposed)
+        if ctx.needs_input_grad[2]:
+            dbias = column_sums(dy).float()
         if ctx.needs_input_grad[0]:
             dx = _product(dy, weight.to(torch.bfloat16), transpose_b=ctx.transposed)
-        if ctx.needs_input_grad[1]:
-            dweight = _weight_gradient(x, dy, weight) if ctx.transposed else _weight_gradient(dy, x, weight)
-        if ctx.needs_input_grad[2]:
-            dbias = column_sums(dy).float()
-        return dx, dweight, dbias, None
-
-
-class _ActivatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.approximate = approximate
-        return _product(ops.gelu(x, approximate=approximate), weight.to(torch.bfloat16), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[1]:
-            dweight = _weight_gradient(ops.gelu(x, approximate=ctx.approximate), dy, weight)
-        if ctx.needs_input_grad[2]:
-            dbias = column_sums(dy).float()
-        if ctx.needs_input_grad[0]:
-            dactivated = _product(dy, weight.to(torch.bfloat16), transpose_b=True)
-            dx, _ = ops.gelu_backward(dactivated, x, approximate=ctx.approximate)
-        return dx, dweight, dbias, None
+            if ctx.gelu is not None:
+                dx, _ = ops.gelu_backward(dx, x, approximate=ctx.gelu)
+        return dx, dweight, dbias, None, None

@@ -124,7 +124,10 @@ def _gpt2_mlp(module: Any, hidden_states: Tensor) -> Tensor:
     plain = plain and form in ("tanh", "none") and not any(map(is_watched, (up, down, module.act)))
     if not plain or not autocast_linear.takes(hidden_states, down.weight, down.bias):
         return original_forward(module, hidden_states)
-    return module.dropout(autocast_linear.activated_linear(up(hidden_states), down.weight, down.bias, form))
+    product = autocast_linear.autocast_linear(
+        up(hidden_states), down.weight, down.bias, transposed=True, gelu=form
+    )
+    return module.dropout(product)
 
 
 def _conv1d(module: Any, x: Tensor) -> Tensor:
