@@ -142,6 +142,11 @@ def original_forward(module: nn.Module, *arguments: Any, **keywords: Any) -> Any
     return module.original.forward(module, *arguments, **keywords)  # type: ignore[union-attr, operator]
 
 
+def runs(module: nn.Module, *forwards: Forward) -> bool:
+    """Whether the module's class was swapped for one with one of these forwards."""
+    return getattr(type(module), "kernel_forward", None) in forwards
+
+
 def _swap(name: str, module: nn.Module, rule: Rule, report: Report, trial: bool) -> None:
     if "forward" in module.__dict__:  # accelerate's hooks and others wrap it so; a class would not be asked
         reason: str | None = "another library replaced its forward"

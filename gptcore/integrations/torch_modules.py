@@ -11,11 +11,11 @@ import gptcore.functional as F
 from gptcore.integrations import autocast_linear
 from gptcore.integrations.swap import Rule, original_forward, random_input
 
-# Where an embedding finds the gptcore.models.tied.TiedTable of a forward pass whose head is its weight too.
+# Where a swapped embedding finds the gptcore.models.tied.TiedTable of a forward pass whose head is its weight too.
 TIED_TABLE = "_gptcore_tied_table"
 
 
-def _layer_norm(module: Any, input: Tensor) -> Tensor:
+def layer_norm(module: Any, input: Tensor) -> Tensor:
     return F.layer_norm(input, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
@@ -31,7 +31,7 @@ def _silu(module: Any, input: Tensor) -> Tensor:
     return F.silu(input, inplace=module.inplace)
 
 
-def _embedding(module: Any, input: Tensor) -> Tensor:
+def embedding(module: Any, input: Tensor) -> Tensor:
     table = module.__dict__.get(TIED_TABLE)
     if table is not None:
         rows: Tensor = table.rows(input)
@@ -61,7 +61,7 @@ def _is(kind: type[nn.Module]) -> Any:
 
 
 RULES = [
-    Rule("LayerNorm", _is(nn.LayerNorm), _layer_norm, _normed),
+    Rule("LayerNorm", _is(nn.LayerNorm), layer_norm, _normed),
     Rule("RMSNorm", _is(nn.RMSNorm), _rms_norm, _normed),
     Rule("GELU", _is(nn.GELU), _gelu, lambda module: (random_input(None, 3, 40),)),
     Rule(
@@ -69,7 +69,7 @@ RULES = [
         lambda module: "it writes its input" if module.inplace else None,
     ),
     Rule(
-        "Embedding", _is(nn.Embedding), _embedding, lambda module: (torch.arange(min(3, module.num_embeddings)),),
+        "Embedding", _is(nn.Embedding), embedding, lambda module: (torch.arange(min(3, module.num_embeddings)),),
         lambda module: (
             "max_norm, scale_grad_by_freq or sparse"
             if module.max_norm is not None or module.scale_grad_by_freq or module.sparse

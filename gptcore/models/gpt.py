@@ -218,9 +218,9 @@ class GPT(nn.Module):
 
     def _tied_table(self) -> TiedTable | None:
         """For a pass that ends in the loss of a tied head: see ``gptcore.models.tied``."""
-        module = self.token_embedding
-        serves = self.head is None and TiedTable.serves(module, module.weight)
-        return TiedTable(module.weight) if serves else None
+        embedding = self.token_embedding
+        ours = self.head is None and type(embedding) is Embedding
+        return TiedTable(embedding.weight) if ours and TiedTable.serves(embedding) else None
 
     def _embed(
         self, tokens: Tensor, positions: int | Tensor, table: TiedTable | None

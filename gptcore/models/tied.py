@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptcore import ops
-from gptcore.nn.embedding import Embedding
 from gptcore.nn.support import is_watched
 
 
@@ -32,25 +31,24 @@ class TiedTable:
         self._gradient: Tensor | None = None
 
     @staticmethod
-    def serves(module: torch.nn.Module, weight: Tensor) -> bool:
-        """Whether ``weight`` of ``module`` may be used so: plain eager training on the kernels.
+    def serves(embedding: torch.nn.Embedding) -> bool:
+        """Whether the weight of ``embedding``, which runs on our kernel, may be used so: in plain eager training.
 
         Whatever else wants to see the two uses apart keeps autograd's own sum: a compiler, functorch, a
         tensor subclass, who watches the embedding, a ``main_grad`` that collects gradients itself.
         """
-        kind = type(module)
+        weight = embedding.weight
         return (
             not torch.compiler.is_compiling()
             and torch.is_grad_enabled()
             and weight.requires_grad
-            and (kind is Embedding or getattr(kind, "original", None) is torch.nn.Embedding)
-            and module.padding_idx is None  # whose row has no gradient as an embedding
+            and embedding.padding_idx is None  # whose row has no gradient as an embedding
             and type(weight) in (Tensor, torch.nn.Parameter)
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.bfloat16)
             and getattr(weight, "main_grad", None) is None
             and torch._C._functorch.peek_interpreter_stack() is None
-            and not is_watched(module)
+            and not is_watched(embedding)
         )
 
     def rows(self, tokens: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gptcore import ops
 from gptcore.integrations import torch_modules
 from gptcore.integrations.huggingface import attention, cache, modules
-from gptcore.integrations.swap import Rule, original_forward, random_input
+from gptcore.integrations.swap import Rule, original_forward, random_input, runs
 from gptcore.nn.linear import SMALL
 from gptcore.nn.support import is_watched
 
@@ -104,9 +104,9 @@ def _parts(block: dict[str, nn.Module], x: Tensor) -> _Parts | None:
     norms = block["ln_1"], block["ln_2"]
     products = inner["c_attn"], inner["c_proj"], outer["c_fc"], outer["c_proj"]
     swapped = (
-        all(_runs(n, torch_modules._layer_norm) and _fits(n, x) for n in norms)
-        and all(_runs(p, modules._conv1d) and _fits(p, x) for p in products)
-        and _runs(outer["act"], modules._gelu_tanh)
+        all(_unwatched(n, torch_modules.layer_norm) and _fits(n, x) for n in norms)
+        and all(_unwatched(p, modules.conv1d) and _fits(p, x) for p in products)
+        and _unwatched(outer["act"], modules.gelu_tanh)
     )
     dropouts = inner["resid_dropout"], outer["dropout"]
     if (
@@ -123,11 +123,12 @@ _OURS = attention.ATTENTION_NAME
 
 def _is(module: nn.Module, name: str) -> bool:
     kind = type(module)
-    return kind.__name__ == name and modules._theirs(module) and not is_watched(module)
+    return kind.__name__ == name and modules.is_theirs(module) and not is_watched(module)
 
 
-def _runs(module: Any, forward: Any) -> bool:
-    return getattr(type(module), "kernel_forward", None) is forward and not is_watched(module)
+def _unwatched(module: Any, forward: Any) -> bool:
+    """Whether a call of the module is this forward and nothing else."""
+    return runs(module, forward) and not is_watched(module)
 
 
 def _fits(module: Any, x: Tensor) -> bool:
@@ -141,7 +142,7 @@ def _does_nothing(module: Any) -> bool:
 
 def _is_block(module: nn.Module) -> bool:
     return (
-        modules._theirs(module)
+        modules.is_theirs(module)
         and type(module).__name__ == "GPT2Block"
         and not hasattr(module, "crossattention")
     )

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gptcore import backend, ops
-from gptcore.integrations.swap import Rule, original_forward
+from gptcore.integrations import torch_modules
+from gptcore.integrations.huggingface.modules import is_theirs
+from gptcore.integrations.swap import Rule, original_forward, runs
 from gptcore.integrations.torch_modules import TIED_TABLE
 from gptcore.models.tied import TiedTable
 from gptcore.nn.support import is_watched
@@ -80,7 +82,8 @@ def _tied_table(model: Any, head: nn.Linear) -> Iterator[TiedTable | None]:
     """For a pass that ends in the loss: where the head is the token embedding too, one gradient instead of two."""
     embedding = model.get_input_embeddings()
     table = None
-    if embedding.weight is head.weight and TiedTable.serves(embedding, head.weight):
+    ours = embedding.weight is head.weight and runs(embedding, torch_modules.embedding)
+    if ours and TiedTable.serves(embedding):
         table = embedding.__dict__[TIED_TABLE] = TiedTable(head.weight)
     try:
         yield table
@@ -132,7 +135,7 @@ def _as_wanted(
 def _is_causal_lm(module: Any) -> bool:
     name = type(module).__name__
     known = name.endswith(("ForCausalLM", "LMHeadModel")) and hasattr(module, "get_output_embeddings")
-    return known and type(module).__module__.partition(".")[0] == "transformers"
+    return known and is_theirs(module)
 
 
 RULE = Rule("linear_cross_entropy", _is_causal_lm, _causal_lm, lambda module: ())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gptcore.functional as F
 from gptcore import ops
 from gptcore.integrations import autocast_linear
-from gptcore.integrations.swap import Rule, original_forward, random_input
+from gptcore.integrations.swap import Rule, original_forward, random_input, runs
 from gptcore.nn.linear import SMALL
 from gptcore.nn.support import is_watched
 
@@ -24,10 +24,10 @@ _ZERO_CENTRED = ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:
-    return lambda module: _theirs(module) and type(module).__name__ in names
+    return lambda module: is_theirs(module) and type(module).__name__ in names
 
 
-def _theirs(module: nn.Module) -> bool:
+def is_theirs(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "transformers"
 
 
@@ -58,10 +58,10 @@ def _rms_norm_zero_centred(module: Any, x: Tensor) -> Tensor:
 
 def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return _theirs(module) and type(module).__name__.endswith("RMSNorm") and getattr(weight, "ndim", 0) == 1
+    return is_theirs(module) and type(module).__name__.endswith("RMSNorm") and getattr(weight, "ndim", 0) == 1
 
 
-def _gelu_tanh(module: Any, input: Tensor) -> Tensor:
+def gelu_tanh(module: Any, input: Tensor) -> Tensor:
     return F.gelu(input, approximate="tanh")
 
 
@@ -105,7 +105,7 @@ def _packed_mlp(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _has(*children: str) -> Callable[[nn.Module], bool]:
-    return lambda module: _theirs(module) and {name for name, _ in module.named_children()} == set(children)
+    return lambda module: is_theirs(module) and {name for name, _ in module.named_children()} == set(children)
 
 
 def _unknown_gate(name: str) -> Callable[[nn.Module], str | None]:
@@ -120,7 +120,7 @@ def _gpt2_mlp(module: Any, hidden_states: Tensor) -> Tensor:
     """In training under autocast the activation is not kept between the two products but computed anew."""
     up, down = module.c_fc, module.c_proj
     form = _gate_kind(module.act)
-    plain = all(getattr(layer, "kernel_forward", None) is _conv1d for layer in (up, down))
+    plain = all(runs(layer, conv1d) for layer in (up, down))
     plain = plain and form in ("tanh", "none") and not any(map(is_watched, (up, down, module.act)))
     if not plain or not autocast_linear.takes(hidden_states, down.weight, down.bias):
         return original_forward(module, hidden_states)
@@ -130,7 +130,7 @@ def _gpt2_mlp(module: Any, hidden_states: Tensor) -> Tensor:
     return module.dropout(product)
 
 
-def _conv1d(module: Any, x: Tensor) -> Tensor:
+def conv1d(module: Any, x: Tensor) -> Tensor:
     if autocast_linear.takes(x, module.weight, module.bias):
         return autocast_linear.autocast_linear(x, module.weight, module.bias, transposed=True)
     rows = x.numel() // x.shape[-1]
@@ -162,7 +162,7 @@ def _row(module: Any) -> tuple[Tensor]:
 RULES = [
     Rule("RMSNorm", _named(*_ZERO_CENTRED), _rms_norm_zero_centred, _small),
     Rule("RMSNorm", _is_rms_norm, _rms_norm, _small),
-    Rule("GELU", _named(*_TANH), _gelu_tanh, _row),
+    Rule("GELU", _named(*_TANH), gelu_tanh, _row),
     Rule("GELU", _named("GELUActivation"), _gelu_erf, _row),
     Rule("SiLU", _named("SiLUActivation"), _silu, _row),
     Rule(
@@ -174,5 +174,5 @@ RULES = [
         _rows_of("gate_up_proj"), _unknown_gate("activation_fn"),
     ),
     Rule("GPT-2 feed-forward", _named("GPT2MLP"), _gpt2_mlp, lambda m: (random_input(m.c_fc.weight, 3, m.c_fc.nx),)),
-    Rule("Conv1D, few rows or autocast", _named("Conv1D"), _conv1d, lambda m: (random_input(m.weight, 3, m.nx),)),
+    Rule("Conv1D, few rows or autocast", _named("Conv1D"), conv1d, lambda m: (random_input(m.weight, 3, m.nx),)),
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gptcore import backend
 from gptcore.integrations.huggingface import rotary
 from gptcore.integrations.huggingface.attention import CALL, attention_forward
-from gptcore.integrations.swap import Rule, original_forward, random_input
+from gptcore.integrations.swap import Rule, original_forward, random_input, runs
 
 
 def _stays(hidden_states: Tensor, output_attentions: bool) -> bool:
@@ -199,5 +199,5 @@ RULES = [
 
 def is_swapped(model: nn.Module) -> bool:
     """Whether one of these rules has swapped layers of ``model``."""
-    ours = {rule.forward for rule in RULES}
-    return any(getattr(type(module), "kernel_forward", None) in ours for module in model.modules())
+    ours = [rule.forward for rule in RULES]
+    return any(runs(module, *ours) for module in model.modules())
