@@ -18,6 +18,15 @@ void check_matrix(const Checker& check, const TensorView& tensor, const char* na
   check.last_contiguous(tensor, name);
 }
 
+// A matrix of any height in a dtype of the kernels, and one of another height but its width and dtype.
+void check_pair(const Checker& check, const TensorView& first, const char* first_name,
+                const TensorView& second, const char* second_name) {
+  check.input(first, first_name, {DType::f32, DType::bf16});
+  check.ndim(first, first_name, 2);
+  check.last_contiguous(first, first_name);
+  check_matrix(check, second, second_name, first.dtype, -1, first.size(1));
+}
+
 void check_choices(const Checker& check, const TensorView& tensor, const char* name, DType type,
                    const TensorView& rows) {
   check.input(tensor, name, {type});
@@ -61,10 +70,7 @@ int64_t check_offsets(const Checker& check, const TensorView& offsets, int64_t c
 void moe_dispatch_forward(const TensorView& x, const TensorView& rows, const TensorView& offsets,
                           const TensorView& out) {
   const Checker check("moe_dispatch");
-  check.input(x, "x", {DType::f32, DType::bf16});
-  check.ndim(x, "x", 2);
-  check_matrix(check, x, "x", x.dtype, x.size(0), x.size(1));
-  check_matrix(check, out, "out", x.dtype, -1, x.size(1));
+  check_pair(check, x, "x", out, "out");
   check.writable(out, "out");
   check_rows(check, rows, x.size(0), out.size(0));
   MoeDispatch a{};
@@ -78,10 +84,7 @@ void moe_dispatch_forward(const TensorView& x, const TensorView& rows, const Ten
 void moe_combine_forward(const TensorView& y, const TensorView& rows, const TensorView& gates,
                          const TensorView& offsets, const TensorView& out) {
   const Checker check("moe_combine");
-  check.input(y, "y", {DType::f32, DType::bf16});
-  check.ndim(y, "y", 2);
-  check_matrix(check, y, "y", y.dtype, y.size(0), y.size(1));
-  check_matrix(check, out, "out", y.dtype, -1, y.size(1));
+  check_pair(check, y, "y", out, "out");
   check.writable(out, "out");
   check_rows(check, rows, out.size(0), y.size(0));
   if (gates) check_choices(check, gates, "gates", DType::f32, rows);
@@ -98,10 +101,7 @@ void moe_combine_backward(const TensorView& dout, const TensorView& y, const Ten
                           const TensorView& gates, const TensorView& offsets, const TensorView& dy,
                           const TensorView& dgates) {
   const Checker check("moe_combine_backward");
-  check.input(y, "y", {DType::f32, DType::bf16});
-  check.ndim(y, "y", 2);
-  check_matrix(check, y, "y", y.dtype, y.size(0), y.size(1));
-  check_matrix(check, dout, "dout", y.dtype, -1, y.size(1));
+  check_pair(check, y, "y", dout, "dout");
   check_rows(check, rows, dout.size(0), y.size(0));
   check_choices(check, gates, "gates", DType::f32, rows);
   check_matrix(check, dy, "dy", y.dtype, y.size(0), y.size(1));
