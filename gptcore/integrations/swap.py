@@ -70,11 +70,11 @@ def replace(model: nn.Module, *, verbose: bool = True) -> Report:
     Returns:
         :class:`Report`: what was swapped, and what was left and why.
     """
-    from gptcore.integrations.huggingface import attention, gpt2, modules, own_attention
-    from gptcore.integrations.torch_modules import RULES
+    from gptcore.integrations.huggingface import attention
+    from gptcore.integrations.huggingface.apply import RULES
 
     report = Report()
-    swap_modules(model, [*RULES, *modules.RULES, *own_attention.RULES, *gpt2.RULES], report)
+    swap_modules(model, RULES, report)
     attention.choose(model, report)
     if verbose:
         print(report)
@@ -195,6 +195,11 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def row(module: Any) -> tuple[Tensor]:
+    """Input for what works on numbers one by one."""
+    return (random_input(None, 3, 40),)
 
 
 def random_input(like: Tensor | None, *shape: int, scale: float = 1.0) -> Tensor:

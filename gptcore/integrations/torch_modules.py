@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import gptcore.functional as F
 from gptcore.integrations import autocast_linear
-from gptcore.integrations.swap import Rule, original_forward, random_input
+from gptcore.integrations.swap import Rule, original_forward, random_input, row
 
 # Where a swapped embedding finds the gptcore.models.tied.TiedTable of a forward pass whose head is its weight too.
 TIED_TABLE = "_gptcore_tied_table"
@@ -63,9 +63,9 @@ def _is(kind: type[nn.Module]) -> Any:
 RULES = [
     Rule("LayerNorm", _is(nn.LayerNorm), layer_norm, _normed),
     Rule("RMSNorm", _is(nn.RMSNorm), _rms_norm, _normed),
-    Rule("GELU", _is(nn.GELU), _gelu, lambda module: (random_input(None, 3, 40),)),
+    Rule("GELU", _is(nn.GELU), _gelu, row),
     Rule(
-        "SiLU", _is(nn.SiLU), _silu, lambda module: (random_input(None, 3, 40),),
+        "SiLU", _is(nn.SiLU), _silu, row,
         lambda module: "it writes its input" if module.inplace else None,
     ),
     Rule(

@@ -29,30 +29,36 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Family:
-    """``name``: transformers' module; ``base``: the class its models share; ``rope``: whether positions rotate."""
+    """``name``: transformers' folder; ``base``: the class its models share; ``rope``: whether positions rotate."""
 
     name: str
     base: str
     rope: bool = True
 
     @property
-    def modeling(self) -> Any:
-        return importlib.import_module(f"transformers.models.{self.name}.modeling_{self.name}")
+    def module(self) -> str:
+        return f"transformers.models.{self.name}.modeling_{self.name}"
 
 
 _FAMILIES = {
-    "gpt2": _Family("gpt2", "GPT2PreTrainedModel", rope=False),
-    "opt": _Family("opt", "OPTPreTrainedModel", rope=False),
-    "bloom": _Family("bloom", "BloomPreTrainedModel", rope=False),
-    "gpt_neox": _Family("gpt_neox", "GPTNeoXPreTrainedModel"),
-    "llama": _Family("llama", "LlamaPreTrainedModel"),
-    "qwen2": _Family("qwen2", "Qwen2PreTrainedModel"),
-    "qwen3": _Family("qwen3", "Qwen3PreTrainedModel"),
-    "mistral": _Family("mistral", "MistralPreTrainedModel"),
-    "gemma2": _Family("gemma2", "Gemma2PreTrainedModel"),
-    "gemma3": _Family("gemma3", "Gemma3PreTrainedModel"),
-    "mixtral": _Family("mixtral", "MixtralPreTrainedModel"),
+    family.name: family
+    for family in (
+        _Family("gpt2", "GPT2PreTrainedModel", rope=False),
+        _Family("opt", "OPTPreTrainedModel", rope=False),
+        _Family("bloom", "BloomPreTrainedModel", rope=False),
+        _Family("gpt_neox", "GPTNeoXPreTrainedModel"),
+        _Family("llama", "LlamaPreTrainedModel"),
+        _Family("qwen2", "Qwen2PreTrainedModel"),
+        _Family("qwen3", "Qwen3PreTrainedModel"),
+        _Family("mistral", "MistralPreTrainedModel"),
+        _Family("gemma2", "Gemma2PreTrainedModel"),
+        _Family("gemma3", "Gemma3PreTrainedModel"),
+        _Family("mixtral", "MixtralPreTrainedModel"),
+    )
 }
+
+# All that a live model is asked for, in this order.
+RULES = (*torch_modules.RULES, *modules.RULES, *own_attention.RULES, *gpt2.RULES)
 
 # Rules by the option that chooses them; embeddings, few rows and attention have none in Liger and are always ours.
 _BY_OPTION = {
@@ -64,9 +70,8 @@ def _apply(
     name: str, model: nn.Module | None, *, rope: bool, fused_linear_cross_entropy: bool, **options: bool
 ) -> Report | None:
     family = _FAMILIES[name]
-    modeling = family.modeling
-    every = (*torch_modules.RULES, *modules.RULES, *own_attention.RULES, *gpt2.RULES)
-    rules = [r for r in every if options.get(_BY_OPTION.get(r.kind, ""), True)]
+    modeling: Any = importlib.import_module(family.module)
+    rules = [r for r in RULES if options.get(_BY_OPTION.get(r.kind, ""), True)]
     if fused_linear_cross_entropy:
         rules.insert(0, loss.RULE)
     attention_module.register()
@@ -104,7 +109,7 @@ def _swap_when_built(base: Any, rules: Sequence[Rule]) -> None:
 def unapply() -> None:
     """Undo every ``apply_gptcore_to_*`` for models that are built later; ``gptcore.restore`` is for live ones."""
     for family in _FAMILIES.values():
-        modeling = sys.modules.get(f"transformers.models.{family.name}.modeling_{family.name}")
+        modeling = sys.modules.get(family.module)
         if modeling is None:
             continue
         base = getattr(modeling, family.base)

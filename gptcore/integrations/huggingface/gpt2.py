@@ -97,7 +97,7 @@ def _parts(block: dict[str, nn.Module], x: Tensor) -> _Parts | None:
     mlp: Any = block["mlp"]
     if (
         not (_is(layer, "GPT2Attention") and _is(mlp, "GPT2MLP"))
-        or layer.config._attn_implementation != _OURS
+        or layer.config._attn_implementation != attention.ATTENTION_NAME
     ):
         return None
     inner, outer = layer._modules, mlp._modules
@@ -116,9 +116,6 @@ def _parts(block: dict[str, nn.Module], x: Tensor) -> _Parts | None:
     ):
         return None
     return _Parts(norms[0], layer, *products[:2], norms[1], *products[2:])
-
-
-_OURS = attention.ATTENTION_NAME
 
 
 def _is(module: nn.Module, name: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gptcore.functional as F
 from gptcore import ops
 from gptcore.integrations import autocast_linear
-from gptcore.integrations.swap import Rule, original_forward, random_input, runs
+from gptcore.integrations.swap import Rule, original_forward, random_input, row, runs
 from gptcore.nn.linear import SMALL
 from gptcore.nn.support import is_watched
 
@@ -155,16 +155,12 @@ def _small(module: Any) -> tuple[Tensor]:
     return (random_input(module.weight, 3, module.weight.shape[0], scale=1e-3),)
 
 
-def _row(module: Any) -> tuple[Tensor]:
-    return (random_input(None, 3, 40),)
-
-
 RULES = [
     Rule("RMSNorm", _named(*_ZERO_CENTRED), _rms_norm_zero_centred, _small),
     Rule("RMSNorm", _is_rms_norm, _rms_norm, _small),
-    Rule("GELU", _named(*_TANH), gelu_tanh, _row),
-    Rule("GELU", _named("GELUActivation"), _gelu_erf, _row),
-    Rule("SiLU", _named("SiLUActivation"), _silu, _row),
+    Rule("GELU", _named(*_TANH), gelu_tanh, row),
+    Rule("GELU", _named("GELUActivation"), _gelu_erf, row),
+    Rule("SiLU", _named("SiLUActivation"), _silu, row),
     Rule(
         "gated feed-forward", _has("gate_proj", "up_proj", "down_proj", "act_fn"), _gated_mlp, _rows_of("gate_proj"),
         _unknown_gate("act_fn"),
