@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,23 +17,30 @@ OWN_ATTENTION = ("bloom", "gptj", "falcon")
 NOT_APPLIED = ("gptj", "falcon", "glm", "glm4")
 
 
-def family_of(config: Any) -> str:
-    """transformers' model_type."""
-    return str(config.model_type)
-
-
 def model_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """The case's model with eager attention, whose biases and gains are not at their trivial start."""
+    """The case's model."""
+    model_type, settings = CASES[name]
+    return built(model_type, {**settings, **changes}).to(dtype)
+
+
+def built(model_type: str, settings: dict[str, Any]) -> Any:
+    """A model with eager attention, whose biases and gains are not at their trivial start."""
     import transformers
 
-    model_type, settings = CASES[name]
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(model_type, **{**settings, **changes})
+    config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
-    return model.to(dtype)
+    return model
+
+
+def room_for(name: str, positions: int) -> dict[str, int]:
+    """The setting by which the case's model has so many; BLOOM counts none."""
+    family = CASES[name][0]
+    key = "n_positions" if family in ("gpt2", "gptj") else "max_position_embeddings"
+    return {} if family == "bloom" else {key: positions}
 
 
 def has_route(name: str, route: str) -> bool:
@@ -52,7 +59,7 @@ def put_on(model: Any, route: str) -> None:
         huggingface.register()
         model.set_attn_implementation(huggingface.ATTENTION_NAME)
     elif route == "apply":
-        apply_to(family_of(model.config))(model=model)
+        apply_to(model.config.model_type)(model=model)
     elif route == "replace":
         gptcore.replace(model, verbose=False)
     else:
@@ -74,28 +81,39 @@ def batch(padding: str) -> dict[str, torch.Tensor]:
     return inputs if padding == "no mask" else {**inputs, "attention_mask": mask}
 
 
-def run(
-    model: Any, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits, loss, and gradients by name."""
+def unlabelled(padding: str) -> dict[str, torch.Tensor]:
+    """``batch`` without its labels."""
+    return {name: value for name, value in batch(padding).items() if name != "labels"}
+
+
+class Run(NamedTuple):
+    """``logits``, where there are any; ``loss``; ``gradients`` by transformers' names."""
+
+    logits: torch.Tensor | None
+    loss: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def run(model: Any, inputs: dict[str, torch.Tensor]) -> Run:
     model.zero_grad()
     out = model(**inputs)
     out.loss.backward()
-    return (
-        out.logits.detach(),
-        out.loss.detach(),
-        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
-    )
+    return Run(out.logits.detach(), out.loss.detach(), gradients_of(model))
 
 
-def assert_same(got: tuple[Any, Any, Any], wanted: tuple[Any, Any, Any], kept: torch.Tensor) -> None:
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: Run, wanted: Run, kept: Any = slice(None)) -> None:
     """Logits at ``kept`` places, loss and gradients within 1e-5 of their largest magnitude."""
-    assert (got[0] - wanted[0])[kept].abs().max() <= 1e-5 * wanted[0][kept].abs().max()
-    assert abs(got[1] - wanted[1]) <= 1e-5 * wanted[1].abs()
-    assert got[2].keys() == wanted[2].keys()
-    for key, gradient in wanted[2].items():
+    if got.logits is not None:
+        assert (got.logits - wanted.logits)[kept].abs().max() <= 1e-5 * wanted.logits[kept].abs().max()
+    assert abs(got.loss - wanted.loss) <= 1e-5 * wanted.loss.abs()
+    assert got.gradients.keys() == wanted.gradients.keys()
+    for name, gradient in wanted.gradients.items():
         # a bias' gradient is a sum of terms of its weight's size, and for keys nothing but their rounding is left:
         # a shift of all scores changes no softmax
-        weight = wanted[2].get(key.replace(".bias", ".weight"), gradient)
+        weight = wanted.gradients.get(name.replace(".bias", ".weight"), gradient)
         scale = max(gradient.abs().max(), weight.abs().max())
-        assert (got[2][key] - gradient).abs().max() <= 1e-5 * scale, key
+        assert (got.gradients[name] - gradient).abs().max() <= 1e-5 * scale, name

@@ -14,19 +14,11 @@ from torch.nn.functional import pad
 import gptcore
 from gptcore.checkpoint.huggingface import layout
 from gptcore.infer import KVCache
-from tests.integrations.huggingface_models import LENGTH, PADDING, ROUTES, family_of, put_on
+from tests.integrations.huggingface_models import LENGTH, PADDING, ROUTES, Run, put_on
 
 PREFILLED = 20  # of LENGTH tokens; the rest are decoded one by one
 EVERY_ROUTE = (*ROUTES, "from_hf")
 BATCHES = ("whole", "left", "right", "packed")
-
-
-class Run(NamedTuple):
-    """``logits`` of the tokens that count, (N, V); ``loss``; ``gradients`` by transformers' names."""
-
-    logits: Tensor
-    loss: Tensor
-    gradients: dict[str, Tensor]
 
 
 class Batch(NamedTuple):
@@ -78,7 +70,7 @@ def by_route(model: Any, route: str, directory: Path) -> Swapped | Converted:
     """``model`` on the kernels; through ``directory`` where the route is a checkpoint."""
     if route == "from_hf":
         model.save_pretrained(directory)
-        return Converted(gptcore.from_hf(directory), family_of(model.config))
+        return Converted(gptcore.from_hf(directory), model.config.model_type)
     put_on(model, route)
     return Swapped(model)
 
@@ -90,6 +82,7 @@ class Swapped:
         self.model = model
 
     def run(self, batch: Batch) -> Run:
+        """Its logits are those of the tokens that count, (N, V)."""
         out = self.model(**self._inputs(batch), labels=batch.labels)
         logits = out.logits.detach()[batch.mask.bool()]
         return Run(logits, out.loss.detach(), self._gradients(out.loss))
@@ -97,7 +90,7 @@ class Swapped:
     def fused_run(self, batch: Batch) -> Run:
         """Through the loss that leaves the logits out, where the route has one."""
         loss = self.model(**self._inputs(batch), labels=batch.labels, skip_logits=True).loss
-        return Run(torch.empty(0), loss.detach(), self._gradients(loss))
+        return Run(None, loss.detach(), self._gradients(loss))
 
     def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
         named = dict(self.model.named_parameters())

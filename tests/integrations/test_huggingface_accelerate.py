@@ -11,7 +11,7 @@ import torch
 
 import gptcore
 from tests.integrations.huggingface_models import batch, model_of, put_on
-from tests.integrations.test_huggingface_training import Tokens
+from tests.integrations.huggingface_training import Tokens
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")

@@ -9,7 +9,16 @@ import torch
 
 from gptcore import backend
 from tests.checkpoint.huggingface_cases import CASES
-from tests.integrations.huggingface_models import LENGTH, assert_same, batch, has_route, model_of, run
+from tests.integrations.huggingface_models import (
+    LENGTH,
+    assert_same,
+    batch,
+    has_route,
+    model_of,
+    room_for,
+    run,
+    unlabelled,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -33,17 +42,15 @@ def test_without_a_mask_it_is_that_of_eager(name: str):
 
 
 def greedy(model: Any, **options: Any) -> torch.Tensor:
-    inputs = batch("left")
     return model.generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False, pad_token_id=0,
-        min_new_tokens=24, max_new_tokens=24, **options,
-    )  # fmt: skip
+        **unlabelled("left"), do_sample=False, pad_token_id=0, min_new_tokens=24, max_new_tokens=24, **options
+    )
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "mistral", "qwen2", "gemma2", "gemma3", "glm"])
 def test_greedy_generation_is_that_of_eager(name: str, cache: str):
-    model = model_of(name, max_position_embeddings=80) if name != "gpt2" else model_of(name, n_positions=80)
+    model = model_of(name, **room_for(name, 80))
     options = (
         {"use_cache": False} if cache == "none" else {"cache_implementation": cache, "disable_compile": True}
     )
@@ -83,7 +90,7 @@ def test_generation_returns_weights(name: str):
         "max_new_tokens": 4,
         "do_sample": False,
     }
-    inputs = {key: value for key, value in batch("left").items() if key != "labels"}
+    inputs = unlabelled("left")
     wanted = model.generate(**inputs, **options, pad_token_id=0)
     model.set_attn_implementation(huggingface.ATTENTION_NAME)
     got = model.generate(**inputs, **options, pad_token_id=0)
@@ -117,7 +124,7 @@ def test_a_window_needs_no_mask():
     ("name", "dtype"), [("llama", torch.float64), ("llama", torch.float16), ("gemma2", torch.float64)]
 )
 def test_what_the_kernel_lacks_goes_to_torch_and_is_reported(name: str, dtype: torch.dtype):
-    inputs = {key: value for key, value in batch("none").items() if key != "labels"}
+    inputs = unlabelled("none")
     model = model_of(name, dtype)
     kept = batch("none")["labels"] >= 0
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.integrations.huggingface_models import ROUTES, batch, model_of, put_on
+from tests.integrations.huggingface_models import ROUTES, batch, model_of, put_on, room_for, unlabelled
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -77,15 +77,15 @@ def test_generation_with_a_static_cache_and_compiled_decoding(name: str, routes:
     """transformers compiles the forward of one token by itself; on the CPU where this flag of its tests asks it to."""
     config = transformers.CompileConfig(backend="eager", fullgraph=True, dynamic=False, mode=None)
     config._compile_all_devices = True
-    key = {"gpt2": "n_positions", "gptj": "n_positions"}.get(name, "max_position_embeddings")
-    inputs = {name: value for name, value in batch("left").items() if name != "labels"}
     options = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4, "pad_token_id": 0}
     results = []
     for route in ("eager", *routes):
         torch.compiler.reset()
         counters.clear()
-        model = by(route, name, **{key: 80})
-        tokens = model.generate(**inputs, **options, cache_implementation="static", compile_config=config)
+        model = by(route, name, **room_for(name, 80))
+        tokens = model.generate(
+            **unlabelled("left"), **options, cache_implementation="static", compile_config=config
+        )
         results.append((tokens, counters["stats"]["unique_graphs"]))
     for tokens, graphs in results[1:]:
         assert torch.equal(tokens, results[0][0]) and 0 < graphs <= results[0][1]

@@ -10,7 +10,16 @@ import torch
 
 import gptcore
 from tests.checkpoint.huggingface_cases import CASES
-from tests.integrations.huggingface_models import OWN_ATTENTION, ROUTES, batch, has_route, model_of, put_on
+from tests.integrations.huggingface_models import (
+    OWN_ATTENTION,
+    ROUTES,
+    batch,
+    has_route,
+    model_of,
+    put_on,
+    room_for,
+    unlabelled,
+)
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -42,8 +51,7 @@ DECODING: dict[str, dict[str, Any]] = {
 
 
 def long_model(name: str) -> Any:
-    key = {"gpt2": "n_positions", "gptj": "n_positions"}.get(name, "max_position_embeddings")
-    return model_of(name, **({} if name == "bloom" else {key: 80}))
+    return model_of(name, **room_for(name, 80))
 
 
 def by_every_route(name: str) -> Iterator[Any]:
@@ -57,7 +65,7 @@ def by_every_route(name: str) -> Iterator[Any]:
 
 def tokens_of(model: Any, inputs: dict[str, Any] | None = None, **options: Any) -> torch.Tensor:
     if inputs is None:
-        inputs = {key: value for key, value in batch("left").items() if key != "labels"}
+        inputs = unlabelled("left")
     torch.manual_seed(4)
     settings = {
         "do_sample": False,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gptcore
-from tests.integrations.huggingface_models import batch, model_of
+from tests.integrations.huggingface_models import batch, model_of, unlabelled
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -121,7 +121,7 @@ def test_generation_that_reorders_or_crops_its_cache(options: dict[str, int]):
 
 def test_left_padding():
     model, ours = _swapped()
-    inputs = {key: value[:, :14] for key, value in batch("left").items() if key != "labels"}
+    inputs = {key: value[:, :14] for key, value in unlabelled("left").items()}
     assert torch.equal(ours.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
 
 

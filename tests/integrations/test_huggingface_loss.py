@@ -10,8 +10,8 @@ import torch
 
 import gptcore
 from gptcore import backend
-from tests.integrations.huggingface_models import batch, model_of, put_on
-from tests.integrations.test_huggingface_training import Tokens
+from tests.integrations.huggingface_models import batch, gradients_of, model_of, put_on, unlabelled
+from tests.integrations.huggingface_training import adapted, trained
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -35,34 +35,11 @@ def assert_same_step(theirs: Any, ours: Any, inputs: dict[str, Any]) -> Any:
         outputs.append(model(**inputs))
         outputs[-1].loss.backward()
     assert abs(outputs[1].loss - outputs[0].loss) <= 1e-5 * outputs[0].loss.abs()
-    wanted = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    got = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    wanted, got = gradients_of(theirs), gradients_of(ours)
     assert wanted and got.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max().clamp(min=1e-4), name
     return outputs[1]
-
-
-def trained(model: Any, directory: Path, **settings: Any) -> tuple[list[float], Any]:
-    """The losses of four updates and of an evaluation, and its metrics."""
-    pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
-    own = {
-        key: settings.pop(key)
-        for key in ("compute_loss_func", "compute_metrics", "data_collator")
-        if key in settings
-    }
-    arguments = transformers.TrainingArguments(
-        output_dir=str(directory), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=3e-3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=3, save_strategy="no",
-        **settings,
-    )  # fmt: skip
-    run = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Tokens(), eval_dataset=Tokens(), **own
-    )
-    run.train()
-    course = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    metrics = run.evaluate()
-    return [*course, metrics["eval_loss"]], metrics
 
 
 def custom_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -85,15 +62,16 @@ class Unpadded(torch.utils.data.Dataset[dict[str, list[int]]]):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"label_smoothing_factor": 0.2}, {"compute_loss_func": custom_loss}, {"compute_metrics": accuracy},
-     {"average_tokens_across_devices": False}, {"gradient_checkpointing": True}],
-    ids=lambda settings: next(iter(settings)),
+    ("option", "value"),
+    [("label_smoothing_factor", 0.2), ("compute_loss_func", custom_loss), ("compute_metrics", accuracy),
+     ("average_tokens_across_devices", False), ("gradient_checkpointing", True)],
 )  # fmt: skip
-def test_trainers_options(settings: dict[str, Any], tmp_path: Path):
+def test_trainers_options(option: str, value: Any, tmp_path: Path):
     theirs, ours = pair()
-    wanted, figures = trained(theirs, tmp_path, **settings)
-    got, others = trained(ours, tmp_path, **settings)
+    own = option.startswith("compute_")  # the Trainer's, not its arguments'
+    options = {option: value} if own else {"settings": {option: value}}
+    wanted, figures = trained(theirs, tmp_path, updates=4, **options)
+    got, others = trained(ours, tmp_path, updates=4, **options)
     assert len(wanted) == 5 and got == pytest.approx(wanted, rel=2e-4)
     assert others.get("eval_accuracy") == figures.get("eval_accuracy")
     assert FUSED not in backend.report()
@@ -169,17 +147,6 @@ def test_what_routes_experts_balances_them():
     assert routed.aux_loss is not None and routed.logits is None and len(routed.router_logits) == 2
 
 
-def adapted(model: Any, settings: Any) -> Any:
-    import peft
-
-    torch.manual_seed(5)
-    wrapped = peft.get_peft_model(model, settings)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return wrapped
-
-
 @pytest.mark.parametrize("padding", ["no mask", "left"])
 @pytest.mark.parametrize(
     ("kind", "settings", "fused"),
@@ -214,7 +181,7 @@ def test_replacing_what_peft_wrapped_and_back():
     assert report.swapped["attention"] == ["base_model.model"] and report.left == {}
     kept = inputs["labels"] >= 0
     assert (model(**inputs).logits - wanted)[kept].abs().max() <= 1e-5 * wanted[kept].abs().max()
-    tokens = {key: value for key, value in inputs.items() if key != "labels"}
+    tokens = unlabelled("left")
     generated = model.generate(**tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
     gptcore.restore(model)
     assert torch.equal(model(**inputs).logits, wanted)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import gptcore
 from gptcore.checkpoint import huggingface
 from gptcore.errors import UserError
+from tests.integrations.huggingface_models import built
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -75,16 +76,6 @@ def configurations(draw: Any) -> tuple[str, dict[str, Any]]:
         own["head_dim"] = size
     sizes = {"vocab_size": draw(st.integers(7, 40)), "pad_token_id": 0, "max_position_embeddings": 32}
     return family, {**sizes, **own}
-
-
-def built(family: str, values: dict[str, Any]) -> Any:
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(family, **values)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
-    return model
 
 
 def inputs_of(vocabulary: int, data: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integrations.huggingface_models import CASES, LENGTH, has_route, model_of
+from tests.checkpoint.huggingface_cases import CASES
+from tests.integrations.huggingface_models import LENGTH, Run, assert_same, has_route, model_of, room_for
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -16,7 +17,6 @@ from tests.integrations.huggingface_routes import (  # noqa: E402
     BATCHES,
     EVERY_ROUTE,
     Batch,
-    Run,
     Swapped,
     alone,
     batch_of,
@@ -32,23 +32,6 @@ PAIRS = [
 ]
 
 
-def assert_close(got: Run, wanted: Run) -> None:
-    """Within 1e-5 of the largest magnitude."""
-    if len(got.logits):
-        assert (got.logits - wanted.logits).abs().max() <= 1e-5 * wanted.logits.abs().max()
-    assert abs(got.loss - wanted.loss) <= 1e-5 * wanted.loss.abs()
-    assert got.gradients.keys() == wanted.gradients.keys()
-    for name, gradient in wanted.gradients.items():
-        assert (got.gradients[name] - gradient).abs().max() <= 1e-5 * magnitude(wanted, name), name
-
-
-def magnitude(run: Run, name: str) -> torch.Tensor:
-    """A bias' gradient is a sum of terms of its weight's size, and for keys nothing but their rounding is left: a
-    shift of all scores changes no softmax."""
-    weight = run.gradients.get(name.replace(".bias", ".weight"), run.gradients[name])
-    return torch.maximum(run.gradients[name].abs().max(), weight.abs().max())
-
-
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize(("name", "route"), PAIRS)
 def test_f32(name: str, route: str, kind: str, tmp_path: Path):
@@ -57,9 +40,9 @@ def test_f32(name: str, route: str, kind: str, tmp_path: Path):
     # some families' eager attention knows nothing of packing, and ours stands in for it as it is
     wanted = alone(eager, batch) if kind == "packed" and route == "from_hf" else eager.run(batch)
     ours = by_route(model, route, tmp_path)
-    assert_close(ours.run(batch), wanted)
+    assert_same(ours.run(batch), wanted)
     if route == "apply" and isinstance(ours, Swapped):
-        assert_close(ours.fused_run(batch), wanted)
+        assert_same(ours.fused_run(batch), wanted)
 
 
 @pytest.mark.parametrize("kind", ["whole", "left"])
@@ -125,7 +108,7 @@ def token_losses(run: Run, batch: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "route"), PAIRS)
 def test_greedy_tokens(name: str, route: str, tmp_path: Path):
-    model, batch = model_of(name, **with_room(CASES[name][0])), batch_of("left")
+    model, batch = model_of(name, **with_room(name)), batch_of("left")
     wanted, gaps = Swapped(model).greedy(batch, NEW)
     got, _ = by_route(model, route, tmp_path).greedy(batch, NEW)
     assert got.shape == wanted.shape == (2, NEW)
@@ -133,9 +116,6 @@ def test_greedy_tokens(name: str, route: str, tmp_path: Path):
     assert torch.equal(got[clear], wanted[clear]) and clear.float().mean() > 0.5
 
 
-def with_room(family: str) -> dict[str, object]:
+def with_room(name: str) -> dict[str, float]:
     """Settings for more positions, and for logits that no soft cap brings together."""
-    if family == "bloom":
-        return {}
-    key = "n_positions" if family in ("gpt2", "gptj") else "max_position_embeddings"
-    return {key: LENGTH + NEW, **({"final_logit_softcapping": 30.0} if family == "gemma2" else {})}
+    return {**room_for(name, LENGTH + NEW), **({"final_logit_softcapping": 30.0} if name == "gemma2" else {})}
