@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 
 _SUBMODULES = frozenset(
     {
-        "backend", "checkpoint", "cli", "data", "errors", "functional", "infer", "integrations", "models", "nn", "ops",
-        "optim", "report", "train",
+        "backend", "checkpoint", "cli", "data", "dist", "errors", "functional", "infer", "integrations", "models", "nn",
+        "ops", "optim", "report", "train",
     }
 )  # fmt: skip
 

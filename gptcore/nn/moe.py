@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from gptcore import ops
+from gptcore.dist import Shard
 from gptcore.errors import unknown_name
-from gptcore.nn import noisy_top_k
+from gptcore.nn import expert_parallel, noisy_top_k
 from gptcore.nn.feed_forward import GATED, FeedForward, activate, activate_reference, known_activation
-from gptcore.nn.linear import Linear, linear
+from gptcore.nn.linear import Linear
 from gptcore.nn.noisy_top_k import NoisyLogits
 from gptcore.nn.support import covered
 from gptcore.ops.grouped_linear import grouped_linear_reference
@@ -49,7 +50,10 @@ class MoEOutput(NamedTuple):
 
 
 class GroupedLinear(torch.nn.Module):
-    """``num_experts`` linear maps over rows sorted by expert: ``weight`` (E, out, in), ``bias`` (E, out) or None."""
+    """``num_experts`` linear maps over rows sorted by expert: ``weight`` (E, out, in), ``bias`` (E, out) or None.
+
+    With a ``shard`` it has the experts of that slice alone, ``num_experts`` in number.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class GroupedLinear(torch.nn.Module):
         empty = torch.empty(num_experts, out_features, in_features, device=device, dtype=dtype)
         self.weight = torch.nn.Parameter(empty)
         self.bias = torch.nn.Parameter(empty.new_empty(num_experts, out_features)) if bias else None
+        self.shard: Shard | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,11 +86,18 @@ class GroupedLinear(torch.nn.Module):
         """
         return ops.grouped_linear(x, self.weight, offsets, bias=self.bias)
 
+    def keep(self, shard: Shard) -> None:
+        """Only the experts of ``shard``, in parameters of their own."""
+        for name, whole in list(self.named_parameters()):
+            own = whole.detach()[shard.start : shard.stop].clone()
+            setattr(self, name, torch.nn.Parameter(own, requires_grad=whole.requires_grad))
+        self.num_experts, self.shard = shard.stop - shard.start, shard
+
     def extra_repr(self) -> str:
         return f"{self.num_experts}, {self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
-class _Engine(NamedTuple):
+class Engine(NamedTuple):
     """Who computes the steps of a layer."""
 
     router: Callable[..., Any]
@@ -95,8 +107,8 @@ class _Engine(NamedTuple):
     combine: Callable[..., Tensor]
 
 
-_KERNELS = _Engine(ops.moe_router, ops.moe_dispatch, ops.grouped_linear, activate, ops.moe_combine)
-_REFERENCES = _Engine(
+_KERNELS = Engine(ops.moe_router, ops.moe_dispatch, ops.grouped_linear, activate, ops.moe_combine)
+_REFERENCES = Engine(
     moe_router_reference, moe_dispatch_reference, grouped_linear_reference, activate_reference,
     moe_combine_reference,
 )  # fmt: skip
@@ -108,6 +120,10 @@ def _check_sizes(num_experts: int, top_k: int) -> None:
     most = min(num_experts, MOST_CHOICES)
     if not 1 <= top_k <= most:
         raise ValueError(f"MoE: argument 'top_k': got {top_k} of {num_experts} experts, expected 1 to {most}")
+
+
+def _as_drawn(numbers: Tensor) -> Tensor:
+    return numbers
 
 
 class MoE(torch.nn.Module):
@@ -178,7 +194,8 @@ class MoE(torch.nn.Module):
             raise ValueError(
                 "MoE: argument 'balance': got 'shazeer' without noise, expected noise=True beside it"
             )
-        self.top_k, self.balance, self.w_importance, self.w_load = top_k, balance, w_importance, w_load
+        self.num_experts, self.top_k = num_experts, top_k
+        self.balance, self.w_importance, self.w_load = balance, w_importance, w_load
         self.renormalise = top_k > 1 if renormalise is None else renormalise
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = capacity_factor if eval_capacity_factor is None else eval_capacity_factor
@@ -215,37 +232,74 @@ class MoE(torch.nn.Module):
         Raises:
             ValueError: a mask that does not fit, another device than the CPU.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        if mask is not None:
-            if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"MoE: argument 'mask': got {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool of "
-                    f"{tuple(x.shape[:-1])}"
-                )
-            mask = mask.reshape(-1)
-        if x.device.type != "cpu":  # the references' loops over tokens are no way to use another device
-            raise ValueError(f"MoE: argument 'x': got a tensor on {x.device}, expected one on the CPU")
-        engine = _KERNELS if covered("moe", flat, self.up.weight) else _REFERENCES
-        routing = self._route(engine, flat, mask, drop)
-        rows = engine.dispatch(flat, routing.rows, routing.offsets)
-        inner = engine.grouped_linear(rows, self.up.weight, routing.offsets, bias=self.up.bias)
-        inner = engine.activate(self.activation, inner)
-        if self.dropout and self.training:
-            inner = torch.nn.functional.dropout(inner, self.dropout)
-        rows = engine.grouped_linear(inner, self.down.weight, routing.offsets, bias=self.down.bias)
-        y = engine.combine(rows, routing.rows, routing.offsets, routing.gates)
+        if self.up.shard is not None:
+            y, routing = expert_parallel.forward(self, x, mask, drop, self.up.shard.member)
+        else:
+            flat, mask = self.checked(x, mask)
+            engine = self.engine(flat)
+            routing = self.route(engine, *self.scores(flat), mask, drop)
+            rows = engine.dispatch(flat, routing.rows, routing.offsets)
+            rows = self.apply_experts(engine, rows, routing.offsets)
+            y = engine.combine(rows, routing.rows, routing.offsets, routing.gates)
         if self.shared is not None:
-            y = y + self.shared(flat)
+            y = y + self.shared(x.reshape(-1, x.shape[-1]))
         return MoEOutput(y.view(x.shape), self._statistics(routing))
 
-    def _route(self, engine: _Engine, x: Tensor, mask: Tensor | None, drop: bool) -> Any:
-        """What ``ops.moe_router`` gives for x (N, C)."""
-        tokens = x.shape[0]
+    # --- the steps, which expert_parallel takes over ranks -----------------------------------------------------
+
+    def checked(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x as (N, C) and the mask as (N,)."""
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"MoE: argument 'mask': got {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool of "
+                f"{tuple(x.shape[:-1])}"
+            )
+        if x.device.type != "cpu":  # the references' loops over tokens are no way to use another device
+            raise ValueError(f"MoE: argument 'x': got a tensor on {x.device}, expected one on the CPU")
+        return x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
+
+    def engine(self, x: Tensor) -> Engine:
+        """Who computes for x."""
+        return _KERNELS if covered("moe", x, self.up.weight) else _REFERENCES
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(N, E) the router's logits for x (N, C), and what softplus makes the deviation of their noise, if any; f32
+        (f64 for f64), under autocast too: a rounded logit changes choices.
+
+        A token's have the same bits whatever other tokens there are, and so in whichever process it is.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.jitter and self.training:
+                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+            noise = self.noise if self.training else None
+            return self._by_row(x, self.router), None if noise is None else self._by_row(x, noise)
+
+    def _by_row(self, x: Tensor, layer: Linear) -> Tensor:
+        """x times the layer's weight, by products of one expert, since those of ``linear`` depend on the batch."""
+        rows = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
+        return self.engine(x).grouped_linear(x, layer.weight.to(x.dtype)[None], rows)
+
+    def route(
+        self,
+        engine: Engine,
+        clean: Tensor,
+        raw_scale: Tensor | None,
+        mask: Tensor | None,
+        drop: bool,
+        drawn: Callable[[Tensor], Tensor] = _as_drawn,
+    ) -> Any:
+        """What ``ops.moe_router`` gives for the scores (N, E); ``drawn`` takes random numbers and gives those that
+        count."""
+        tokens = clean.shape[0]
         random = self.training and self.second_choice != "always"
         priority: Any = "gate" if self.priority == "gate" else None
         if self.training and self.priority == "random":
-            priority = torch.rand(tokens, device=x.device)
-        logits = self._logits(x)
+            priority = drawn(torch.rand(tokens, device=clean.device))
+        logits = NoisyLogits(clean, clean)
+        if raw_scale is not None:
+            with torch.autocast(clean.device.type, enabled=False):
+                logits = NoisyLogits.drawn(clean, raw_scale, drawn(torch.randn_like(clean)))
         shazeer = self.balance == "shazeer"
         routing = engine.router(
             logits.noisy,
@@ -255,7 +309,7 @@ class MoE(torch.nn.Module):
             mask=mask,
             priority=priority,
             second_choice=self.second_choice if random else "always",
-            uniforms=torch.rand(tokens, device=x.device) if random else None,
+            uniforms=drawn(torch.rand(tokens, device=clean.device)) if random else None,
             balance="first" if shazeer else self.balance,
         )
         return routing._replace(balance_loss=self._shazeer(logits, routing, mask)) if shazeer else routing
@@ -267,30 +321,32 @@ class MoE(torch.nn.Module):
                 w_importance=self.w_importance, w_load=self.w_load,
             )  # fmt: skip
 
-    def _logits(self, x: Tensor) -> NoisyLogits:
-        """(N, E) of the router, f32 (f64 for f64), under autocast too: a rounded logit changes choices."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if self.jitter and self.training:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits = linear(x, self.router.weight.to(x.dtype))
-            if self.noise is None or not self.training:
-                return NoisyLogits(logits, logits)
-            return NoisyLogits.drawn(logits, linear(x, self.noise.weight.to(x.dtype)))
+    def apply_experts(self, engine: Engine, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Each row through its expert: expert e has rows offsets[e] to offsets[e + 1] - 1."""
+        inner = engine.grouped_linear(rows, self.up.weight, offsets, bias=self.up.bias)
+        inner = engine.activate(self.activation, inner)
+        if self.dropout and self.training:
+            inner = torch.nn.functional.dropout(inner, self.dropout)
+        return engine.grouped_linear(inner, self.down.weight, offsets, bias=self.down.bias)
+
+    def shard_experts(self, shard: Shard) -> None:
+        """Keep the experts of ``shard`` alone: what :func:`gptcore.dist.expert_parallel` does to a layer."""
+        self.up.keep(shard)
+        self.down.keep(shard)
 
     def capacity(self, tokens: int) -> int | None:
         """Most tokens that an expert takes of ``tokens``, in the present mode; None is all."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if not factor:
             return None
-        return ops.expert_capacity(tokens, self.router.out_features, factor=factor, **self.capacity_options)
+        return ops.expert_capacity(tokens, self.num_experts, factor=factor, **self.capacity_options)
 
     def _statistics(self, routing: Any) -> MoEStatistics:
         with torch.no_grad():
             share = routing.share
             if self.balance == "all":  # counted over all choices there
                 first = routing.experts[:, :1]
-                wanted = first == torch.arange(self.router.out_features, device=first.device)
+                wanted = first == torch.arange(self.num_experts, device=first.device)
                 share = wanted.sum(0) / (first >= 0).sum().clamp(min=1)
             drop_rate, load = routing.drop_rate.float(), routing.load.float()
         return MoEStatistics(

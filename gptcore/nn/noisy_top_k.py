@@ -29,10 +29,10 @@ class NoisyLogits(NamedTuple):
     scale: Tensor | None = None
 
     @classmethod
-    def drawn(cls, clean: Tensor, raw_scale: Tensor) -> NoisyLogits:
-        """Equation 4, H = x W_g + StandardNormal() * softplus(x W_noise), from the two products."""
+    def drawn(cls, clean: Tensor, raw_scale: Tensor, normal: Tensor) -> NoisyLogits:
+        """Equation 4, H = x W_g + StandardNormal() * softplus(x W_noise), from the two products and the numbers."""
         scale = -torch.nn.functional.logsigmoid(-raw_scale)
-        return cls(clean + torch.randn_like(clean) * scale, clean, scale)
+        return cls(clean + normal * scale, clean, scale)
 
 
 def balance_loss(

@@ -73,7 +73,7 @@ def moe_dispatch_reference(x: Any, rows: Any, offsets: Any) -> Any:
 
 def moe_combine_reference(y: Any, rows: Any, offsets: Any, gates: Any = None) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times."""
-    taken = y[rows.flatten().clamp(min=0).long()].view(*rows.shape, -1)
+    taken = y[rows.flatten().clamp(min=0).long()].view(*rows.shape, y.shape[1])
     weights = (rows >= 0).to(y.dtype)
     return (taken * (weights if gates is None else weights * gates)[..., None]).sum(1).to(y.dtype)
 

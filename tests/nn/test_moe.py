@@ -244,7 +244,7 @@ def test_random_priority_and_second_choices_leave_evaluation_alone():
     gates = (x @ kept.router.weight.T).topk(2).values.softmax(-1)
     expected = TOKENS + int((uniforms < 2 * gates[:, 1]).sum())
     torch.manual_seed(1)
-    routed = kept._route(nn.moe._KERNELS, x, None, True)
+    routed = kept.route(nn.moe._KERNELS, *kept.scores(x), None, True)
     assert int(routed.requested.sum()) == expected
 
 

@@ -126,7 +126,7 @@ def test_load_is_the_share_of_new_draws_that_choose_an_expert() -> None:
 def test_a_deviation_that_underflows_gives_no_nan() -> None:
     clean = torch.tensor([[3.0, 1.0, -2.0], [0.0, 5.0, 5.0]], requires_grad=True)
     raw = torch.full((2, 3), -200.0, requires_grad=True)
-    logits = NoisyLogits.drawn(clean, raw)
+    logits = NoisyLogits.drawn(clean, raw, torch.randn(2, 3))
     loss = noisy_top_k.balance_loss(logits, logits.noisy.topk(1).indices)
     loss.backward()
     assert loss.isfinite() and clean.grad.isfinite().all() and raw.grad.isfinite().all()
