@@ -296,7 +296,8 @@ def moe_dispatch_forward(
 ) -> None: ...
 def moe_router_backward(
     dgates: Tensor | None,
-    dstatistics: Tensor | None,
+    dbalance_loss: Tensor | None,
+    dz_loss: Tensor | None,
     logits: Tensor | None,
     experts: Tensor | None,
     rows: Tensor | None,
@@ -320,7 +321,9 @@ def moe_router_forward(
     rows: Tensor | None,
     offsets: Tensor | None,
     requested: Tensor | None,
-    statistics: Tensor | None,
+    balance_loss: Tensor | None,
+    z_loss: Tensor | None,
+    entropy: Tensor | None,
     lse: Tensor | None,
     share: Tensor | None,
 ) -> None: ...

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gptcore import backend
 from gptcore.errors import unknown_name
-from gptcore.ops.arrays import Array, contiguous, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.arrays import Array, as_array, contiguous, empty, empty_like, last_contiguous
 from gptcore.ops.registration import TorchOp
 
 _NO_LIMIT = 2**31 - 1
@@ -100,11 +100,7 @@ def moe_router(
     """
     options = _checked(top_k, capacity, renormalise, priority, second_choice, balance)
     by_values = None if isinstance(priority, str) else priority
-    outputs = _op(logits, mask, by_values, uniforms, *options)
-    gates, statistics, experts, rows, offsets, requested, lse, share = outputs
-    balance_loss, z_loss = statistics[0, ...], statistics[1, ...]  # arrays of NumPy's too, not numbers
-    entropy = (statistics.detach() if is_torch(statistics) else statistics)[2, ...]
-    return MoERouting(gates, experts, rows, offsets, requested, balance_loss, z_loss, entropy, lse, share)
+    return MoERouting._make(_op(logits, mask, by_values, uniforms, *options))
 
 
 def moe_router_backward(
@@ -123,10 +119,9 @@ def moe_router_backward(
         dbalance_loss, dz_loss: gradients of the losses: their coefficients.
         routing: what the forward call gave; ``renormalise`` as it was there.
     """
-    dstatistics = empty(logits, (3,), "float32")
-    dstatistics[0], dstatistics[1], dstatistics[2] = dbalance_loss, dz_loss, 0.0
+    balance, z = (as_array(x, logits, "float32") for x in (dbalance_loss, dz_loss))
     return _run_backward(
-        dgates, dstatistics, logits, routing.experts, routing.rows, routing.lse, routing.share, renormalise
+        dgates, balance, z, logits, routing.experts, routing.rows, routing.lse, routing.share, renormalise
     )
 
 
@@ -256,9 +251,10 @@ def _outputs(logits: Array, top_k: int) -> tuple[Array, ...]:
     tokens, experts = logits.shape
     choices = tokens, max(top_k, 0)
     return (
-        empty(logits, choices, "float32"), empty(logits, (3,), "float32"), empty(logits, choices, "int32"),
-        empty(logits, choices, "int32"), empty(logits, (experts + 1,), "int32"), empty(logits, (experts,), "int32"),
-        empty(logits, (tokens,), "float32"), empty(logits, (experts,), "float32"),
+        empty(logits, choices, "float32"), empty(logits, choices, "int32"), empty(logits, choices, "int32"),
+        empty(logits, (experts + 1,), "int32"), empty(logits, (experts,), "int32"), empty(logits, (), "float32"),
+        empty(logits, (), "float32"), empty(logits, (), "float32"), empty(logits, (tokens,), "float32"),
+        empty(logits, (experts,), "float32"),
     )  # fmt: skip
 
 
@@ -266,21 +262,21 @@ def _run(
     logits: Array, mask: Any, priority: Any, uniforms: Any, top_k: int, renormalise: bool, by_gate: bool,
     threshold: float, capacity: int, count_all: bool,
 ) -> tuple[Array, ...]:  # fmt: skip
-    outputs = gates, statistics, experts, rows, offsets, requested, lse, share = _outputs(logits, top_k)
+    gates, experts, *others = outputs = _outputs(logits, top_k)
     backend.extension().moe_router_forward(
         last_contiguous(logits), mask, priority, uniforms, renormalise, by_gate, threshold, capacity, count_all,
-        experts, gates, rows, offsets, requested, statistics, lse, share,
+        experts, gates, *others,
     )  # fmt: skip
     return outputs
 
 
 def _run_backward(
-    dgates: Any, dstatistics: Any, logits: Array, experts: Array, rows: Array, lse: Array, share: Array,
-    renormalise: bool,
+    dgates: Any, dbalance_loss: Any, dz_loss: Any, logits: Array, experts: Array, rows: Array, lse: Array,
+    share: Array, renormalise: bool,
 ) -> Array:  # fmt: skip
     dlogits = empty_like(logits)
     backend.extension().moe_router_backward(
-        contiguous(dgates), contiguous(dstatistics), last_contiguous(logits), experts, rows, lse, share, renormalise,
+        contiguous(dgates), dbalance_loss, dz_loss, last_contiguous(logits), experts, rows, lse, share, renormalise,
         dlogits,
     )  # fmt: skip
     return dlogits
@@ -294,28 +290,28 @@ def _fake(logits: Any, mask: Any, priority: Any, uniforms: Any, top_k: int, *_: 
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    _, _, experts, rows, offsets, requested, lse, share = output
-    ctx.mark_non_differentiable(experts, rows, offsets, requested, lse, share)
+    _, experts, rows, offsets, requested, _, _, entropy, lse, share = output
+    ctx.mark_non_differentiable(experts, rows, offsets, requested, entropy, lse, share)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], experts, rows, lse, share)
     ctx.renormalise = inputs[5]
 
 
-def _backward(ctx: Any, dgates: Any, dstatistics: Any, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * 9
-    if (dgates is None and dstatistics is None) or not ctx.needs_input_grad[0]:
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    given, nothing = (grads[0], grads[5], grads[6]), (None,) * 9  # of gates, balance_loss and z_loss
+    if all(grad is None for grad in given) or not ctx.needs_input_grad[0]:
         return None, *nothing
-    return _backward_op(dgates, dstatistics, *ctx.saved_tensors, ctx.renormalise), *nothing
+    return _backward_op(*given, *ctx.saved_tensors, ctx.renormalise), *nothing
 
 
-def _backward_fake(dgates: Any, dstatistics: Any, logits: Any, *_: Any) -> Any:
+def _backward_fake(dgates: Any, dbalance_loss: Any, dz_loss: Any, logits: Any, *_: Any) -> Any:
     return empty_like(logits)
 
 
 _backward_op = TorchOp(
     "moe_router_backward",
-    "(Tensor? dgates, Tensor? dstatistics, Tensor logits, Tensor experts, Tensor rows, Tensor lse, Tensor share,"
-    " bool renormalise) -> Tensor",
+    "(Tensor? dgates, Tensor? dbalance_loss, Tensor? dz_loss, Tensor logits, Tensor experts, Tensor rows, Tensor lse,"
+    " Tensor share, bool renormalise) -> Tensor",
     forward=_run_backward,
     fake=_backward_fake,
 )
@@ -323,7 +319,7 @@ _op = TorchOp(
     "moe_router",
     "(Tensor logits, Tensor? mask, Tensor? priority, Tensor? uniforms, SymInt top_k, bool renormalise, bool by_gate,"
     " float second_threshold, SymInt capacity, bool count_all)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward=_run,
     fake=_fake,
     setup_context=_setup,

@@ -111,7 +111,7 @@ struct Places {
   }
 };
 
-// What the chunks counted: which = 0 first choices, 1 all of them. Returns how many that are.
+// What the chunks counted: which = 0 first choices, 1 later ones. Returns how many that are.
 int64_t sum_counts(const MoeRouterForward& a, int64_t chunks, int which, int32_t* sums) {
   int64_t total = 0;
   std::memset(sums, 0, static_cast<size_t>(a.experts) * sizeof(int32_t));
@@ -122,8 +122,8 @@ int64_t sum_counts(const MoeRouterForward& a, int64_t chunks, int which, int32_t
   return total;
 }
 
-void write_statistics(const MoeRouterForward& a, int64_t chunks, int64_t counted, const float* share,
-                      float* statistics) {
+void write_losses(const MoeRouterForward& a, int64_t chunks, int64_t counted, const float* share,
+                  float* balance_loss, float* z_loss, float* mean_entropy) {
   double balance = 0, z = 0, entropy = 0;
   for (int64_t e = 0; e < a.experts; ++e) {
     double sum = 0;
@@ -132,13 +132,19 @@ void write_statistics(const MoeRouterForward& a, int64_t chunks, int64_t counted
   }
   for (int64_t c = 0; c < chunks; ++c) z += a.z_and_entropy[2 * c], entropy += a.z_and_entropy[2 * c + 1];
   const double n = static_cast<double>(std::max<int64_t>(counted, 1));
-  statistics[0] = static_cast<float>(static_cast<double>(a.experts) * balance / n);
-  statistics[1] = static_cast<float>(z / n);
-  statistics[2] = static_cast<float>(entropy / n);
+  *balance_loss = static_cast<float>(static_cast<double>(a.experts) * balance / n);
+  *z_loss = static_cast<float>(z / n);
+  *mean_entropy = static_cast<float>(entropy / n);
 }
 
 // Every choice is an expert, or all of a token's are -1; returns how many tokens chose.
 int64_t check_chosen(const Checker& check, const Sizes& sizes, const int32_t* chosen) {
+  int32_t least = 0, most = 0;  // without padding that is all there is to see, in a tenth of the time
+  for (int64_t i = 0; i < sizes.tokens * sizes.choices; ++i) {
+    least = chosen[i] < least ? chosen[i] : least;
+    most = chosen[i] > most ? chosen[i] : most;
+  }
+  if (least == 0 && most < sizes.experts) return sizes.tokens;
   int64_t counted = 0;
   for (int64_t n = 0; n < sizes.tokens; ++n) {
     const int32_t* row = chosen + n * sizes.choices;
@@ -172,7 +178,8 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
                         const TensorView& uniforms, bool renormalise, bool by_gate, double second_threshold,
                         int64_t capacity, bool count_all, const TensorView& experts, const TensorView& gates,
                         const TensorView& rows, const TensorView& offsets, const TensorView& requested,
-                        const TensorView& statistics, const TensorView& lse, const TensorView& share) {
+                        const TensorView& balance_loss, const TensorView& z_loss, const TensorView& entropy,
+                        const TensorView& lse, const TensorView& share) {
   const Checker check("moe_router");
   const Sizes sizes = check_inputs(check, logits, experts);
   if (mask) check_vector(check, mask, "mask", sizes.tokens, {DType::boolean, DType::u8});
@@ -182,10 +189,13 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
   check_table(check, rows, "rows", DType::i32, {sizes.tokens, sizes.choices});
   check_table(check, offsets, "offsets", DType::i32, {sizes.experts + 1});
   check_table(check, requested, "requested", DType::i32, {sizes.experts});
-  check_table(check, statistics, "statistics", DType::f32, {3});
+  check_table(check, balance_loss, "balance_loss", DType::f32, {});
+  check_table(check, z_loss, "z_loss", DType::f32, {});
+  check_table(check, entropy, "entropy", DType::f32, {});
   check_table(check, lse, "lse", DType::f32, {sizes.tokens});
   check_table(check, share, "share", DType::f32, {sizes.experts});
-  for (const TensorView* out : {&experts, &gates, &rows, &offsets, &requested, &statistics, &lse, &share}) {
+  for (const TensorView* out :
+       {&experts, &gates, &rows, &offsets, &requested, &balance_loss, &z_loss, &entropy, &lse, &share}) {
     check.writable(*out, "out");
   }
 
@@ -208,11 +218,13 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
   int32_t *firsts = a.counts + 2 * chunks * sizes.experts, *all = firsts + sizes.experts;
   const int64_t counted = sum_counts(a, chunks, 0, firsts);
   sum_counts(a, chunks, 1, all);
+  for (int64_t e = 0; e < sizes.experts; ++e) all[e] += firsts[e];
   const double tokens = static_cast<double>(std::max<int64_t>(counted, 1));
   for (int64_t e = 0; e < sizes.experts; ++e) {
     share.as<float>()[e] = static_cast<float>(static_cast<double>(count_all ? all[e] : firsts[e]) / tokens);
   }
-  write_statistics(a, chunks, counted, share.as<float>(), statistics.as<float>());
+  write_losses(a, chunks, counted, share.as<float>(), balance_loss.as<float>(), z_loss.as<float>(),
+               entropy.as<float>());
 
   int32_t* order = reinterpret_cast<int32_t*>(a.top_probability + sizes.tokens);
   const float* by = by_gate ? a.top_probability : priority ? priority.as<float>() : nullptr;
@@ -236,15 +248,17 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
   places.assign(drawn, start, next);
 }
 
-void moe_router_backward(const TensorView& dgates, const TensorView& dstatistics, const TensorView& logits,
-                         const TensorView& experts, const TensorView& rows, const TensorView& lse,
-                         const TensorView& share, bool renormalise, const TensorView& dlogits) {
+void moe_router_backward(const TensorView& dgates, const TensorView& dbalance_loss, const TensorView& dz_loss,
+                         const TensorView& logits, const TensorView& experts, const TensorView& rows,
+                         const TensorView& lse, const TensorView& share, bool renormalise,
+                         const TensorView& dlogits) {
   const Checker check("moe_router_backward");
   const Sizes sizes = check_inputs(check, logits, experts);
   check_table(check, experts, "experts", DType::i32, {sizes.tokens, sizes.choices});
   check_table(check, rows, "rows", DType::i32, {sizes.tokens, sizes.choices});
   if (dgates) check_table(check, dgates, "dgates", DType::f32, {sizes.tokens, sizes.choices});
-  if (dstatistics) check_table(check, dstatistics, "dstatistics", DType::f32, {3});
+  if (dbalance_loss) check_table(check, dbalance_loss, "dbalance_loss", DType::f32, {});
+  if (dz_loss) check_table(check, dz_loss, "dz_loss", DType::f32, {});
   check_table(check, lse, "lse", DType::f32, {sizes.tokens});
   check_table(check, share, "share", DType::f32, {sizes.experts});
   check.output(dlogits, "dlogits", {logits.dtype});
@@ -254,17 +268,19 @@ void moe_router_backward(const TensorView& dgates, const TensorView& dstatistics
 
   const int64_t counted = check_chosen(check, sizes, experts.as<int32_t>());
   const double n = static_cast<double>(std::max<int64_t>(counted, 1));
-  const float* given = dstatistics ? dstatistics.as<float>() : nullptr;
+  const auto given = [](const TensorView& number) {
+    return number ? static_cast<double>(*number.as<float>()) : 0.0;
+  };
   const Scratch scratch(static_cast<size_t>(sizes.experts) * sizeof(float));
   float* factor = scratch.as<float>();
-  const double balance = given ? static_cast<double>(given[0]) * static_cast<double>(sizes.experts) / n : 0.0;
+  const double balance = given(dbalance_loss) * static_cast<double>(sizes.experts) / n;
   for (int64_t e = 0; e < sizes.experts; ++e) factor[e] = static_cast<float>(balance * share.as<float>()[e]);
   MoeRouterBackward a{};
   a.logits = logits.data, a.dlogits = dlogits.data, a.stride = logits.stride(0);
   a.out_stride = dlogits.stride(0), a.tokens = sizes.tokens, a.experts = sizes.experts;
   a.choices = sizes.choices, a.chosen = experts.as<int32_t>(), a.rows = rows.as<int32_t>();
   a.dgates = dgates ? dgates.as<float>() : nullptr, a.lse = lse.as<float>(), a.balance_factor = factor;
-  a.z_factor = given ? static_cast<float>(2.0 * given[1] / n) : 0.0f, a.renormalise = renormalise;
+  a.z_factor = static_cast<float>(2.0 * given(dz_loss) / n), a.renormalise = renormalise;
   moe_router_bodies_table.pick().backward[is_bf16(logits)](a);
 }
 

@@ -14,16 +14,15 @@
 // Shapes   logits, dlogits: (N, E), rows of any stride; mask (N): false for padding, which gets experts and
 //          rows -1 and gates 0 and counts nowhere, so that N' tokens are left; priority, uniforms: (N);
 //          experts, gates, rows: (N, K); offsets: (E + 1), of rows; requested: (E), choices before dropping;
-//          statistics: (3), balance, z and entropy; lse: (N); share: (E); dgates: (N, K); dstatistics: (3), of
-//          which the last is not read.
+//          balance_loss, z_loss, entropy and the losses' gradients: (); lse: (N); share: (E); dgates: (N, K).
 // Types    logits, dlogits f32 or bf16; mask bool or uint8; experts, rows, offsets, requested int32; the rest
 //          f32, as is all arithmetic.
 // Limits   1 <= K <= 64, K <= E <= 4096, capacity >= 1; N K < 2^31.
 // Backward reads padding from experts, where it is -1.
-// None     mask, priority; uniforms unless second_threshold > 0, which needs K > 1; dgates and dstatistics
-//          (zero gradient). With by_gate the priority is the first choice's p.
-// NaN      counts as -inf in the choice; the token's gates, lse and all statistics become NaN.
-// Empty    without a token that counts the statistics are 0.
+// None     mask, priority; uniforms unless second_threshold > 0, which needs K > 1; dgates, dbalance_loss and
+//          dz_loss (zero gradient). With by_gate the priority is the first choice's p.
+// NaN      counts as -inf in the choice; the token's gates, lse, the losses and the entropy become NaN.
+// Empty    without a token that counts losses and entropy are 0.
 // Layout   all but logits and dlogits contiguous.
 // Aliasing none.
 // Bits     Of a token: from that token alone, but for its rows. Sums over tokens in f32 over chunks that N
@@ -41,10 +40,12 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
                         const TensorView& uniforms, bool renormalise, bool by_gate, double second_threshold,
                         int64_t capacity, bool count_all, const TensorView& experts, const TensorView& gates,
                         const TensorView& rows, const TensorView& offsets, const TensorView& requested,
-                        const TensorView& statistics, const TensorView& lse, const TensorView& share);
+                        const TensorView& balance_loss, const TensorView& z_loss, const TensorView& entropy,
+                        const TensorView& lse, const TensorView& share);
 
-void moe_router_backward(const TensorView& dgates, const TensorView& dstatistics, const TensorView& logits,
-                         const TensorView& experts, const TensorView& rows, const TensorView& lse,
-                         const TensorView& share, bool renormalise, const TensorView& dlogits);
+void moe_router_backward(const TensorView& dgates, const TensorView& dbalance_loss, const TensorView& dz_loss,
+                         const TensorView& logits, const TensorView& experts, const TensorView& rows,
+                         const TensorView& lse, const TensorView& share, bool renormalise,
+                         const TensorView& dlogits);
 
 }  // namespace gptcore

@@ -17,7 +17,7 @@ struct MoeRouterForward {
   float *gates, *lse;
   float* top_probability;                // (N) of the first choice
   float *probabilities, *z_and_entropy;  // sums by chunk: (chunks, E), (chunks, 2)
-  int32_t* counts;                       // (chunks, 2, E): how many choose first, and at all
+  int32_t* counts;                       // (chunks, 2, E): how many choose first, and later
 };
 
 struct MoeRouterBackward {

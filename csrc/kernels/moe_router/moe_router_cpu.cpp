@@ -101,13 +101,12 @@ GPTCORE_INLINE void store_choices(const MoeRouterForward& a, int64_t first, int6
   for (int64_t k = 0; k < a.choices; ++k) {
     const Vec gate = valid ? gates[k] : Vec{};
     const VecI chosen = valid ? index[k] : splat_int(-1);
+    int32_t* const asked = counts + (k == 0 ? 0 : a.experts);
     for (int64_t i = 0; i < count; ++i) {
       const int32_t expert = chosen[i];
       a.gates[(first + i) * a.choices + k] = gate[i];
       a.chosen[(first + i) * a.choices + k] = expert;
-      if (expert < 0) continue;
-      counts[expert] += k == 0;
-      ++counts[a.experts + expert];
+      if (expert >= 0) ++asked[expert];
     }
   }
 }
@@ -163,34 +162,34 @@ void forward(const MoeRouterForward& a) {
   });
 }
 
-// What a token's gates add to its logits' gradient, beside the chosen ones that are changed in the tile. Renormalised
-// gates are a softmax of their own over the chosen logits, which adds up to nothing; others are probabilities.
-struct GateGradient {
-  float share[kMostChoices];
-  float dot;
-};
-
-GPTCORE_INLINE void gate_gradient(const MoeRouterBackward& a, int64_t token, const float* tile, int64_t lane,
-                                  GateGradient* g) {
-  const int32_t *chosen = a.chosen + token * a.choices, *rows = a.rows + token * a.choices;
-  const float* dgates = a.dgates + token * a.choices;
-  float sum = 0, dot = 0;
-  for (int64_t k = 0; k < a.choices; ++k) {
-    const float p = tile[chosen[k] * kLanes + lane];
-    sum += p;
-    dot += rows[k] >= 0 ? p * dgates[k] : 0.0f;
+// What the gates of kLanes tokens add to the gradient of their chosen logits, by choice; returns what they take from
+// every logit for each unit of its probability. Renormalised gates are a softmax of their own over the chosen
+// logits, which adds up to nothing; others are probabilities. Lanes of padding hold anything.
+template <int kFixed>
+GPTCORE_INLINE Vec gate_gradients(const MoeRouterBackward& a, int64_t first, int64_t count, const float* tile,
+                                  Vec* share) {
+  const int64_t choices = kFixed > 0 ? kFixed : a.choices;
+  Vec gradient[kFixed > 0 ? kFixed : kMostChoices], sum = {}, dot = {};
+  for (int64_t k = 0; k < choices; ++k) {
+    float p[kLanes] = {}, g[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (first + i) * choices + k;
+      const int32_t expert = a.chosen[at];
+      p[i] = tile[(expert < 0 ? 0 : expert) * kLanes + i];
+      g[i] = a.rows[at] < 0 ? 0.0f : a.dgates[at];
+    }
+    share[k] = load(p), gradient[k] = load(g);
+    sum += share[k], dot += share[k] * gradient[k];
   }
-  const float scale = a.renormalise ? 1.0f / sum : 1.0f, mean = a.renormalise ? dot * scale : 0.0f;
-  for (int64_t k = 0; k < a.choices; ++k) {
-    const float p = tile[chosen[k] * kLanes + lane] * scale;
-    g->share[k] = p * ((rows[k] >= 0 ? dgates[k] : 0.0f) - mean);
-  }
-  g->dot = a.renormalise ? 0.0f : dot;
+  const Vec scale = a.renormalise ? 1.0f / sum : Vec{} + 1.0f, mean = a.renormalise ? dot * scale : Vec{};
+  for (int64_t k = 0; k < choices; ++k) share[k] = share[k] * scale * (gradient[k] - mean);
+  return a.renormalise ? Vec{} : dot;
 }
 
 // kLanes tokens, in a tile that goes from logits over probabilities to gradients.
-template <class T>
+template <class T, int kFixed>
 GPTCORE_INLINE void backward_tile(const MoeRouterBackward& a, int64_t first, int64_t count, float* tile) {
+  const int64_t choices = kFixed > 0 ? kFixed : a.choices;
   load_tile(static_cast<const T*>(a.logits) + first * a.stride, a.stride, count, a.experts, tile);
   const Vec lse = load_some(a.lse + first, count);
   Vec dot = {};
@@ -199,40 +198,48 @@ GPTCORE_INLINE void backward_tile(const MoeRouterBackward& a, int64_t first, int
     store(tile + e * kLanes, p);
     dot += p * a.balance_factor[e];
   }
-  GateGradient gates[kLanes];
+  Vec share[kFixed > 0 ? kFixed : kMostChoices];
+  if (a.dgates) dot += gate_gradients<kFixed>(a, first, count, tile, share);
   int32_t counts[kLanes] = {};
-  float through_gates[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    counts[i] = a.chosen[(first + i) * a.choices] < 0 ? 0 : -1;
-    if (!a.dgates || !counts[i]) continue;
-    gate_gradient(a, first + i, tile, i, gates + i);
-    through_gates[i] = gates[i].dot;
-  }
+  for (int64_t i = 0; i < count; ++i) counts[i] = a.chosen[(first + i) * choices] < 0 ? 0 : -1;
   VecI valid;
   __builtin_memcpy(&valid, counts, sizeof(valid));
-  const Vec all = lse * a.z_factor - dot - load(through_gates);
+  const Vec all = lse * a.z_factor - dot;
   for (int64_t e = 0; e < a.experts; ++e) {
     const Vec gradient = load(tile + e * kLanes) * (all + a.balance_factor[e]);
     store(tile + e * kLanes, valid ? gradient : Vec{});
   }
-  for (int64_t i = 0; a.dgates && i < count; ++i) {
-    const int32_t* chosen = a.chosen + (first + i) * a.choices;
-    for (int64_t k = 0; counts[i] && k < a.choices; ++k) tile[chosen[k] * kLanes + i] += gates[i].share[k];
+  for (int64_t k = 0; a.dgates && k < choices; ++k) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t expert = a.chosen[(first + i) * choices + k];
+      if (expert >= 0) tile[expert * kLanes + i] += share[k][i];
+    }
   }
   store_tile(tile, a.experts, static_cast<T*>(a.dlogits) + first * a.out_stride, a.out_stride, count);
 }
 
-template <class T>
-void backward(const MoeRouterBackward& a) {
-  const int64_t tiles = (a.tokens + kLanes - 1) / kLanes;
-  parallel_ranges(tiles, kGrainElements / (a.experts * kLanes) + 1, [&](int64_t begin, int64_t end) {
+template <class T, int kFixed>
+void backward_of(const MoeRouterBackward& a) {
+  // Tasks rather than a range for each thread: one that sleeps, as after a forward pass it does, wakes too late for its
+  // half of so little work.
+  const int64_t tokens = (kGrainElements / (a.experts * kLanes) + 1) * kLanes;
+  parallel_for((a.tokens + tokens - 1) / tokens, [&](int64_t task, int) {
     const Scratch scratch(static_cast<size_t>(a.experts) * sizeof(Vec));
     float* tile = scratch.as<float>();
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * kLanes;
-      backward_tile<T>(a, first, first + kLanes < a.tokens ? int64_t{kLanes} : a.tokens - first, tile);
+    const int64_t begin = task * tokens, end = begin + tokens < a.tokens ? begin + tokens : a.tokens;
+    for (int64_t first = begin; first < end; first += kLanes) {
+      backward_tile<T, kFixed>(a, first, first + kLanes < end ? int64_t{kLanes} : end - first, tile);
     }
   });
+}
+
+template <class T>
+void backward(const MoeRouterBackward& a) {
+  if (a.choices == 2) {
+    backward_of<T, 2>(a);
+  } else {
+    backward_of<T, 0>(a);
+  }
 }
 
 }  // namespace
