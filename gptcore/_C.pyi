@@ -306,6 +306,32 @@ def moe_router_backward(
     renormalise: bool,
     dlogits: Tensor | None,
 ) -> None: ...
+def moe_router_eager_backward(
+    ctx: object,
+    dgates: object,
+    dexperts: object,
+    drows: object,
+    doffsets: object,
+    drequested: object,
+    dbalance_loss: object,
+    dz_loss: object,
+    dentropy: object,
+    dlse: object,
+    dshare: object,
+) -> object: ...
+def moe_router_eager_forward(
+    ctx: object,
+    logits: object,
+    mask: object,
+    priority: object,
+    uniforms: object,
+    top_k: int,
+    renormalise: bool,
+    by_gate: bool,
+    second_threshold: float,
+    capacity: int,
+    count_all: bool,
+) -> object: ...
 def moe_router_forward(
     logits: Tensor | None,
     mask: Tensor | None,

@@ -8,6 +8,7 @@
 
 namespace py = pybind11;
 using gptcore::TensorView;
+using gptcore::bindings::last_contiguous;
 using gptcore::bindings::Operand;
 using gptcore::bindings::operand;
 
@@ -74,13 +75,6 @@ bool any_tensor(PyObject* const* x, std::index_sequence<kField...>) {
 template <size_t... kField>
 gptcore::AttentionOptions numbers(PyObject* const* x, std::index_sequence<kField...>) {
   return {number<std::tuple_element_t<kField, AttentionFields>>(x[kField])...};
-}
-
-Operand last_contiguous(py::handle tensor) {
-  Operand kept = operand(tensor);
-  const TensorView& view = kept.view();
-  const bool fits = view.ndim == 0 || view.size(-1) <= 1 || view.stride(-1) == 1;
-  return fits ? std::move(kept) : gptcore::bindings::made_contiguous(tensor);
 }
 
 // (ctx, inputs): (q, k, v, cu_seqlens_q, cu_seqlens_k, <options>, want_lse); None where it is not for such a call.

@@ -101,18 +101,14 @@ class Operand {
 
   // A fresh tensor of this one's device and dtype, or f32; sizes: `count` numbers.
   Operand new_empty(const int64_t* sizes, int count, bool f32 = false) const {
-    static PyObject* const name = interned("new_empty");
     static PyObject* const float32 = imported("torch", "float32");
-    static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
-    // Sizes one by one parse in half the time of a tuple, which none and many need.
-    const bool one_by_one = count > 0 && count <= kMaxDims;
-    py::object numbers[kMaxDims];
-    PyObject* values[kMaxDims + 2] = {tensor_.ptr()};
-    size_t filled = 1;
-    if (!one_by_one) values[filled++] = (numbers[0] = tuple_of(sizes, count)).ptr();
-    for (int i = 0; one_by_one && i < count; ++i) values[filled++] = (numbers[i] = py::int_(sizes[i])).ptr();
-    values[filled] = float32;
-    return Operand(checked(PyObject_VectorcallMethod(name, values, filled, f32 ? keywords : nullptr)));
+    return new_of(sizes, count, f32 ? float32 : nullptr);
+  }
+
+  // The same of int32.
+  Operand new_int32(const int64_t* sizes, int count) const {
+    static PyObject* const int32 = imported("torch", "int32");
+    return new_of(sizes, count, int32);
   }
 
   // A fresh tensor of this one's shape, dtype and device; None for None.
@@ -124,6 +120,20 @@ class Operand {
   }
 
  private:
+  Operand new_of(const int64_t* sizes, int count, PyObject* dtype) const {
+    static PyObject* const name = interned("new_empty");
+    static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
+    // Sizes one by one parse in half the time of a tuple, which none and many need.
+    const bool one_by_one = count > 0 && count <= kMaxDims;
+    py::object numbers[kMaxDims];
+    PyObject* values[kMaxDims + 2] = {tensor_.ptr()};
+    size_t filled = 1;
+    if (!one_by_one) values[filled++] = (numbers[0] = tuple_of(sizes, count)).ptr();
+    for (int i = 0; one_by_one && i < count; ++i) values[filled++] = (numbers[i] = py::int_(sizes[i])).ptr();
+    values[filled] = dtype;
+    return Operand(checked(PyObject_VectorcallMethod(name, values, filled, dtype ? keywords : nullptr)));
+  }
+
   static py::object tuple_of(const int64_t* sizes, int count) {
     py::tuple numbers(static_cast<size_t>(count));
     for (int i = 0; i < count; ++i) numbers[static_cast<size_t>(i)] = py::int_(sizes[i]);
@@ -156,6 +166,14 @@ inline Operand made_contiguous(py::handle tensor) {
 inline Operand contiguous(py::handle tensor) {
   Operand kept = operand(tensor);
   return kept.view().is_contiguous() ? std::move(kept) : made_contiguous(tensor);
+}
+
+// The tensor, copied where its last dimension has another stride than 1.
+inline Operand last_contiguous(py::handle tensor) {
+  Operand kept = operand(tensor);
+  const TensorView& view = kept.view();
+  const bool fits = view.ndim == 0 || view.size(-1) <= 1 || view.stride(-1) == 1;
+  return fits ? std::move(kept) : made_contiguous(tensor);
 }
 
 // The tensor (..., C) or None, copied where its rows do not lie at one stride, as kernels want them.
@@ -197,6 +215,15 @@ template <class... Tensors>
 void save_for_backward(py::handle ctx, const Tensors&... tensors) {
   static PyObject* const name = interned("to_save");
   set_attribute(ctx, name, checked(PyTuple_Pack(sizeof...(Tensors), tensors.ptr()...)));
+}
+
+// As ctx.mark_non_differentiable and ctx.set_materialize_grads(False) do: gradients may come as None.
+template <class... Tensors>
+void mark_non_differentiable(py::handle ctx, const Tensors&... tensors) {
+  static PyObject* const name = interned("non_differentiable");
+  static PyObject* const materialize = interned("materialize_grads");
+  set_attribute(ctx, name, checked(PyTuple_Pack(sizeof...(Tensors), tensors.ptr()...)));
+  set_attribute(ctx, materialize, py::bool_(false));
 }
 
 inline py::tuple saved_tensors(py::handle ctx) {

@@ -294,14 +294,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.mark_non_differentiable(experts, rows, offsets, requested, entropy, lse, share)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], experts, rows, lse, share)
-    ctx.renormalise = inputs[5]
+    ctx.options = inputs[5]
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     given, nothing = (grads[0], grads[5], grads[6]), (None,) * 9  # of gates, balance_loss and z_loss
     if all(grad is None for grad in given) or not ctx.needs_input_grad[0]:
         return None, *nothing
-    return _backward_op(*given, *ctx.saved_tensors, ctx.renormalise), *nothing
+    return _backward_op(*given, *ctx.saved_tensors, ctx.options), *nothing
 
 
 def _backward_fake(dgates: Any, dbalance_loss: Any, dz_loss: Any, logits: Any, *_: Any) -> Any:
@@ -324,4 +324,5 @@ _op = TorchOp(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    native_hooks=True,
 )
