@@ -33,13 +33,13 @@ static_assert(sizeof(TileConfig) == 64);
 // loading them.
 GPTCORE_INLINE void tile_fence() { __asm__ volatile("" ::: "memory"); }
 
-// All eight tiles at full size. Every task that uses tiles starts with this: other libraries in the process
-// (oneDNN) leave their own configuration behind on the same threads.
-GPTCORE_INLINE void configure_tiles() {
+// All eight tiles at full size, or the first seven with so many rows. Every task that uses tiles starts with this:
+// other libraries in the process (oneDNN) leave their own configuration behind on the same threads.
+GPTCORE_INLINE void configure_tiles(int rows = kTileRows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     config.row_bytes[tile] = 64;
-    config.rows[tile] = kTileRows;
+    config.rows[tile] = static_cast<uint8_t>(tile < 7 ? rows : kTileRows);
   }
   __asm__ volatile(""
                    :
@@ -53,7 +53,7 @@ GPTCORE_INLINE void release_tiles() { _tile_release(); }
 
 // A frame of tile use within a task.
 struct TileScope {
-  __attribute__((always_inline)) TileScope() { configure_tiles(); }
+  __attribute__((always_inline)) explicit TileScope(int rows = kTileRows) { configure_tiles(rows); }
   __attribute__((always_inline)) ~TileScope() { release_tiles(); }
 };
 

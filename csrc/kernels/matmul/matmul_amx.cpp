@@ -2,6 +2,7 @@
 #include "core/gemm_tile_amx.h"
 #include "core/parallel.h"
 #include "kernels/matmul/matmul_blocked_amx.h"
+#include "kernels/matmul/matmul_few_across_amx.h"
 #include "kernels/matmul/matmul_one_row.h"
 
 namespace gptcore {
@@ -139,10 +140,14 @@ void few_rows(const MatmulArgs& x) {
   });
 }
 
+void few_rows_across_amx(const MatmulArgs& x) {
+  x.m <= kTileRows ? few_rows_across_tiles(x) : blocked_product(x);
+}
+
 }  // namespace
 
 extern const MatmulBodies matmul_bf16_bodies;
-const MatmulBodies matmul_bf16_bodies = {few_rows, blocked_product, one_row<bf16>, blocked_product};
+const MatmulBodies matmul_bf16_bodies = {few_rows, few_rows_across_amx, one_row<bf16>, blocked_product};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore
