@@ -36,19 +36,28 @@ constexpr int64_t kTileFloats = 256;
 constexpr int64_t kPairFloats = 4 * kTileFloats;  // tiles 00 01 10 11, each contiguous
 
 // Tile loads that ask not to be kept in L1, for the operand that streams.
-#define GPTCORE_LOAD(streams, tile, from)    \
-  do {                                       \
-    if constexpr (streams) {                 \
-      _tile_stream_loadd(tile, from, kLine); \
-    } else {                                 \
-      _tile_loadd(tile, from, kLine);        \
-    }                                        \
+#define GPTCORE_LOAD(streams, tile, from, line) \
+  do {                                          \
+    if constexpr (streams) {                    \
+      _tile_stream_loadd(tile, from, line);     \
+    } else {                                    \
+      _tile_loadd(tile, from, line);            \
+    }                                           \
   } while (0)
+
+// Where tiles of A or B lie: packed, or where they are in the matrix.
+struct Tiles {
+  const char* at;
+  int64_t line, second, step,
+      pair;  // bytes from line to line, to a pair's second tile, step to step, pair to pair
+};
 
 // 32 x 32 sums c = or += a pair of A x a pair of B; of A or of B, whichever streams, the second tile may be left out.
 template <bool kStreamA, bool kBoth>
-GPTCORE_INLINE void multiply_pair(const char* a, const char* b, int64_t steps, float* c, bool add,
+GPTCORE_INLINE void multiply_pair(const Tiles& tiles, const char* b, int64_t steps, float* c, bool add,
                                   Fetch& next) {
+  const char* a = tiles.at;
+  const int64_t line = tiles.line, second = tiles.second, step = tiles.step;
   constexpr bool kBothA = kBoth || !kStreamA, kBothB = kBoth || kStreamA;
   if (add) {
     _tile_loadd(0, c, kLine);
@@ -61,16 +70,16 @@ GPTCORE_INLINE void multiply_pair(const char* a, const char* b, int64_t steps, f
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; ++s, a += kPairBytes, b += kPairBytes) {
-    GPTCORE_LOAD(!kStreamA, 6, b);
-    GPTCORE_LOAD(kStreamA, 4, a);
+  for (int64_t s = 0; s < steps; ++s, a += step, b += kPairBytes) {
+    GPTCORE_LOAD(!kStreamA, 6, b, kLine);
+    GPTCORE_LOAD(kStreamA, 4, a, line);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (kBothA) {
-      GPTCORE_LOAD(kStreamA, 5, a + kStepBytes);
+      GPTCORE_LOAD(kStreamA, 5, a + second, line);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (kBothB) {
-      GPTCORE_LOAD(!kStreamA, 7, b + kStepBytes);
+      GPTCORE_LOAD(!kStreamA, 7, b + kStepBytes, kLine);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (kBothA) _tile_dpbf16ps(3, 5, 7);
     }
@@ -185,6 +194,7 @@ struct BlockProduct {
   const Operand rows, columns;
   const int64_t steps, pairs, pass_steps;
   const bool streams;
+  const bool in_place;  // the weight is not packed
 
   BlockProduct(const GroupProduct& product, const GroupBlock& at)
       : p(product),
@@ -194,7 +204,16 @@ struct BlockProduct {
         steps(ceil_div(product.k, kPair)),
         pairs(ceil_div(at.rows, kPair)),
         pass_steps(ceil_div(steps, passes_of(product, at.rows))),
-        streams(whole_lines(product)) {}
+        streams(whole_lines(product)),
+        in_place(kTransposed && one_pass() && lies_as_tiles(product)) {}
+
+  // Whether pairs of tiles of the weight are whole lines where they lie, and so spread over the sets of L1 that the
+  // 8 steps of a strip stay there.
+  static bool lies_as_tiles(const GroupProduct& p) {
+    const int64_t stride = p.b_stride * 2, apart = stride / kLine;
+    return ((reinterpret_cast<uintptr_t>(p.b) | static_cast<uintptr_t>(stride)) & (kLine - 1)) == 0 &&
+           p.n % kPair == 0 && p.k % kPair == 0 && apart % 16 != 0;
+  }
 
   bool one_pass() const { return pass_steps >= steps; }
   int64_t pair_bytes() const { return pass_steps * kPairBytes; }
@@ -208,10 +227,19 @@ struct BlockProduct {
                     smaller(pass_steps * kPair, p.k - first * kPair), turns);
   }
 
-  void multiply(const char* row_pair, const char* column_pair, int64_t count, float* c, bool add, bool half,
-                Fetch& next) const {
-    const char* a = kTransposed ? column_pair : row_pair;
-    const char* b = kTransposed ? row_pair : column_pair;
+  Tiles packed_tiles(const char* at) const { return {at, kLine, kStepBytes, kPairBytes, pair_bytes()}; }
+
+  Tiles tiles_in_place(int64_t column) const {
+    const int64_t stride = columns.stride;
+    return {columns.data + column * stride, stride, kGroup * stride, kLine, kPair * stride};
+  }
+
+  // The column pair's tiles from step s on.
+  void multiply(const char* row_pair, Tiles column_pair, int64_t s, int64_t count, float* c, bool add,
+                bool half, Fetch& next) const {
+    column_pair.at += s * column_pair.step;
+    const Tiles a = kTransposed ? column_pair : packed_tiles(row_pair);
+    const char* b = kTransposed ? row_pair : column_pair.at;
     if (half) {
       multiply_pair<!kTransposed, false>(a, b, count, c, add, next);
     } else {
@@ -229,14 +257,15 @@ struct BlockProduct {
 
   // Steps [first, first + count) of a strip, with all rows.
   void strip(int64_t first, int64_t count, int64_t column, int64_t width, const char* packed_rows,
-             const char* packed, float* sums, Fetch& next) const {
+             const Tiles& tiles, float* sums, Fetch& next) const {
     for (int64_t s = 0; s < count; s += kBlockSteps) {
       const int64_t here = smaller(kBlockSteps, count - s);
       for (int64_t g = 0; g < pairs; ++g) {
         const bool half = block.rows - g * kPair <= kGroup;
         for (int64_t q = 0; q * kPair < width; ++q) {
-          multiply(packed_rows + g * pair_bytes() + s * kPairBytes,
-                   packed + q * pair_bytes() + s * kPairBytes, here,
+          Tiles pair = tiles;
+          pair.at += q * tiles.pair;
+          multiply(packed_rows + g * pair_bytes() + s * kPairBytes, pair, s, here,
                    sums + (g * kStripPairs + q) * kPairFloats, first + s > 0, half, next);
         }
       }
@@ -259,13 +288,14 @@ struct BlockProduct {
     for (int64_t done = 0; done < block.columns; done += slab_columns()) {
       const int64_t column = block.column + done, left = block.columns - done;
       const int64_t width = smaller(slab_columns(), left);
-      pack_operand<kColumns>(columns, column, width, depth, depths, packed, pair_bytes());
+      if (!in_place) pack_operand<kColumns>(columns, column, width, depth, depths, packed, pair_bytes());
       const bool last = left <= slab_columns();
       const int64_t turns = count * pairs * ceil_div(width, kPair);
       Fetch next = fetch(last ? block.column : column + width, last ? first + count : first, turns);
       for (int64_t i = 0; i < width; i += kStripColumns) {
-        strip(first, count, column + i, smaller(kStripColumns, width - i), packed_rows,
-              packed + i / kPair * pair_bytes(), sums, next);
+        const Tiles tiles =
+            in_place ? tiles_in_place(column + i) : packed_tiles(packed + i / kPair * pair_bytes());
+        strip(first, count, column + i, smaller(kStripColumns, width - i), packed_rows, tiles, sums, next);
         if (!one_pass()) sums += strip_floats();
       }
     }

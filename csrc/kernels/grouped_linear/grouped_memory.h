@@ -9,15 +9,24 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-// Stretches of a matrix, asked into L2 a few lines at a time.
+// Stretches of a matrix, asked into L2 a few lines at a time, from several places in turn. Fetched one after the other
+// all lines but the first would be asked for before the processor's own prefetching has them, and each hold one of the
+// core's few line buffers, which loads from L2 need, while it comes from memory. Taking turns leaves each place's
+// prefetching the time to run ahead.
+constexpr int64_t kFetchPlaces = 8;
+
 struct Fetch {
   const char* at;
-  int64_t stride, bytes, count, at_once, offset;
+  int64_t stride, bytes, count;  // stretches of each place
+  int64_t apart, places;
+  int64_t at_once, offset, place;
 };
 
 GPTCORE_INLINE void fetch_some(Fetch& next) {
   for (int64_t i = 0; i < next.at_once && next.count > 0; ++i) {
-    __builtin_prefetch(next.at + next.offset, 0, 2);
+    __builtin_prefetch(next.at + next.place * next.apart + next.offset, 0, 2);
+    if (++next.place < next.places) continue;
+    next.place = 0;
     next.offset += kLine;
     if (next.offset >= next.bytes) next.at += next.stride, next.offset = 0, --next.count;
   }
@@ -34,14 +43,19 @@ GPTCORE_INLINE Fetch fetch_of(const GroupProduct& p, int64_t column, int64_t wid
                               int64_t depths, int64_t turns) {
   const int64_t element = size_of(p.dtype), line = p.b_depth_lines ? column : depth;
   const int64_t first = p.b_depth_lines ? depth : column, length = p.b_depth_lines ? depths : width;
-  Fetch next{static_cast<const char*>(p.b) + (line * p.b_stride + first) * element,
-             p.b_stride * element,
-             length * element,
-             p.b_depth_lines ? width : depths,
-             0,
-             0};
-  if (length > 0) next.at_once = ceil_div(next.count * ceil_div(next.bytes, kLine), turns);
-  return next;
+  const int64_t stride = p.b_stride * element, count = p.b_depth_lines ? width : depths;
+  if (length <= 0 || count <= 0) return {};
+  const int64_t each = ceil_div(count, kFetchPlaces), places = ceil_div(count, each),
+                bytes = length * element;
+  return {static_cast<const char*>(p.b) + (line * p.b_stride + first) * element,
+          stride,
+          bytes,
+          each,
+          each * stride,
+          places,
+          ceil_div(places * each * ceil_div(bytes, kLine), turns),
+          0,
+          0};
 }
 
 }  // namespace
