@@ -33,8 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def sizes(ranks: int, even: bool) -> list[int]:
-    """Tokens of every rank; uneven ones include a rank without any."""
-    return [20] * ranks if even else [0, 33, 7, 1][:ranks]
+    """Tokens of every rank; uneven ones include a rank without any, and of even ones a rank has so few that plain
+    products of its tokens would be made another way than those of all."""
+    return [33] * ranks if even else [0, 33, 7, 1][:ranks]
 
 
 class Whole:

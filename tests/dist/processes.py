@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as c10d
 
-PATIENCE = 20.0
-LIMIT = 100.0
+PATIENCE = 10.0
+LIMIT = 75.0
 
 
 class World(NamedTuple):
@@ -53,19 +53,20 @@ def verdicts(modules: Sequence[str], ranks: int, folder: Path) -> dict[str, list
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
-    found: dict[str, list[str]] = {}
+    silent = "no verdict: a process ended, or all were too slow"
+    found = {name: [silent] * ranks for name in cases_of(modules)}
     end = time.monotonic() + LIMIT
     finished = 0
     while finished < ranks and time.monotonic() < end:
         if queue.empty():
-            if not any(child.is_alive() for child in children):
-                break
+            if any(child.exitcode for child in children):
+                break  # without its partner no other rank gets on
             time.sleep(0.01)
             continue
         rank, name, text = queue.get()
         finished += name == ""
         if name:
-            found.setdefault(name, ["no verdict: the process ended or was too slow"] * ranks)[rank] = text
+            found[name][rank] = text
     for child in children:
         child.join(timeout=5)
         if child.is_alive():
@@ -81,7 +82,7 @@ def _run(modules: Sequence[str], rank: int, ranks: int, store: str, queue: Any) 
     torch.set_num_threads(1)
     patience = timedelta(seconds=PATIENCE)
     c10d.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=LIMIT)
     )
     for name, case in cases_of(modules).items():
         text = ""
