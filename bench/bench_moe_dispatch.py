@@ -55,6 +55,6 @@ CASES = [
         _cost(backward=backward),
         quick=False,
     )
-    for experts in (8, 64)
+    for experts in (8, 64, 256)
     for backward in (False, True)
 ]

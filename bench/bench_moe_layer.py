@@ -9,8 +9,21 @@ from typing import Any
 from bench.case import Callables, Case, Cost, Target, with_gradient
 
 TOKENS, WIDTH, HIDDEN, TOP_K = 4096, 768, 3072, 2
-# transformers' own ways through the experts.
-IMPLEMENTATIONS = ("eager", "grouped_mm")
+FEW_TOKENS = 16  # as in decoding
+
+
+def _implementations(tokens: int, experts: int, backward: bool) -> list[str]:
+    """transformers' own ways through the experts that run here: not deepgemm and sonicmoe, which are for GPUs.
+
+    batched_mm copies its expert's weights for each choice, 116 GB of bf16 for 4096 tokens. The eager loop makes a
+    gradient of all experts' size for each expert, which takes many seconds with 64.
+    """
+    names = ["grouped_mm"]
+    if not (backward and experts > 8):
+        names.append("eager")
+    if tokens <= FEW_TOKENS and not backward:
+        names.append("batched_mm")
+    return names
 
 
 def _gptcore(router: Any, up: Any, down: Any) -> Callable[..., Any]:
@@ -73,20 +86,20 @@ def _mixtral(implementation: str, router: Any, up: Any, down: Any) -> Callable[.
     return run
 
 
-def _setup(experts: int, backward: bool) -> Callable[[Target], Callables]:
+def _setup(tokens: int, experts: int, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
 
-        x = target.randn(1, TOKENS, WIDTH, grad=backward)
+        x = target.randn(1, tokens, WIDTH, grad=backward)
         weights = [
             target.randn(*shape, scale=shape[-1] ** -0.5, grad=backward)
             for shape in ((experts, WIDTH), (experts, 2 * HIDDEN, WIDTH), (experts, WIDTH, HIDDEN))
         ]
-        grad = target.randn(1, TOKENS, WIDTH)
+        grad = target.randn(1, tokens, WIDTH)
         given = [w.detach() for w in weights]
         functions = {"gptcore": _gptcore(*given), "torch_loop_eager": _loop}
         if importlib.util.find_spec("transformers"):
-            for name in IMPLEMENTATIONS:
+            for name in _implementations(tokens, experts, backward):
                 functions[f"transformers_{name}_eager"] = _mixtral(name, *given)
 
         def call(function: Callable[..., Any]) -> Callable[[], Any]:
@@ -104,29 +117,33 @@ def _setup(experts: int, backward: bool) -> Callable[[Target], Callables]:
     return setup
 
 
-def _cost(experts: int, backward: bool) -> Callable[[int], Cost]:
-    """Products of the experts; their weights once each way, and tokens in and out."""
+def _cost(tokens: int, experts: int, backward: bool) -> Callable[[int], Cost]:
+    """Products of the experts; the weights of those chosen once each way, and tokens in and out."""
 
     def cost(element: int) -> Cost:
-        flops, weights = 6.0 * TOKENS * TOP_K * WIDTH * HIDDEN, 3 * experts * WIDTH * HIDDEN * element
-        tokens = TOKENS * WIDTH * element
+        flops = 6.0 * tokens * TOP_K * WIDTH * HIDDEN
+        weights = 3 * min(experts, tokens * TOP_K) * WIDTH * HIDDEN * element
+        rows = tokens * WIDTH * element
         if not backward:
-            return Cost(flops, weights + tokens, tokens)
-        return Cost(3 * flops, 2 * weights + 2 * tokens, weights + 2 * tokens)
+            return Cost(flops, weights + rows, rows)
+        return Cost(3 * flops, 2 * weights + 2 * rows, weights + 2 * rows)
 
     return cost
 
 
-CASES = [
-    Case(
-        f"moe_layer/N{TOKENS}_C{WIDTH}_F{HIDDEN}_E{experts}_K{TOP_K}/{'forward_backward' if backward else 'forward'}",
-        _setup(experts, backward),
-        _cost(experts, backward),
+def _case(tokens: int, experts: int, backward: bool) -> Case:
+    way = "forward_backward" if backward else "forward"
+    quick = tokens == TOKENS and not (backward and experts > 8)
+    return Case(
+        f"moe_layer/N{tokens}_C{WIDTH}_F{HIDDEN}_E{experts}_K{TOP_K}/{way}",
+        _setup(tokens, experts, backward),
+        _cost(tokens, experts, backward),
         repeats=5,
-        # transformers' eager loop makes a gradient of all experts' size for each expert: minutes with 64.
-        quick="bfloat16" if not backward or experts == 8 else False,
-        tokens=TOKENS,
+        quick="bfloat16" if quick else False,
+        tokens=tokens,
     )
-    for backward in (False, True)
-    for experts in (8, 64)
+
+
+CASES = [_case(TOKENS, experts, backward) for backward in (False, True) for experts in (8, 64)] + [
+    _case(FEW_TOKENS, experts, False) for experts in (8, 64)
 ]

@@ -81,6 +81,6 @@ CASES = [
         dtypes=("float32",),  # bf16 logits tie, and peers break ties as they come
         quick=backward and experts == 8,
     )
-    for experts in (8, 64)
+    for experts in (8, 64, 256)
     for backward in (False, True)
 ]

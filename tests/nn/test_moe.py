@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptcore import backend, nn, ops
 from gptcore.errors import UserError
@@ -101,6 +104,41 @@ def check(name: str, module: nn.MoE, x: torch.Tensor, mask: torch.Tensor | None 
 @pytest.mark.parametrize("name", CASES)
 def test_values_gradients_losses_and_statistics(name: str, dtype: torch.dtype):
     check(name, module_of(name, dtype), inputs(dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_options_together(data: Any):
+    """Capacities by hand in exact arithmetic: the factors have few bits."""
+    options: dict[str, Any] = {
+        "top_k": data.draw(st.integers(1, EXPERTS)),
+        "renormalise": data.draw(st.sampled_from([None, True, False])),
+        "balance": data.draw(st.sampled_from(["first", "all"])),
+        "priority": data.draw(st.sampled_from(["position", "gate"])),
+        "capacity_factor": data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.25])),
+        "capacity_convention": data.draw(st.sampled_from(["per_token", "per_assignment"])),
+        "capacity_minimum": data.draw(st.sampled_from([1, 4])),
+        "capacity_rounding": data.draw(st.sampled_from(["up", "down", "nearest"])),
+        "shared_experts": data.draw(st.sampled_from([0, 1])),
+        "activation": data.draw(st.sampled_from(["swiglu", "gelu_erf"])),
+    }
+    module, x = module_of("swiglu", **options), inputs()
+    capacity = None
+    if factor := Fraction(options["capacity_factor"]):
+        share = (
+            factor
+            * TOKENS
+            / EXPERTS
+            * (module.top_k if options["capacity_convention"] == "per_assignment" else 1)
+        )
+        whole = {"up": math.ceil, "down": math.floor, "nearest": round}[options["capacity_rounding"]](share)
+        capacity = max(whole, options["capacity_minimum"])
+    mask = (
+        torch.rand(TOKENS, generator=torch.Generator().manual_seed(4)) < 0.7
+        if data.draw(st.booleans())
+        else None
+    )
+    check("swiglu", module, x, mask, capacity=capacity)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "capacity", "switch", "relu-three"])

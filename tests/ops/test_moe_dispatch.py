@@ -94,6 +94,16 @@ def test_dropped_choices_and_the_rows_after_the_last_are_zero() -> None:
     assert (dy[used:] == 0).all() and (dgates[routing.rows < 0] == 0).all() and dgates.isfinite().all()
 
 
+def test_every_choice_dropped() -> None:
+    """No row at all: zeros everywhere, and gradients of zero."""
+    rows, offsets = torch.full((6, 2), -1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    x, gates = torch.randn(6, 3, requires_grad=True), torch.rand(6, 2, requires_grad=True)
+    there = moe_dispatch(x, rows, offsets)
+    back = moe_combine(there, rows, offsets, gates)
+    assert there.shape == (12, 3) and not there.any() and not back.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(back.sum(), (x, gates)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_threads_runs_and_batches(isa: str, threads: None, dtype: torch.dtype) -> None:
     routing, x = routing_of(600), torch.randn(600, 96).to(dtype)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -61,33 +63,55 @@ def test_every_number_of_experts_on_every_isa(isa: str, dtype: torch.dtype) -> N
             check(torch.randn(37, experts).to(dtype), top_k=top_k, capacity=9)
 
 
-@settings(max_examples=200, deadline=None)
+def draw_capacity(data: Any, tokens: int, experts: int, top_k: int) -> int | None:
+    """None, or what the convention says, in exact arithmetic: the factors have few bits."""
+    factor = data.draw(st.sampled_from([None, 0.125, 0.25, 0.5, 1.0, 1.25, 2.0]))
+    if factor is None:
+        return None
+    convention = data.draw(st.sampled_from(["per_token", "per_assignment"]))
+    rounding, minimum = (
+        data.draw(st.sampled_from(["up", "down", "nearest"])),
+        data.draw(st.sampled_from([0, 1, 4])),
+    )
+    share = Fraction(factor) * tokens * (top_k if convention == "per_assignment" else 1) / experts
+    whole = {"up": math.ceil, "down": math.floor, "nearest": round}[rounding](share)
+    options: dict[str, Any] = {"convention": convention, "rounding": rounding, "minimum": minimum}
+    if max(whole, minimum) == 0:
+        with pytest.raises(ValueError, match="every token would be dropped"):
+            expert_capacity(tokens, experts, factor=factor, top_k=top_k, **options)
+        return 1
+    assert expert_capacity(tokens, experts, factor=factor, top_k=top_k, **options) == max(whole, minimum)
+    return max(whole, minimum)
+
+
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), edges=EDGES, dtype=st.sampled_from(DTYPES))
 def test_any_option(data: Any, edges: tuple[int, int], dtype: torch.dtype) -> None:
+    """All of them together: choices, gates, capacity, priority, random second choices, padding and losses."""
     tokens, experts = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 20))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    logits = torch.randn(tokens, experts, generator=generator).mul(
-        data.draw(st.sampled_from([0.1, 2.0, 20.0]))
-    )
-    logits = logits.to(dtype)
+    spread = data.draw(st.sampled_from([0.1, 2.0, 20.0]))
+    logits = torch.randn(tokens, experts, generator=generator).mul(spread).to(dtype)
+    top_k = data.draw(st.integers(1, min(experts, 6)))
     options: dict[str, Any] = {
-        "top_k": data.draw(st.integers(1, min(experts, 6))),
-        "capacity": data.draw(st.sampled_from([None, 1, 2, 7, 1000])),
+        "top_k": top_k,
+        "capacity": draw_capacity(data, tokens, experts, top_k),
         "renormalise": data.draw(st.booleans()),
         "balance": data.draw(st.sampled_from(["first", "all"])),
     }
     if data.draw(st.booleans()):
-        options["mask"] = torch.rand(tokens, generator=generator) > data.draw(st.sampled_from([0.3, 1.0]))
-    kind = data.draw(st.sampled_from(["position", "gate", "values"]))
+        counted = data.draw(st.sampled_from([0.0, 0.3, 0.8]))
+        options["mask"] = torch.rand(tokens, generator=generator) < counted
+    kind = data.draw(st.sampled_from(["position", "gate", "permutation", "ties"]))
     if kind == "gate":
         options["priority"] = "gate"
-        ordered = torch.softmax(logits.double(), -1).amax(-1).sort().values
-        gaps = ordered.diff()
-        assume(bool(((gaps > 1e-6) | (gaps == 0)).all()) and (experts > 1 or kind != "gate"))
-        assume(not (gaps == 0).any())
-    elif kind == "values":
+        gaps = torch.softmax(logits.double(), -1).amax(-1).sort().values.diff()
+        assume(bool((gaps > 1e-6).all()))  # else rounding decides who is first
+    elif kind == "permutation":
+        options["priority"] = torch.randperm(tokens, generator=generator).float()
+    elif kind == "ties":
         options["priority"] = torch.randint(0, 9, (tokens,), generator=generator).float()
-    if options["top_k"] > 1:
+    if top_k > 1:
         options["second_choice"] = data.draw(st.sampled_from(["always", "gshard", "st_moe"]))
         options["uniforms"] = torch.rand(tokens, generator=generator)
     check(logits, edges, **options)
@@ -181,6 +205,34 @@ def test_edges_are_defined() -> None:
     assert gradient(moe_router(leaf), leaf).shape == (0, 5)
 
 
+@pytest.mark.parametrize("tokens", [0, 7])
+@pytest.mark.parametrize("priority", [None, "gate", "values"])
+@pytest.mark.parametrize("second_choice", ["always", "st_moe"])
+def test_nothing_but_padding_under_every_option(tokens: int, priority: Any, second_choice: str) -> None:
+    leaf = torch.full((tokens, 3), float("nan"), requires_grad=True)
+    values = torch.rand(tokens) if priority == "values" else priority
+    routing = moe_router(
+        leaf, top_k=3, capacity=1, mask=torch.zeros(tokens, dtype=torch.bool), priority=values, balance="all",
+        second_choice=second_choice, uniforms=torch.rand(tokens),
+    )  # fmt: skip
+    assert (routing.experts == -1).all() and (routing.rows == -1).all() and not routing.gates.any()
+    assert not any(x.any() for x in (routing.requested, routing.offsets, routing.share))
+    for number in (routing.balance_loss, routing.z_loss, routing.entropy, routing.drop_rate, routing.load):
+        assert number == 0
+    assert not gradient(routing, leaf).any()
+
+
+def test_gradients_of_some_outputs_alone() -> None:
+    leaf = torch.randn(20, 6, requires_grad=True)
+    routing = moe_router(leaf, capacity=5)
+    weights = torch.linspace(0.5, 1.5, 40).view(20, 2)
+    parts = (routing.gates * weights).sum(), 0.3 * routing.balance_loss, 0.2 * routing.z_loss
+    each = [torch.autograd.grad(part, leaf, retain_graph=True)[0] for part in parts]
+    torch.testing.assert_close(sum(each), gradient(routing, leaf))
+    assert all(part.any() for part in each)
+    assert not any(x.requires_grad for x in (routing.experts, routing.rows, routing.entropy, routing.lse))
+
+
 def test_not_a_number(isa: str) -> None:
     logits = torch.randn(20, 6)
     clean = moe_router(logits)
@@ -191,6 +243,9 @@ def test_not_a_number(isa: str) -> None:
     others = [n for n in range(20) if n not in (3, 5)]
     assert torch.equal(routing.gates[others], clean.gates[others])
     assert routing.balance_loss.isnan() and routing.z_loss.isnan() and routing.entropy.isnan()
+    leaf = logits.requires_grad_()
+    (dlogits,) = torch.autograd.grad(moe_router(leaf).gates.sum(), leaf)
+    assert dlogits[others].isfinite().all() and not dlogits[[3, 5]].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
