@@ -1,9 +1,13 @@
 // A block of an expert's product through packed operands, for every ISA and layout.
+//
+// y = x weight^T, whose operands both lie along the depth, is made as its transpose: the weight is the A operand, whose
+// packing is a plain copy, and what has to be transposed is x and y, smaller than the weights where experts are many.
 #pragma once
 
 #include "core/arena.h"
 #include "core/gemm_tile.h"
 #include "core/stream.h"
+#include "core/transpose.h"
 #include "kernels/grouped_linear/grouped_memory.h"
 
 namespace gptcore {
@@ -18,6 +22,7 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kChunkColumns = 192;
 constexpr int64_t kOnePassColumns = 1536, kWaitingColumns = 768;
 constexpr int64_t kSumStride = kChunkColumns + kGroup;  // rows of sums do not lie a multiple of 4 KiB apart
+constexpr int64_t kTransposedSumStride = kBlockRows + kGroup;
 
 template <class T>
 GPTCORE_INLINE void put_row(const GroupProduct& p, const float* sums, T* out, int64_t column, int64_t columns,
@@ -50,6 +55,20 @@ static void put_sums(const GroupProduct& p, const float* sums, const GroupBlock&
   }
 }
 
+// The sums are the transpose's: a line for each column.
+static void put_transposed(const GroupProduct& p, const float* sums, const GroupBlock& at) {
+  alignas(64) float lines[kLanes * kSumStride];
+  for (int64_t r = 0; r < at.rows; r += kLanes) {
+    for (int64_t j = 0; j < at.columns; j += kLanes) {
+      Vec tile[kLanes];
+      for (int i = 0; i < kLanes; ++i) tile[i] = load(sums + (j + i) * kTransposedSumStride + r);
+      transpose(tile);
+      for (int i = 0; i < kLanes; ++i) store(lines + i * kSumStride + j, tile[i]);
+    }
+    put_sums(p, lines, {at.expert, at.row + r, smaller(kLanes, at.rows - r), at.column, at.columns});
+  }
+}
+
 inline Lines lines_of(const void* data, const GroupProduct& p, int64_t stride, bool depth_lines,
                       int64_t across) {
   return {data, p.dtype, stride, nullptr, depth_lines ? across : p.k, depth_lines ? p.k : across};
@@ -68,55 +87,106 @@ GroupCut packed_cut(const GroupProduct& p) {
   return {kBlockRows, waiting ? kWaitingColumns : kOnePassColumns, kChunkColumns};
 }
 
-// What comes after `width` columns at j of the pass: the block's next columns or its first ones of the next pass.
+// Rows of a block against its columns, a chunk of these at a time.
 template <class Policy>
-GPTCORE_INLINE Fetch fetch_after(const GroupProduct& p, const GroupBlock& block, int64_t j, int64_t width,
-                                 int64_t depth, int64_t depths) {
-  const bool last = j + width >= block.columns;
-  const int64_t column = last ? 0 : j + width, from = last ? depth + depths : depth;
-  if (from >= p.k) return {};
-  const int64_t steps = ceil_div(depths, kStepDepth<typename Policy::P>);
-  const int64_t turns = ceil_div(block.rows, kGroup) * ceil_div(steps, Policy::kBlockSteps) *
-                        ceil_div(ceil_div(width, kGroup), Policy::kPanels);
-  return fetch_of(p, block.column + column, smaller(kChunkColumns, block.columns - column), from,
-                  smaller(depths, p.k - from), turns);
-}
+struct PackedBlock {
+  using P = typename Policy::P;
+
+  const GroupProduct& p;
+  const GroupBlock& block;
+  const Lines a, b;
+  const bool transposed;
+  const int64_t all_steps, most_steps, groups;  // groups of 16 rows
+
+  PackedBlock(const GroupProduct& product, const GroupBlock& at)
+      : p(product),
+        block(at),
+        a(lines_of(product.a, product, product.a_stride, product.a_depth_lines, product.m)),
+        b(lines_of(product.b, product, product.b_stride, product.b_depth_lines, product.n)),
+        transposed(product.a_depth_lines && product.b_depth_lines),
+        all_steps(ceil_div(product.k, kStepDepth<P>)),
+        most_steps(ceil_div(all_steps, passes_of<P>(product))),
+        groups(ceil_div(at.rows, kGroup)) {}
+
+  int64_t chunk_columns() const { return transposed ? kChunkColumns / 2 : kChunkColumns; }
+  int64_t chunk_floats() const {
+    return transposed ? chunk_columns() * kTransposedSumStride : groups * kGroup * kSumStride;
+  }
+
+  void pack_rows(int64_t step, int64_t steps, char* out) const {
+    const int64_t depth = step * kStepDepth<P>;
+    for (int64_t g = 0; g < groups; ++g, out += steps * kStepBytes) {
+      if (transposed) {
+        pack_b<P>(a, true, block.row + g * kGroup, depth, steps, out);
+      } else {
+        pack_a<P>(a, p.a_depth_lines, block.row + g * kGroup, depth, steps, out);
+      }
+    }
+  }
+
+  void pack_columns(int64_t j, int64_t width, int64_t step, int64_t steps, char* out) const {
+    const int64_t depth = step * kStepDepth<P>;
+    for (int64_t q = 0; q < width; q += kGroup, out += steps * kStepBytes) {
+      if (transposed) {
+        pack_a<P>(b, true, block.column + j + q, depth, steps, out);
+      } else {
+        pack_b<P>(b, p.b_depth_lines, block.column + j + q, depth, steps, out);
+      }
+    }
+  }
+
+  // What comes after `width` columns at j of the pass: the block's next columns or its first ones of the next pass.
+  Fetch fetch_after(int64_t j, int64_t width, int64_t step, int64_t steps, int64_t turns) const {
+    const bool last = j + width >= block.columns;
+    const int64_t column = last ? 0 : j + width, from = (last ? step + steps : step) * kStepDepth<P>;
+    if (from >= p.k) return {};
+    return fetch_of(p, block.column + column, smaller(chunk_columns(), block.columns - column), from,
+                    smaller(steps * kStepDepth<P>, p.k - from), turns);
+  }
+
+  // Steps [step, step + steps) of the chunk at j.
+  void chunk(int64_t j, int64_t step, int64_t steps, const char* rows, char* columns, float* sums) const {
+    const int64_t width = smaller(chunk_columns(), block.columns - j), stride = steps * kStepBytes;
+    pack_columns(j, width, step, steps, columns);
+    const int64_t across = ceil_div(width, kGroup);
+    const int64_t down = transposed ? across : groups, panels = transposed ? groups : across;
+    const int64_t turns = down * ceil_div(steps, Policy::kBlockSteps) * ceil_div(panels, Policy::kPanels);
+    Fetch next = fetch_after(j, width, step, steps, turns);
+    multiply_block<Policy>(transposed ? columns : rows, stride, down, transposed ? rows : columns, stride,
+                           panels, steps, sums, transposed ? kTransposedSumStride : kSumStride, step > 0,
+                           [&] { fetch_some(next); });
+    if (step + steps < all_steps) return;
+    const GroupBlock place{block.expert, block.row, block.rows, block.column + j, width};
+    if (transposed) {
+      put_transposed(p, sums, place);
+    } else {
+      put_sums(p, sums, place);
+    }
+  }
+
+  void run() const {
+    const bool waiting = all_steps > most_steps;
+    const int64_t kept = waiting ? ceil_div(block.columns, chunk_columns()) : 1;
+    const Scratch rows(static_cast<size_t>(groups * most_steps * kStepBytes));
+    const Scratch columns(static_cast<size_t>(packed_bytes(chunk_columns(), most_steps)));
+    const Scratch sums(static_cast<size_t>(kept * chunk_floats()) * sizeof(float));
+    [[maybe_unused]] const typename Policy::Scope scope;
+    for (int64_t step = 0; step == 0 || step < all_steps; step += most_steps) {
+      const int64_t steps = smaller(most_steps, all_steps - step);
+      pack_rows(step, steps, rows.as<char>());
+      for (int64_t j = 0; j < block.columns; j += chunk_columns()) {
+        chunk(j, step, steps, rows.as<char>(), columns.as<char>(),
+              sums.as<float>() + (waiting ? j / chunk_columns() * chunk_floats() : 0));
+      }
+      if (steps == 0) break;
+    }
+    if (p.past_caches) stream_fence();
+  }
+};
 
 template <class Policy>
 void packed_block(const GroupProduct& p, const GroupBlock& block) {
-  using P = typename Policy::P;
-  const Lines a = lines_of(p.a, p, p.a_stride, p.a_depth_lines, p.m);
-  const Lines b = lines_of(p.b, p, p.b_stride, p.b_depth_lines, p.n);
-  const int64_t all_steps = ceil_div(p.k, kStepDepth<P>), most = ceil_div(all_steps, passes_of<P>(p));
-  const int64_t groups = ceil_div(block.rows, kGroup), chunk_floats = groups * kGroup * kSumStride;
-  const int64_t kept = all_steps > most ? ceil_div(block.columns, kChunkColumns) : 1;
-  const Scratch rows(static_cast<size_t>(groups * most * kStepBytes));
-  const Scratch columns(static_cast<size_t>(packed_bytes(kChunkColumns, most)));
-  const Scratch sums(static_cast<size_t>(kept * chunk_floats) * sizeof(float));
-  [[maybe_unused]] const typename Policy::Scope scope;
-  for (int64_t step = 0; step == 0 || step < all_steps; step += most) {
-    const int64_t steps = smaller(most, all_steps - step), stride = steps * kStepBytes;
-    const int64_t depth = step * kStepDepth<P>;
-    for (int64_t g = 0; g < groups; ++g) {
-      pack_a<P>(a, p.a_depth_lines, block.row + g * kGroup, depth, steps, rows.as<char>() + g * stride);
-    }
-    for (int64_t j = 0; j < block.columns; j += kChunkColumns) {
-      const int64_t width = smaller(kChunkColumns, block.columns - j), panels = ceil_div(width, kGroup);
-      for (int64_t q = 0; q < panels; ++q) {
-        pack_b<P>(b, p.b_depth_lines, block.column + j + q * kGroup, depth, steps,
-                  columns.as<char>() + q * stride);
-      }
-      float* c = sums.as<float>() + (kept > 1 ? j / kChunkColumns * chunk_floats : 0);
-      Fetch next = fetch_after<Policy>(p, block, j, width, depth, steps * kStepDepth<P>);
-      multiply_block<Policy>(rows.as<char>(), stride, groups, columns.as<char>(), stride, panels, steps, c,
-                             kSumStride, step > 0, [&] { fetch_some(next); });
-      if (step + steps >= all_steps) {
-        put_sums(p, c, {block.expert, block.row, block.rows, block.column + j, width});
-      }
-    }
-    if (steps == 0) break;
-  }
-  if (p.past_caches) stream_fence();
+  PackedBlock<Policy>(p, block).run();
 }
 
 }  // namespace
