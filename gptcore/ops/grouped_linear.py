@@ -75,9 +75,10 @@ def grouped_linear_backward(
 def grouped_linear_reference(x: Any, weight: Any, offsets: Any, *, bias: Any = None) -> Any:
     """The same in plain torch, any floating dtype, differentiable any number of times."""
     ends = offsets.tolist()
-    parts = [x[a:b] @ weight[e].mT for e, (a, b) in enumerate(itertools.pairwise(ends))]
+    # unbound once: a gradient through weight[e] would be as large as weight for every expert
+    parts = [x[a:b] @ w.mT for w, (a, b) in zip(weight.unbind(), itertools.pairwise(ends), strict=True)]
     if bias is not None:
-        parts = [part + bias[e].to(part.dtype) for e, part in enumerate(parts)]
+        parts = [part + b.to(part.dtype) for part, b in zip(parts, bias.unbind(), strict=True)]
     import torch
 
     return torch.cat([*parts, x.new_zeros(x.shape[0] - ends[-1], weight.shape[1])])
