@@ -95,10 +95,8 @@ void register_moe_router(py::module_& m) {
   gptcore::bindings::define<moe_router_eager_forward, 1 + kInputs>(
       m, "moe_router_eager_forward",
       "moe_router_eager_forward(ctx: object, logits: object, mask: object, priority: object, uniforms: "
-      "object, "
-      "top_k: int, renormalise: bool, by_gate: bool, second_threshold: float, capacity: int, count_all: "
-      "bool) "
-      "-> object\n\nHook of torch.autograd.Function.");
+      "object, top_k: int, renormalise: bool, by_gate: bool, second_threshold: float, capacity: int, "
+      "count_all: bool) -> object\n\nHook of torch.autograd.Function.");
   gptcore::bindings::define<moe_router_eager_backward, 1 + kOutputs>(
       m, "moe_router_eager_backward",
       "moe_router_eager_backward(ctx: object, dgates: object, dexperts: object, drows: object, "

@@ -123,6 +123,9 @@ class GPT(nn.Module):
         With targets: ``GPTLoss``. Without: logits (B, T, V). With ``cache``: keys and values are appended to
         it, and the logits are those of the last position (B, V) unless ``all_logits``.
         """
+        if targets is not None and targets.shape != tokens.shape:
+            got, expected = tuple(targets.shape), tuple(tokens.shape)
+            raise ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
         last_only = cache is not None and not all_logits
         if cache is not None and (targets is not None or cu_seqlens is not None):
             raise ValueError("GPT: cache goes with neither targets nor cu_seqlens, got both")
@@ -135,8 +138,6 @@ class GPT(nn.Module):
         routing: list[MoEStatistics] = []
         x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only, table=table, routing=routing)
         if targets is not None:
-            if targets.shape != tokens.shape:
-                raise _other_shape(targets, tokens)
             weight = self.head_weight if table is None else table.head()
             out = self._loss(x, weight, targets, z_loss, label_smoothing, reduction)
             return self._with_routing(out, routing) if routing else out
@@ -150,8 +151,6 @@ class GPT(nn.Module):
         bounds = padding.cu_seqlens
         if targets is None:
             return padding.put(self.forward(padding.take(tokens), cu_seqlens=bounds))
-        if targets.shape != tokens.shape:
-            raise _other_shape(targets, tokens)
         out = self.forward(padding.take(tokens), padding.take(targets), cu_seqlens=bounds, **options)
         out = out._replace(logprobs=padding.put(out.logprobs))
         if options["reduction"] == "none":
@@ -337,11 +336,6 @@ class GPT(nn.Module):
         """Bytes of parameters, gradients and AdamW state in this model's dtype."""
         size = self.token_embedding.weight.element_size()
         return accounting.state_bytes(self.config, parameter_bytes=size)
-
-
-def _other_shape(targets: Tensor, tokens: Tensor) -> ValueError:
-    got, expected = tuple(targets.shape), tuple(tokens.shape)
-    return ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
 
 
 class _ShrinkGradient(torch.autograd.Function):

@@ -24,15 +24,10 @@ def tensors_of(
     padding mask (B, T) (bool), on ``device``."""
     tokens = torch.as_tensor(batch.tokens).to(device, torch.int64)
     targets = torch.as_tensor(batch.targets).to(device, torch.int64)
-    given = {
-        name: (getattr(batch, name, None), dtype)
-        for name, dtype in (("cu_seqlens", torch.int32), ("mask", torch.bool))
-    }
-    options = {
-        name: torch.as_tensor(array).to(device, dtype)
-        for name, (array, dtype) in given.items()
-        if array is not None
-    }
+    options = {}
+    for name, dtype in (("cu_seqlens", torch.int32), ("mask", torch.bool)):
+        if (array := getattr(batch, name, None)) is not None:
+            options[name] = torch.as_tensor(array).to(device, dtype)
     return tokens, targets, options
 
 

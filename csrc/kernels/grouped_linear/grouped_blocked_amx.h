@@ -45,11 +45,11 @@ constexpr int64_t kPairFloats = 4 * kTileFloats;  // tiles 00 01 10 11, each con
     }                                           \
   } while (0)
 
-// Where tiles of A or B lie: packed, or where they are in the matrix.
+// Where tiles of A or B lie, packed or where they are in the matrix: bytes from line to line, to a pair's second tile,
+// from step to step and from pair to pair.
 struct Tiles {
   const char* at;
-  int64_t line, second, step,
-      pair;  // bytes from line to line, to a pair's second tile, step to step, pair to pair
+  int64_t line, second, step, pair;
 };
 
 // 32 x 32 sums c = or += a pair of A x a pair of B; of A or of B, whichever streams, the second tile may be left out.

@@ -1,5 +1,4 @@
 #include "core/arena.h"
-#include "core/parallel.h"
 #include "core/simd.h"
 #include "kernels/matmul/matmul_few_across.h"
 #include "kernels/matmul/matmul_one_row.h"
@@ -175,20 +174,14 @@ void few_rows(const MatmulArgs& x) {
   const int64_t row_bytes = x.k * static_cast<int64_t>(sizeof(typename Dot::Element)) + 1;
   const int64_t wanted = ceil_div(kTaskBytes, row_bytes * ceil_div(x.m, 4));
   const int64_t grain = ceil_div(wanted, kDotColumns) * kDotColumns;
-  const auto task_body = [&](int64_t task) {
+  run_tasks(x, ceil_div(x.n, grain), [&](int64_t task) {
     const Scratch carried(static_cast<size_t>(x.m * kDotColumns) * sizeof(Vec));
     Vec* sums = carried.as<Vec>();
     const int64_t end = smaller((task + 1) * grain, x.n);
     int64_t n = task * grain;
     for (; n + kDotColumns <= end; n += kDotColumns) columns<Dot, kDotColumns>(x, n, sums);
     for (; n < end; ++n) columns<Dot, 1>(x, n, sums);
-  };
-  const int64_t tasks = ceil_div(x.n, grain);
-  if (x.m * x.n * x.k <= kSerialProducts) {
-    for (int64_t task = 0; task < tasks; ++task) task_body(task);
-  } else {
-    parallel_for(tasks, [&](int64_t task, int) { task_body(task); });
-  }
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // the next chunk is fetched. An element is one chain over k in every blocking; included by matmul_cpu.cpp.
 #pragma once
 
+#include "core/parallel.h"
 #include "kernels/matmul/matmul_one_row.h"
 
 namespace gptcore {
@@ -120,14 +121,19 @@ void strip_across(const MatmulArgs& x, int64_t first) {
   put_strip(x, first, columns, sums);
 }
 
+// body(task) for each: alone where threads would take longer to start.
+template <class Body>
+void run_tasks(const MatmulArgs& x, int64_t tasks, const Body& body) {
+  if (x.m * x.n * x.k <= kSerialProducts) {
+    for (int64_t task = 0; task < tasks; ++task) body(task);
+  } else {
+    parallel_for(tasks, [&](int64_t task, int) { body(task); });
+  }
+}
+
 template <class T>
 void few_rows_across(const MatmulArgs& x) {
-  const int64_t strips = ceil_div(x.n, kStripColumns);
-  if (x.m * x.n * x.k <= kSerialProducts) {
-    for (int64_t i = 0; i < strips; ++i) strip_across<T>(x, i * kStripColumns);
-  } else {
-    parallel_for(strips, [&](int64_t i, int) { strip_across<T>(x, i * kStripColumns); });
-  }
+  run_tasks(x, ceil_div(x.n, kStripColumns), [&](int64_t i) { strip_across<T>(x, i * kStripColumns); });
 }
 
 }  // namespace

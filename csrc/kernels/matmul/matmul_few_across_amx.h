@@ -7,7 +7,6 @@
 #include "core/arena.h"
 #include "core/gemm_pack_amx.h"
 #include "core/gemm_tile_amx.h"
-#include "core/parallel.h"
 #include "kernels/matmul/matmul_few_across.h"
 
 namespace gptcore {
@@ -108,20 +107,15 @@ static void strip_across_tiles(const MatmulArgs& x, const char* a, int64_t first
 }
 
 static void few_rows_across_tiles(const MatmulArgs& x) {
-  const int64_t steps = ceil_div(x.k, kTileDepth), strips = ceil_div(x.n, kAcrossColumns);
+  const int64_t steps = ceil_div(x.k, kTileDepth);
   const Lines lines{x.a, DType::bf16, x.a_stride, nullptr, x.m, x.k};
   const Scratch packed(static_cast<size_t>(steps * kStepBytes));
   pack_a<bf16>(lines, true, 0, 0, steps, packed.as<char>());
-  const auto strip = [&](int64_t i, int) {
+  run_tasks(x, ceil_div(x.n, kAcrossColumns), [&](int64_t i) {
     StepTiles tiles;
     const TileScope scope(static_cast<int>(x.m));
     strip_across_tiles(x, packed.as<char>(), i * kAcrossColumns, tiles);
-  };
-  if (x.m * x.n * x.k <= kSerialProducts) {
-    for (int64_t i = 0; i < strips; ++i) strip(i, 0);
-  } else {
-    parallel_for(strips, strip);
-  }
+  });
 }
 
 }  // namespace
