@@ -7,7 +7,6 @@ and generators. So a run that was killed and resumed equals one that never stopp
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -21,23 +20,20 @@ from gptcore import checkpoint
 from gptcore.errors import UserError
 from gptcore.models import accounting
 from gptcore.models.config import GPTConfig
-from gptcore.optim import AdamW, decay_groups
+from gptcore.optim.fused import FusedOptimizer
 from gptcore.report.progress import Progress, format_count
-from gptcore.train import peak, state
+from gptcore.train import optimizers, peak, state
 from gptcore.train.config import TrainConfig
-from gptcore.train.evaluation import Batches, tensors_of
+from gptcore.train.evaluation import Batches
 from gptcore.train.metrics import FORMULA, MetricsFile, ModelFlops, throughput
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
+from gptcore.train.step import update
 from gptcore.train.stop import StopRequest, resume_command
 
 Evaluate = Callable[[torch.nn.Module], Mapping[str, float]]
 Sample = Callable[[torch.nn.Module], str]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class NonFiniteError(UserError):
-    """The loss or the gradient became NaN or infinite; the weights were not touched by it."""
 
 
 class Result(NamedTuple):
@@ -57,7 +53,7 @@ class _Run:
 
     config: TrainConfig
     model: torch.nn.Module
-    optimizer: AdamW
+    optimizer: FusedOptimizer
     loader: Batches
     directory: RunDirectory
     evaluate: Evaluate | None
@@ -110,15 +106,7 @@ def run(
     _set_up(config)
     ceiling = peak.of(device, dtype) if measure_peak else peak.Peak(None, "not measured")
     _cast(model, device, dtype)
-    spec = config.optimizer
-    optimizer = AdamW(
-        decay_groups(model, spec.weight_decay),
-        lr=spec.lr,
-        betas=(spec.betas[0], spec.betas[1]),
-        eps=spec.eps,
-        max_norm=spec.max_norm or None,
-        split_master=spec.split_master,
-    )
+    optimizer = optimizers.build(config.optimizer, model)
     # Dropout starts from the seed, whatever the caller drew before; a resumed run restores the generator.
     torch.manual_seed(config.seed)
     with RunDirectory(config.run_dir) as directory:
@@ -201,69 +189,6 @@ def _watch_routing(now: _Run, metrics: MetricsFile, progress: Progress, quiet: b
         if quiet:  # which is meant for progress
             print(text, file=sys.stderr, flush=True)
         progress.message(text)
-
-
-def update(
-    config: TrainConfig,
-    model: torch.nn.Module,
-    optimizer: AdamW,
-    loader: Batches,
-    step: int,
-    *,
-    routing: RoutingWatch | None = None,
-) -> float:
-    """One update, the one with zero-based index ``step``; returns the mean loss of its micro-batches.
-
-    ``routing`` is told what the layers of experts did.
-
-    Raises:
-        NonFiniteError: before anything was written, whether the loss or only a gradient is not finite.
-    """
-    device = next(model.parameters()).device
-    micro_batches = config.micro_batches(step)
-    count = len(micro_batches)
-    lr = config.learning_rate(step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    model.train()
-    optimizer.zero_grad()
-    loss = 0.0
-    for micro in micro_batches:
-        tokens, targets, options = tensors_of(loader.batch_at(micro), device)
-        z_loss = {"z_loss": config.z_loss} if config.z_loss else {}
-        out = model(tokens, targets, **options, **z_loss)
-        _total(out, config).backward()
-        if routing is not None:
-            routing.add(out)
-        if count > 1:
-            optimizer.accumulate()
-        loss += float(out.loss.detach())
-    loss /= count
-    if not math.isfinite(loss):
-        raise _non_finite(config, step, f"the loss is {loss}")
-    # The mean over micro-batches: their gradients were summed, the kernel divides in its update pass.
-    optimizer.step(grad_scale=float(count))
-    if optimizer.found_inf:
-        raise _non_finite(config, step, "a gradient is not finite")
-    return loss
-
-
-def _total(out: Any, config: TrainConfig) -> torch.Tensor:
-    """What is minimised: the loss with all that is added to it."""
-    total: torch.Tensor = out.loss + out.z_loss if config.z_loss else out.loss
-    if getattr(out, "balance_loss", None) is not None:
-        total = total + out.balance_loss + out.router_z_loss
-    return total
-
-
-def _non_finite(config: TrainConfig, step: int, what: str) -> NonFiniteError:
-    directory = RunDirectory(config.run_dir).checkpoints
-    there = checkpoint.steps(directory)
-    kept = f"the checkpoint of step {there[-1]} in {directory} is intact" if there else "no checkpoint yet"
-    return NonFiniteError(
-        f"{what} at step {step + 1} (learning rate {config.learning_rate(step):.3g}); {kept}; "
-        "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
-    )
 
 
 def _set_up(config: TrainConfig) -> None:

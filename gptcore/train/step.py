@@ -1,0 +1,83 @@
+"""One update: micro-batches forward and backward, and the optimizer's step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gptcore import checkpoint
+from gptcore.errors import UserError
+from gptcore.optim.fused import FusedOptimizer
+from gptcore.train.config import TrainConfig
+from gptcore.train.evaluation import Batches, tensors_of
+from gptcore.train.routing import RoutingWatch
+from gptcore.train.run_directory import RunDirectory
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient became NaN or infinite; the weights were not touched by it."""
+
+
+def update(
+    config: TrainConfig,
+    model: torch.nn.Module,
+    optimizer: FusedOptimizer,
+    loader: Batches,
+    step: int,
+    *,
+    routing: RoutingWatch | None = None,
+) -> float:
+    """One update, the one with zero-based index ``step``; returns the mean loss of its micro-batches.
+
+    ``routing`` is told what the layers of experts did.
+
+    Raises:
+        NonFiniteError: before anything was written, whether the loss or only a gradient is not finite.
+    """
+    device = next(model.parameters()).device
+    micro_batches = config.micro_batches(step)
+    count = len(micro_batches)
+    lr = config.learning_rate(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    model.train()
+    optimizer.zero_grad()
+    loss = 0.0
+    for micro in micro_batches:
+        tokens, targets, options = tensors_of(loader.batch_at(micro), device)
+        z_loss = {"z_loss": config.z_loss} if config.z_loss else {}
+        out = model(tokens, targets, **options, **z_loss)
+        _total(out, config).backward()
+        if routing is not None:
+            routing.add(out)
+        if count > 1:
+            optimizer.accumulate()
+        loss += float(out.loss.detach())
+    loss /= count
+    if not math.isfinite(loss):
+        raise _non_finite(config, step, f"the loss is {loss}")
+    # The mean over micro-batches: their gradients were summed, the kernel divides in its update pass.
+    optimizer.step(grad_scale=float(count))
+    if optimizer.found_inf:
+        raise _non_finite(config, step, "a gradient is not finite")
+    return loss
+
+
+def _total(out: Any, config: TrainConfig) -> torch.Tensor:
+    """What is minimised: the loss with all that is added to it."""
+    total: torch.Tensor = out.loss + out.z_loss if config.z_loss else out.loss
+    if getattr(out, "balance_loss", None) is not None:
+        total = total + out.balance_loss + out.router_z_loss
+    return total
+
+
+def _non_finite(config: TrainConfig, step: int, what: str) -> NonFiniteError:
+    directory = RunDirectory(config.run_dir).checkpoints
+    there = checkpoint.steps(directory)
+    kept = f"the checkpoint of step {there[-1]} in {directory} is intact" if there else "no checkpoint yet"
+    return NonFiniteError(
+        f"{what} at step {step + 1} (learning rate {config.learning_rate(step):.3g}); {kept}; "
+        "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
+    )
