@@ -1,0 +1,94 @@
+"""A run under way: what its steps share, saved to a checkpoint and taken up from one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gptcore import checkpoint
+from gptcore.errors import UserError
+from gptcore.models.config import GPTConfig
+from gptcore.optim.fused import FusedOptimizer
+from gptcore.train import state
+from gptcore.train.config import TrainConfig
+from gptcore.train.evaluation import Batches
+from gptcore.train.metrics import MetricsFile, ModelFlops
+from gptcore.train.routing import RoutingWatch
+from gptcore.train.run_directory import RunDirectory
+
+Evaluate = Callable[[torch.nn.Module], Mapping[str, float]]
+Sample = Callable[[torch.nn.Module], str]
+
+
+@dataclass
+class Run:
+    """What the steps of one run share. ``train_seconds`` counts updates only, over all resumed parts."""
+
+    config: TrainConfig
+    model: torch.nn.Module
+    optimizer: FusedOptimizer
+    loader: Batches
+    directory: RunDirectory
+    evaluate: Evaluate | None
+    sample: Sample | None
+    identity: dict[str, Any]
+    step: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    logged_tokens: int = 0
+    logged_seconds: float = 0.0
+    loss: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    routing: RoutingWatch | None = None
+
+
+def resume_from(now: Run, resume: bool, quiet: bool) -> bool:
+    """Put the newest good checkpoint, if there is one, into the run; tells whether there was one."""
+    directory = now.directory.checkpoints
+    if not resume and checkpoint.steps(directory):
+        raise UserError(
+            f"{now.directory.path} holds a run at step {checkpoint.steps(directory)[-1]}; "
+            "resume it, or choose another run_dir"
+        )
+    found = checkpoint.load_latest(directory)
+    if found is None:
+        return False
+    saved = found.state
+    state.compare(found.path, saved, now.identity)
+    if saved["step"] > now.config.steps:
+        raise UserError(f"{found.path} is at step {saved['step']}, beyond steps = {now.config.steps}")
+    state.restore(now.model, now.optimizer, found.tensors, saved)
+    now.step = saved["step"]
+    now.tokens = saved["metrics"]["tokens"]
+    now.train_seconds = saved["metrics"]["seconds"]
+    now.logged_tokens, now.logged_seconds = now.tokens, now.train_seconds
+    now.evaluation = saved["metrics"]["evaluation"]
+    if not quiet:
+        changed = state.changes(saved["config"], now.identity["config"])
+        note = f" with changed settings ({', '.join(changed)})" if changed else ""
+        print(f"gptcore: resuming {now.directory.path} at step {now.step}{note}", file=sys.stderr)
+    return True
+
+
+def save(now: Run, metrics: MetricsFile) -> None:
+    """A checkpoint of the run as it is, its metrics on the disk before it."""
+    metrics.sync()
+    tensors, values = state.collect(now.model, now.optimizer)
+    values["metrics"] = {"tokens": now.tokens, "seconds": now.train_seconds, "evaluation": now.evaluation}
+    keep = now.config.checkpoint.keep_last
+    checkpoint.save(now.directory.checkpoints, now.step, tensors, {**now.identity, **values}, keep)
+
+
+def tokens_per_update(config: TrainConfig, step: int) -> int:
+    """Of the update with zero-based index ``step``."""
+    return config.data.batch * config.data.length * len(config.micro_batches(step))
+
+
+def flops_of(now: Run) -> ModelFlops | None:
+    """What training on one token costs; None for a model that is no GPT."""
+    config = getattr(now.model, "config", None)
+    return ModelFlops.of(config, now.config.data.length) if isinstance(config, GPTConfig) else None
