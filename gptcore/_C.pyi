@@ -178,6 +178,7 @@ def grouped_linear(
     offsets: Tensor | None,
     bias: Tensor | None,
     out: Tensor | None,
+    largest: int = ...,
 ) -> None: ...
 def grouped_linear_backward(
     dy: Tensor | None,
@@ -188,6 +189,8 @@ def grouped_linear_backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     accumulate: bool,
+    largest_dx: int = ...,
+    largest_dweight: int = ...,
 ) -> None: ...
 def isa() -> str: ...
 def layer_norm_backward(

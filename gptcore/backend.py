@@ -6,6 +6,7 @@ Only this module and :mod:`gptcore.ops` touch ``gptcore._C``.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import os
@@ -98,6 +99,16 @@ def report() -> dict[str, dict[str, int]]:
 def reset_report() -> None:
     """Forget the calls counted so far."""
     _fallbacks.clear()
+
+
+@functools.cache
+def mkl_is_strict() -> bool:
+    """Whether torch's f32 products are MKL's and it was asked in time for bits that the threads do not change, a row's
+    not changing with the other rows either from about 17 on."""
+    import torch
+
+    asked = os.environ.get("MKL_CBWR", "").upper().endswith(",STRICT")
+    return asked and _was_first() and torch.backends.mkl.is_available()
 
 
 def tune_malloc() -> bool:

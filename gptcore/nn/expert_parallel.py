@@ -19,7 +19,7 @@ from torch import Tensor
 from gptcore.dist import Member, Shard, agree, exchange_rows, gather_rows
 
 if TYPE_CHECKING:
-    from gptcore.nn.moe import MoE
+    from gptcore.nn.moe import Engine, MoE
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 
@@ -43,8 +43,8 @@ class Journey(NamedTuple):
 
 def forward(layer: MoE, x: Tensor, mask: Tensor | None, drop: bool, member: Member) -> tuple[Tensor, Any]:
     """(n, C) of the experts for this rank's x, and the routing of all ranks' tokens."""
-    flat, mask, scores, tokens = _begin(layer, x, mask, drop, member)
-    engine = layer.engine(flat)
+    engine = layer.engine(x)
+    flat, mask, scores, tokens = _begin(layer, engine, x, mask, drop, member)
     if mask is not None:
         mask = gather_rows(mask, tokens, member)
 
@@ -73,7 +73,7 @@ def forward(layer: MoE, x: Tensor, mask: Tensor | None, drop: bool, member: Memb
 
 
 def _begin(
-    layer: MoE, x: Tensor, mask: Tensor | None, drop: bool, member: Member
+    layer: MoE, engine: Engine, x: Tensor, mask: Tensor | None, drop: bool, member: Member
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor | None], list[int]]:
     """Checked input, own scores (n, E), and every rank's number of tokens; raises on all ranks if on one."""
     error: Exception | None = None
@@ -81,7 +81,7 @@ def _begin(
     scores: tuple[Tensor, Tensor | None] = (x, None)
     try:
         flat, mask = layer.checked(x, mask)
-        scores = layer.scores(flat)
+        scores = layer.scores(engine, flat)
     except (ValueError, TypeError, RuntimeError) as refused:
         error = refused
     differentiated = torch.is_grad_enabled()

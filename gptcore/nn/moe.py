@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -103,14 +104,18 @@ class Engine(NamedTuple):
     router: Callable[..., Any]
     dispatch: Callable[..., Tensor]
     grouped_linear: Callable[..., Tensor]
+    by_row: Callable[..., Tensor]  # the same, a row's bits not depending on the batch
     activate: Callable[..., Tensor]
     combine: Callable[..., Tensor]
 
 
-_KERNELS = Engine(ops.moe_router, ops.moe_dispatch, ops.grouped_linear, activate, ops.moe_combine)
+_KERNELS = Engine(
+    ops.moe_router, ops.moe_dispatch, ops.grouped_linear,
+    functools.partial(ops.grouped_linear, batch_invariant=True), activate, ops.moe_combine,
+)  # fmt: skip
 _REFERENCES = Engine(
-    moe_router_reference, moe_dispatch_reference, grouped_linear_reference, activate_reference,
-    moe_combine_reference,
+    moe_router_reference, moe_dispatch_reference, grouped_linear_reference, grouped_linear_reference,
+    activate_reference, moe_combine_reference,
 )  # fmt: skip
 
 
@@ -237,7 +242,7 @@ class MoE(torch.nn.Module):
         else:
             flat, mask = self.checked(x, mask)
             engine = self.engine(flat)
-            routing = self.route(engine, *self.scores(flat), mask, drop)
+            routing = self.route(engine, *self.scores(engine, flat), mask, drop)
             rows = engine.dispatch(flat, routing.rows, routing.offsets)
             rows = self.apply_experts(engine, rows, routing.offsets)
             y = engine.combine(rows, routing.rows, routing.offsets, routing.gates)
@@ -262,7 +267,7 @@ class MoE(torch.nn.Module):
         """Who computes for x."""
         return _KERNELS if covered("moe", x, self.up.weight) else _REFERENCES
 
-    def scores(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scores(self, engine: Engine, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(N, E) the router's logits for x (N, C), and what softplus makes the deviation of their noise, if any; f32
         (f64 for f64), under autocast too: a rounded logit changes choices.
 
@@ -273,12 +278,10 @@ class MoE(torch.nn.Module):
             if self.jitter and self.training:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             noise = self.noise if self.training else None
-            return self._by_row(x, self.router), None if noise is None else self._by_row(x, noise)
-
-    def _by_row(self, x: Tensor, layer: Linear) -> Tensor:
-        """x times the layer's weight, by products of one expert, since those of ``linear`` depend on the batch."""
-        rows = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
-        return self.engine(x).grouped_linear(x, layer.weight.to(x.dtype)[None], rows)
+            # Products of one expert, since those of ``linear`` depend on the batch.
+            rows = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
+            clean = engine.by_row(x, self.router.weight.to(x.dtype)[None], rows)
+            return clean, None if noise is None else engine.by_row(x, noise.weight.to(x.dtype)[None], rows)
 
     def route(
         self,

@@ -7,16 +7,26 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, empty, empty_like, rows
+from gptcore.ops.grouped_library import ALL_OURS, differentiate_large, largest_of_ours, multiply_large
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
 
 
 def grouped_linear(
-    x: Array, weight: Array, offsets: Array, *, bias: Array | None = None, out: Array | None = None
+    x: Array,
+    weight: Array,
+    offsets: Array,
+    *,
+    bias: Array | None = None,
+    out: Array | None = None,
+    batch_invariant: bool = False,
 ) -> Array:
     """``y[r] = x[r] @ weight[e].T + bias[e]`` for ``offsets[e] <= r < offsets[e + 1]``; rows from the last on are 0.
 
-    A row of ``y`` has the same bits whatever other rows there are, its own expert's or others', so experts spread over
-    processes give one process's bits. Sums are f32, rounded once.
+    An expert's rows have the same bits whatever the other experts' are and on any number of threads, so experts spread
+    over processes give one process's bits. In bf16 a row has the same bits whatever other rows its own expert has. In
+    f32 it may have one of two: torch multiplies an expert's rows from 512 on (for the gradient of ``x`` from 64 on),
+    where tensors are torch's, no width is under 64 and gptcore was imported before torch, which is how MKL is told to
+    keep to a fixed order; on either side of that limit a row's bits are its own again. Sums are f32, rounded once.
 
     Args:
         x: (M, Cin), f32 or bf16, rows sorted by expert.
@@ -24,6 +34,8 @@ def grouped_linear(
         offsets: (E + 1,) int32, ``offsets[0] == 0``, not falling, at most M.
         bias: (E, Cout), f32 or x's dtype, contiguous, or None.
         out: where to write ``y``; (M, Cout) of x's dtype. Not differentiable.
+        batch_invariant: a row of ``y``, and of the gradient of ``x``, has one set of bits in f32 too, whatever rows its
+            expert has.
 
     Returns:
         (M, Cout) of x's dtype.
@@ -32,9 +44,9 @@ def grouped_linear(
         ValueError, TypeError: shapes, dtypes, layouts, devices or offsets that do not fit; nothing is written then.
     """
     if out is None:
-        return _grouped_linear(x, weight, offsets, bias)
+        return _grouped_linear(x, weight, offsets, bias, batch_invariant)
     refuse_out_with_grad("grouped_linear", x, weight, bias, out)
-    backend.extension().grouped_linear(rows(x), weight, offsets, bias, out)
+    _write(x, weight, offsets, bias, out, batch_invariant)
     return out
 
 
@@ -49,6 +61,7 @@ def grouped_linear_backward(
     accumulate: bool = False,
     need_dx: bool = True,
     need_dweight: bool = True,
+    batch_invariant: bool = False,
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Gradients ``(dx, dweight, dbias)`` of :func:`grouped_linear`, None for what is not wanted.
 
@@ -58,6 +71,7 @@ def grouped_linear_backward(
         out: where dweight goes: (E, Cout, Cin), f32 or x's dtype, contiguous; default a fresh array like ``weight``.
         accumulate: add dweight to ``out``, in f32, rounded once to its dtype.
         need_dx, need_dweight: what is wanted.
+        batch_invariant: as for :func:`grouped_linear`.
     """
     if out is None and accumulate:
         raise ValueError(
@@ -66,9 +80,13 @@ def grouped_linear_backward(
     dx = empty_like(x) if need_dx else None
     dweight = (empty_like(weight) if out is None else out) if need_dweight else None
     dbias = None if bias is None else empty_like(bias)
+    dy, x = rows(dy), rows(x)
+    largest = ALL_OURS if batch_invariant else largest_of_ours(dy, weight, x, dweight)
     backend.extension().grouped_linear_backward(
-        rows(dy), rows(x), weight, offsets, dx, dweight, dbias, accumulate
+        dy, x, weight, offsets, dx, dweight, dbias, accumulate, largest.dx, largest.dweight
     )
+    if min(largest) < dy.shape[0]:
+        differentiate_large(dy, x, weight, offsets, dx, dweight, accumulate, largest)
     return dx, dweight, dbias
 
 
@@ -87,13 +105,21 @@ def grouped_linear_reference(x: Any, weight: Any, offsets: Any, *, bias: Any = N
 # --- torch -------------------------------------------------------------------------------------------------
 
 
-def _forward(x: Any, weight: Any, offsets: Any, bias: Any) -> Any:
-    out = _fake(x, weight, offsets, bias)
-    backend.extension().grouped_linear(rows(x), weight, offsets, bias, out)
+def _forward(x: Any, weight: Any, offsets: Any, bias: Any, batch_invariant: bool) -> Any:
+    out = _fake(x, weight, offsets, bias, batch_invariant)
+    _write(x, weight, offsets, bias, out, batch_invariant)
     return out
 
 
-def _fake(x: Any, weight: Any, offsets: Any, bias: Any) -> Any:
+def _write(x: Any, weight: Any, offsets: Any, bias: Any, out: Any, batch_invariant: bool) -> None:
+    x = rows(x)
+    largest = (ALL_OURS if batch_invariant else largest_of_ours(x, weight, bias, out)).y
+    backend.extension().grouped_linear(x, weight, offsets, bias, out, largest)
+    if largest < x.shape[0]:
+        multiply_large(x, weight, offsets, bias, out, largest)
+
+
+def _fake(x: Any, weight: Any, offsets: Any, bias: Any, batch_invariant: bool) -> Any:
     if x.ndim != 2 or weight.ndim != 3:
         raise ValueError(
             f"grouped_linear: got 'x' of {x.ndim} and 'weight' of {weight.ndim} dimensions, expected 2 and 3"
@@ -102,23 +128,39 @@ def _fake(x: Any, weight: Any, offsets: Any, bias: Any) -> Any:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.batch_invariant = inputs[4]
 
 
 def _backward(ctx: Any, grad_y: Any) -> tuple[Any, ...]:
     x, weight, offsets, bias = ctx.saved_tensors
-    need_dx, need_dweight, _, need_dbias = ctx.needs_input_grad
+    need_dx, need_dweight, _, need_dbias, _ = ctx.needs_input_grad
     dx, dweight, dbias = _gradient(
-        grad_y, x, weight, offsets, bias if need_dbias else None, need_dx, need_dweight
+        grad_y, x, weight, offsets, bias if need_dbias else None, need_dx, need_dweight, ctx.batch_invariant
     )
-    return dx if need_dx else None, dweight if need_dweight else None, None, dbias if need_dbias else None
+    given = (dx if need_dx else None, dweight if need_dweight else None, None, dbias if need_dbias else None)
+    return *given, None
 
 
 def _backward_inference(
-    dy: Any, x: Any, weight: Any, offsets: Any, bias: Any, need_dx: bool, need_dweight: bool
+    dy: Any,
+    x: Any,
+    weight: Any,
+    offsets: Any,
+    bias: Any,
+    need_dx: bool,
+    need_dweight: bool,
+    batch_invariant: bool,
 ) -> tuple[Any, ...]:
     return grouped_linear_backward(
-        dy, x, weight, offsets, bias=bias, need_dx=need_dx, need_dweight=need_dweight
+        dy,
+        x,
+        weight,
+        offsets,
+        bias=bias,
+        need_dx=need_dx,
+        need_dweight=need_dweight,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -128,7 +170,14 @@ def _backward_forward(*inputs: Any) -> tuple[Any, ...]:
 
 
 def _backward_fake(
-    dy: Any, x: Any, weight: Any, offsets: Any, bias: Any, need_dx: bool, need_dweight: bool
+    dy: Any,
+    x: Any,
+    weight: Any,
+    offsets: Any,
+    bias: Any,
+    need_dx: bool,
+    need_dweight: bool,
+    batch_invariant: bool,
 ) -> tuple[Any, ...]:
     wanted = (x if need_dx else None, weight if need_dweight else None, bias)
     return tuple(x.new_empty((0,)) if like is None else like.new_empty(like.shape) for like in wanted)
@@ -136,7 +185,8 @@ def _backward_fake(
 
 _gradient = TorchOp(
     "grouped_linear_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor offsets, Tensor? bias, bool need_dx, bool need_dweight)"
+    "(Tensor dy, Tensor x, Tensor weight, Tensor offsets, Tensor? bias, bool need_dx, bool need_dweight,"
+    " bool batch_invariant)"
     " -> (Tensor, Tensor, Tensor)",
     forward=_backward_forward,
     fake=_backward_fake,
@@ -144,7 +194,7 @@ _gradient = TorchOp(
 )
 _grouped_linear = TorchOp(
     "grouped_linear",
-    "(Tensor x, Tensor weight, Tensor offsets, Tensor? bias) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, bool batch_invariant) -> Tensor",
     forward=_forward,
     fake=_fake,
     setup_context=_setup,

@@ -127,7 +127,8 @@ def _places(world: World) -> None:
         whole = Whole(options, tokens, torch.float32, masked=True)
         torch.manual_seed(5)
         layer = whole.layer
-        one = layer.route(layer.engine(whole.x), *layer.scores(whole.x), whole.mask, True)
+        engine = layer.engine(whole.x)
+        one = layer.route(engine, *layer.scores(engine, whole.x), whole.mask, True)
         layer = dist.expert_parallel(copy.deepcopy(layer), world.group)
         torch.manual_seed(5)
         own = split(whole.x, tokens, world.rank), split(whole.mask, tokens, world.rank)

@@ -15,7 +15,7 @@ from gptcore import backend, nn, ops
 from gptcore.errors import UserError
 from gptcore.optim import decay_groups
 from tests.nn import moe_oracle
-from tests.tolerance import assert_close_to_exact
+from tests.tolerance import assert_close_to_exact, same_bits
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 24, 40, 5, 33
 
@@ -282,7 +282,7 @@ def test_random_priority_and_second_choices_leave_evaluation_alone():
     gates = (x @ kept.router.weight.T).topk(2).values.softmax(-1)
     expected = TOKENS + int((uniforms < 2 * gates[:, 1]).sum())
     torch.manual_seed(1)
-    routed = kept.route(nn.moe._KERNELS, *kept.scores(x), None, True)
+    routed = kept.route(nn.moe._KERNELS, *kept.scores(nn.moe._KERNELS, x), None, True)
     assert int(routed.requested.sum()) == expected
 
 
@@ -317,6 +317,20 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype):
     backend.set_num_threads(ours)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_tokens_logits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch, noise: bool):
+    # As where MKL may multiply the large groups of other products: it would the 600 tokens, and not the fewer.
+    monkeypatch.setattr(backend, "mkl_is_strict", lambda: True)
+    module, x = nn.MoE(96, 8, 64, noise=noise), torch.randn(600, 96)
+    if noise:
+        torch.nn.init.normal_(module.noise.weight)
+    engine = module.engine(x)
+    whole = module.scores(engine, x)
+    for some in (slice(3, 4), slice(40, 57), slice(0, 511)):
+        for part, of in zip(module.scores(engine, x[some]), whole, strict=True):
+            assert of is None or same_bits(part.detach(), of[some].detach())
 
 
 def test_float64_goes_to_the_references_and_is_reported():

@@ -191,9 +191,9 @@ def test_autograd_compile_and_registration() -> None:
     x, weight, offsets, bias, dy = _inputs((3, 0, 5), 8, 6, torch.float32)
     op, gradient = torch.ops.gptcore.grouped_linear.default, torch.ops.gptcore.grouped_linear_backward.default
     leaves = [t.requires_grad_() for t in (x.clone(), weight.clone(), bias.clone())]
-    torch.library.opcheck(op, (leaves[0], leaves[1], offsets, leaves[2]))
-    torch.library.opcheck(op, (x, weight, offsets, None))
-    torch.library.opcheck(gradient, (dy, x, weight, offsets, None, True, False))
+    torch.library.opcheck(op, (leaves[0], leaves[1], offsets, leaves[2], False))
+    torch.library.opcheck(op, (x, weight, offsets, None, True))
+    torch.library.opcheck(gradient, (dy, x, weight, offsets, None, True, False, False))
 
     def loss(x, weight, bias):
         return grouped_linear(x, weight, offsets, bias=bias) * 2

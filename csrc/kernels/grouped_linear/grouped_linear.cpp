@@ -128,7 +128,7 @@ void zero_rows(const TensorView& out, int64_t first) {
 
 // out[r] = in[r] times the weight, or its transpose.
 void multiply_rows(const Groups& groups, const TensorView& in, const TensorView& weight, bool transpose,
-                   const TensorView& bias, const TensorView& out) {
+                   const TensorView& bias, const TensorView& out, int64_t largest) {
   const GroupedBodies& bodies = bodies_of(groups.dtype);
   const bool past_caches = bodies.past_caches(out.data, out.numel() * size_of(out.dtype));
   std::vector<GroupProduct> products(static_cast<size_t>(groups.experts));
@@ -138,7 +138,7 @@ void multiply_rows(const Groups& groups, const TensorView& in, const TensorView&
     p.b = weight.as<char>() + e * groups.weight_bytes();
     p.bias = bias ? bytes_at(bias, e * groups.outer) : nullptr;
     p.out = bytes_at(out, groups.begin(e) * out.stride(0));
-    p.m = groups.rows(e);
+    p.m = groups.rows(e) > largest ? 0 : groups.rows(e);
     p.n = transpose ? groups.outer : groups.inner, p.k = transpose ? groups.inner : groups.outer;
     p.a_stride = in.stride(0), p.b_stride = groups.inner, p.out_stride = out.stride(0);
     p.a_depth_lines = true, p.b_depth_lines = transpose;
@@ -151,7 +151,7 @@ void multiply_rows(const Groups& groups, const TensorView& in, const TensorView&
 }
 
 void weight_gradient(const Groups& groups, const TensorView& dy, const TensorView& x,
-                     const TensorView& dweight, bool accumulate) {
+                     const TensorView& dweight, bool accumulate, int64_t largest) {
   const GroupedBodies& bodies = bodies_of(groups.dtype);
   // Ordinary stores would read all of the gradient first.
   const bool past_caches =
@@ -164,7 +164,7 @@ void weight_gradient(const Groups& groups, const TensorView& dy, const TensorVie
     p.bias = nullptr;
     p.out = bytes_at(dweight, e * groups.inner * groups.outer);
     p.m = groups.outer, p.n = groups.inner, p.k = groups.rows(e);
-    if (p.k == 0 && accumulate) p.m = 0;
+    if ((p.k == 0 && accumulate) || p.k > largest) p.m = 0;
     p.a_stride = dy.stride(0), p.b_stride = x.stride(0), p.out_stride = groups.inner;
     p.a_depth_lines = false, p.b_depth_lines = false;
     p.accumulate = accumulate, p.f32_out = dweight.dtype == DType::f32, p.f32_bias = false;
@@ -190,17 +190,18 @@ void bias_gradient(const Groups& groups, const TensorView& dy, const TensorView&
 }  // namespace
 
 void grouped_linear(const TensorView& x, const TensorView& weight, const TensorView& offsets,
-                    const TensorView& bias, const TensorView& out) {
+                    const TensorView& bias, const TensorView& out, int64_t largest) {
   const Checker check("grouped_linear");
   const Groups groups = checked_groups(check, x, "x", false, weight, offsets);
   if (bias) check_bias(check, bias, "bias", groups);
   check_rows_out(check, out, "out", groups.dtype, x, groups.outer);
-  multiply_rows(groups, x, weight, true, bias, out);
+  multiply_rows(groups, x, weight, true, bias, out, largest);
 }
 
 void grouped_linear_backward(const TensorView& dy, const TensorView& x, const TensorView& weight,
                              const TensorView& offsets, const TensorView& dx, const TensorView& dweight,
-                             const TensorView& dbias, bool accumulate) {
+                             const TensorView& dbias, bool accumulate, int64_t largest_dx,
+                             int64_t largest_dweight) {
   const Checker check("grouped_linear_backward");
   const Groups groups = checked_groups(check, dy, "dy", true, weight, offsets);
   if (x || dweight) {
@@ -218,8 +219,8 @@ void grouped_linear_backward(const TensorView& dy, const TensorView& x, const Te
     check_bias(check, dbias, "dbias", groups);
     check.writable(dbias, "dbias");
   }
-  if (dx) multiply_rows(groups, dy, weight, false, {}, dx);
-  if (dweight) weight_gradient(groups, dy, x, dweight, accumulate);
+  if (dx) multiply_rows(groups, dy, weight, false, {}, dx, largest_dx);
+  if (dweight) weight_gradient(groups, dy, x, dweight, accumulate, largest_dweight);
   if (dbias) bias_gradient(groups, dy, dbias);
 }
 

@@ -11,6 +11,9 @@
 // Layout   weight, dweight, bias, dbias and offsets contiguous; of x, dx, y and dy the last dimension, any row stride.
 // Types    x, weight, y, dy and dx of one type, f32 or bf16; bias, dbias, dweight of that type or f32; offsets i32.
 // Aliasing outputs overlap no input and no other output.
+// Left out groups of more than `largest` rows (in backward: of `largest_dx` for dx, of `largest_dweight` for dweight)
+//          are another library's: their part of the result is neither read nor written. Everything is checked all
+//          the same, and dbias is all groups'.
 // Gradients overwritten; with accumulate dweight is added to what it holds (in f32, then rounded once to its type).
 // Sums     f32 throughout, rounded once to the result's type.
 // Bits     An element of y is one chain over Cin, one of dx over Cout, in an order that the depth alone fixes: it
@@ -23,16 +26,21 @@
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
+#include <cstdint>
+
 #include "core/tensor_view.h"
 
 namespace gptcore {
 
+constexpr int64_t kAnyGroup = INT64_MAX;  // leaves none out
+
 void grouped_linear(const TensorView& x, const TensorView& weight, const TensorView& offsets,
-                    const TensorView& bias, const TensorView& out);
+                    const TensorView& bias, const TensorView& out, int64_t largest = kAnyGroup);
 
 // Any of dx, dweight and dbias may be none; x may where dweight is.
 void grouped_linear_backward(const TensorView& dy, const TensorView& x, const TensorView& weight,
                              const TensorView& offsets, const TensorView& dx, const TensorView& dweight,
-                             const TensorView& dbias, bool accumulate);
+                             const TensorView& dbias, bool accumulate, int64_t largest_dx = kAnyGroup,
+                             int64_t largest_dweight = kAnyGroup);
 
 }  // namespace gptcore
