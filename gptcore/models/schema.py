@@ -64,6 +64,16 @@ class Spec:
         return type(self).from_dict(_merge(self.to_dict(), overrides))
 
 
+def at_least(section: str, low: float, **values: float | None) -> None:
+    """Raises ``UserError`` for the first of ``values`` that is below ``low`` or not finite; None passes.
+
+    ``section`` is prefixed to the name, as in ``"data."``.
+    """
+    for name, value in values.items():
+        if value is not None and not low <= value < float("inf"):
+            raise UserError(f"{section}{name}: expected {low} or more, got {value}")
+
+
 def _key(section: str, name: str) -> str:
     """A key as the user wrote it; the outermost specification has no section."""
     return f"{section}.{name}" if section else name

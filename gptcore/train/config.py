@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from gptcore.errors import UserError
 from gptcore.models import presets
 from gptcore.models.config import GPTConfig
-from gptcore.models.schema import Spec
+from gptcore.models.schema import Spec, at_least
 from gptcore.optim import schedule as schedules
+from gptcore.train.optimizers import OptimizerSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,12 +30,6 @@ else:
 def _ramp(size: int, full: int, start: int, tokens: int) -> schedules.BatchRamp:
     """Kept, since it remembers where each update of the ramp begins."""
     return schedules.BatchRamp(size, full, start, tokens)
-
-
-def _at_least(section: str, low: float, **values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and not low <= value < float("inf"):
-            raise UserError(f"{section}{name}: expected {low} or more, got {value}")
 
 
 @dataclass(frozen=True)
@@ -64,35 +59,11 @@ class DataSpec(Spec):
     packed: bool = False
 
     def validate(self) -> None:
-        _at_least("data.", 1, batch=self.batch, length=self.length, accumulate=self.accumulate)
-        _at_least("data.", 1, vocab_size=self.vocab_size, ramp_from=self.ramp_from)
-        _at_least("data.", 0, ramp_tokens=self.ramp_tokens)
+        at_least("data.", 1, batch=self.batch, length=self.length, accumulate=self.accumulate)
+        at_least("data.", 1, vocab_size=self.vocab_size, ramp_from=self.ramp_from)
+        at_least("data.", 0, ramp_tokens=self.ramp_tokens)
         if not 0.0 < self.held_out < 1.0:
             raise UserError(f"data.held_out: expected above 0 and below 1, got {self.held_out}")
-
-
-@dataclass(frozen=True)
-class OptimizerSpec(Spec):
-    """AdamW. Matrices and embeddings decay, biases and norms do not. ``max_norm`` 0 switches clipping off.
-
-    ``split_master`` keeps of the f32 masters of bf16 weights only what the weights lack: 2 bytes a parameter less.
-    """
-
-    section: ClassVar[str] = "optimizer"
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = 1e-3
-    betas: tuple[float, ...] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    max_norm: float = 1.0
-    split_master: bool = False
-
-    def validate(self) -> None:
-        _at_least("optimizer.", 0.0, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
-        _at_least("optimizer.", 0.0, max_norm=self.max_norm)
-        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise UserError(f"optimizer.betas: expected two numbers in [0, 1), got {list(self.betas)}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +83,7 @@ class ScheduleSpec(Spec):
     shape: Literal["linear", "sqrt", "exponential"] = "linear"
 
     def validate(self) -> None:
-        _at_least("schedule.", 0, warmup=self.warmup, floor=self.floor, decay=self.decay)
+        at_least("schedule.", 0, warmup=self.warmup, floor=self.floor, decay=self.decay)
 
 
 @dataclass(frozen=True)
@@ -125,8 +96,8 @@ class EvaluationSpec(Spec):
     batches: int = 20
 
     def validate(self) -> None:
-        _at_least("evaluation.", 0, every=self.every)
-        _at_least("evaluation.", 1, batches=self.batches)
+        at_least("evaluation.", 0, every=self.every)
+        at_least("evaluation.", 1, batches=self.batches)
 
 
 @dataclass(frozen=True)
@@ -142,8 +113,8 @@ class SampleSpec(Spec):
     top_k: int = 0
 
     def validate(self) -> None:
-        _at_least("sample.", 0, every=self.every, temperature=self.temperature, top_k=self.top_k)
-        _at_least("sample.", 1, tokens=self.tokens)
+        at_least("sample.", 0, every=self.every, temperature=self.temperature, top_k=self.top_k)
+        at_least("sample.", 1, tokens=self.tokens)
 
 
 @dataclass(frozen=True)
@@ -156,8 +127,8 @@ class CheckpointSpec(Spec):
     keep_last: int = 3
 
     def validate(self) -> None:
-        _at_least("checkpoint.", 0, every=self.every)
-        _at_least("checkpoint.", 1, keep_last=self.keep_last)
+        at_least("checkpoint.", 0, every=self.every)
+        at_least("checkpoint.", 1, keep_last=self.keep_last)
 
 
 @dataclass(frozen=True)
@@ -190,8 +161,8 @@ class TrainConfig(Spec):
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
 
     def validate(self) -> None:
-        _at_least("", 1, steps=self.steps, log_every=self.log_every)
-        _at_least("", 0, seed=self.seed, threads=self.threads, z_loss=self.z_loss)
+        at_least("", 1, steps=self.steps, log_every=self.log_every)
+        at_least("", 0, seed=self.seed, threads=self.threads, z_loss=self.z_loss)
         if not self.run_dir:
             raise UserError("run_dir: expected a directory, got an empty string")
         model = self.model_config()

@@ -79,7 +79,7 @@ def run(
     _set_up(config)
     ceiling = peak.of(device, dtype) if measure_peak else peak.Peak(None, "not measured")
     _cast(model, device, dtype)
-    optimizer = optimizers.build(config.optimizer, model)
+    optimizer = optimizers.build(config.optimizer, model, seed=config.seed)
     # Dropout starts from the seed, whatever the caller drew before; a resumed run restores the generator.
     torch.manual_seed(config.seed)
     with RunDirectory(config.run_dir) as directory:

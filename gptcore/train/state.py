@@ -13,6 +13,7 @@ from gptcore.checkpoint.files import MODEL_PREFIX
 from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
 from gptcore.train.config import TrainConfig
+from gptcore.train.optimizers import OptimizerSpec
 
 OPTIMIZER_PREFIX = "optimizer/"
 RNG_PREFIX = "rng/"
@@ -157,6 +158,15 @@ def compare(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -
         raise CheckpointError(
             f"checkpoint {path} is of another model ({', '.join(changed)}); "
             "use the same [model] settings or another run_dir"
+        )
+    before, now = (
+        OptimizerSpec(name=table.get("name", "adamw"), variant=table.get("variant")).kind
+        for table in (made["config"].get("optimizer", {}) for made in (saved, identity))
+    )
+    if before != now:
+        raise CheckpointError(
+            f"checkpoint {path} holds the state of optimizer {before}, this run has {now}; use the same "
+            f'optimizer, or begin a new run with these weights (start = "{path}")'
         )
 
 
