@@ -92,6 +92,32 @@ def test_matches_float64_at_every_size(isa: str, dtype: torch.dtype) -> None:
             _check(*_inputs(sizes, inner, outer, dtype))
 
 
+def test_few_rows_have_the_bits_of_many(isa: str) -> None:
+    """Up to 16 rows f32 weights are read in place: depths and widths that end within vectors, blocks and panels."""
+    for inner, outer in [
+        (1, 1),
+        (15, 33),
+        (16, 96),
+        (17, 95),
+        (300, 7),
+        (784, 104),
+        (1000, 600),
+        (2500, 130),
+    ]:
+        x, weight, offsets, bias, _ = _inputs((17, 16, 9), inner, outer, torch.float32)
+        weight[0, 0] = -1e-30  # products that vanish: sums of -0
+        x[:, ::2] *= 1e-30
+        y = grouped_linear(x, weight, offsets, bias=bias)
+        for e, (begin, end) in enumerate([(0, 17), (17, 33), (33, 42)]):
+            for first, last in [(begin, begin + 1), (begin + 2, begin + 9), (end - 16, end)]:
+                if first < begin:
+                    continue
+                given = x[first:last], weight[e : e + 1], _offsets(last - first)
+                assert same_bits(grouped_linear(*given, bias=bias[e : e + 1]), y[first:last])
+                without = grouped_linear(x[begin:end], weight[e : e + 1], _offsets(end - begin))
+                assert same_bits(grouped_linear(*given), without[first - begin : last - begin])
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.one_of(st.just(0), st.integers(0, 80)), min_size=1, max_size=7), inner=st.integers(0, 80),
