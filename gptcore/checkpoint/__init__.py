@@ -1,39 +1,30 @@
-"""Checkpoints that survive kill -9, a full disk and a flipped bit: see :mod:`gptcore.checkpoint.files`.
+"""Checkpoints that survive kill -9, a full disk and a flipped bit, of one process or many: see docs/checkpoints.md.
 
 ``from_hf`` and ``to_hf`` exchange models with Hugging Face: see :mod:`gptcore.checkpoint.huggingface`.
 """
 
 from __future__ import annotations
 
-from gptcore.checkpoint.files import (
+import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
+from gptcore.checkpoint.directory import clean, is_checkpoint, path_of, steps
+from gptcore.checkpoint.huggingface import from_hf, to_hf
+from gptcore.checkpoint.loading import (
     MODEL_PREFIX,
-    CheckpointError,
     Loaded,
-    clean,
     latest,
     load,
     load_latest,
     model_tensors,
-    path_of,
     read_state,
-    save,
-    steps,
 )
-from gptcore.checkpoint.huggingface import from_hf, to_hf
+from gptcore.checkpoint.manifest import CheckpointError
+from gptcore.checkpoint.reader import Checkpoint
+from gptcore.checkpoint.shard import Slice
+from gptcore.checkpoint.writer import Writer, save
+
+open = Checkpoint  # checkpoint.open(path) reads as what it does
 
 __all__ = [
-    "MODEL_PREFIX",
-    "CheckpointError",
-    "Loaded",
-    "clean",
-    "from_hf",
-    "latest",
-    "load",
-    "load_latest",
-    "model_tensors",
-    "path_of",
-    "read_state",
-    "save",
-    "steps",
-    "to_hf",
-]
+    "MODEL_PREFIX", "Checkpoint", "CheckpointError", "Loaded", "Slice", "Writer", "clean", "from_hf", "is_checkpoint",
+    "latest", "load", "load_latest", "model_tensors", "open", "path_of", "read_state", "save", "steps", "to_hf",
+]  # fmt: skip

@@ -1,43 +1,92 @@
-"""Streams tensors into a safetensors file.
+"""The safetensors format: eight bytes of header length, a JSON header, the bytes of the tensors.
 
 The library's own writer hides the file descriptor, which must be synced and locked here, and turns
-"no space left" into an error without errno. The format is eight bytes of header length, a JSON header,
-and the bytes of the tensors; reading stays with the library, which validates it.
+"no space left" into an error without errno; its reader does not say where in the file a tensor lies. Files of
+others are read with the library, which validates them.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 _ALIGNMENT = 64  # of the first tensor in the file: a cache line, so that a mapped file is vector-aligned
+_LENGTH = 8  # bytes of the header's length
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    import torch
+class Placed(NamedTuple):
+    """One tensor of a file: its key, dtype, shape, and its bytes ``begin`` to ``end`` - 1 after the header."""
 
-    names = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.float8_e4m3fn: "F8_E4M3",
-        torch.float8_e5m2: "F8_E5M2",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-    if dtype not in names:
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The format's name of ``dtype``. Raises ValueError for one that it lacks."""
+    if dtype not in _NAMES:
         raise ValueError(f"write_safetensors: argument 'tensors': got {dtype}, which the format lacks")
-    return names[dtype]
+    return _NAMES[dtype]
+
+
+def place(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> list[Placed]:
+    """Where each tensor (dtype and shape by key) lies: widest dtype first, so that all are aligned to theirs."""
+    order = sorted(tensors, key=lambda key: (-tensors[key][0].itemsize, key))
+    placed, offset = [], 0
+    for key in order:
+        dtype, shape = tensors[key]
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        placed.append(Placed(key, dtype, tuple(shape), offset, end))
+        offset = end
+    return placed
+
+
+def header_of(placed: Sequence[Placed], metadata: Mapping[str, str]) -> bytes:
+    """Everything that stands before the tensors' bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for key, dtype, shape, begin, end in placed:
+        header[key] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + _LENGTH) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def header_length(start: bytes | memoryview) -> int:
+    """Bytes before the first tensor, of a file that begins with ``start``. Raises ValueError for too few bytes."""
+    if len(start) < _LENGTH:
+        raise ValueError(f"{len(start)} bytes are no safetensors file")
+    return _LENGTH + int(struct.unpack("<Q", start[:_LENGTH])[0])
+
+
+def parse_header(header: bytes) -> dict[str, Placed]:
+    """The tensors of a header that :func:`header_of` made, by key. Raises ValueError, KeyError for any other."""
+    found = {}
+    for key, entry in json.loads(header[_LENGTH:]).items():
+        if key != "__metadata__":
+            begin, end = entry["data_offsets"]
+            found[key] = Placed(key, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
+    return found
 
 
 def write_safetensors(
@@ -49,23 +98,14 @@ def write_safetensors(
         OSError: from the file, with its errno.
         ValueError: a dtype that the format lacks.
     """
-    import torch
+    placed = place({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    file.write(header_of(placed, metadata))
+    for entry in placed:
+        file.write(bytes_of(tensors[entry.key]))
 
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _dtype_name(tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for name in order:
-        if tensors[name].numel():
-            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, empty ones included."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_run(source: Path) -> bool:
-    return source.is_file() or source.name == "checkpoints" or (source / "checkpoints").is_dir()
+    from gptcore.checkpoint import is_checkpoint
+
+    return is_checkpoint(source) or source.name == "checkpoints" or (source / "checkpoints").is_dir()
 
 
 def _to_hugging_face(args: argparse.Namespace, target: Path) -> str:

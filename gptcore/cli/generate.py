@@ -8,7 +8,7 @@ Examples:
   gptcore generate runs/quickstart --prompt "The function returns"
   gptcore generate runs/quickstart --prompt "def main" --temperature 0 --max-new-tokens 50
   gptcore generate runs/quickstart --prompt "A list" --samples 3 --seed 7 --stop "."
-  gptcore generate runs/quickstart/checkpoints/step-00000500.safetensors < prompt.txt
+  gptcore generate runs/quickstart/checkpoints/step-00000500 < prompt.txt
   gptcore generate models/gpt2 --prompt "In 1905"          a directory with config.json, weights, tokenizer
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="directory of a run or a Hugging Face model, or one checkpoint file")
+    parser.add_argument("model", help="directory of a run or a Hugging Face model, or one checkpoint")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the text to continue")
     source.add_argument("--prompt-file", metavar="FILE", help="read the prompt from FILE")

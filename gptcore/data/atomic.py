@@ -139,7 +139,7 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
         yield temporary
         sync_directory(temporary)
         if target.exists():
-            _exchange(temporary, target)
+            exchange(temporary, target)
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.rename(target)
@@ -227,7 +227,7 @@ def _take_place(temporary: Path, target: Path, owned: Callable[[str], bool]) -> 
         _carry(target, temporary, leave)
         shutil.copymode(target, temporary)
         sync_directory(temporary)
-        _exchange(temporary, target)
+        exchange(temporary, target)
     except OSError as error:
         if error.errno in _WRITING:
             raise
@@ -287,7 +287,7 @@ def _aside(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.replaced")
 
 
-def _exchange(new: Path, old: Path) -> None:
+def exchange(new: Path, old: Path) -> None:
     """Swap two directories on one file system; afterwards ``new`` names what ``old`` held."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is not None:

@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, from a run's directory, one checkpoint file or a Hugging Face directory."""
+"""A trained model and its tokenizer, from a run's directory, one checkpoint or a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHECKPOINT_DIRECTORY = "checkpoints"
 def load(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
 ) -> tuple[GPT, Tokenizer]:
-    """The newest good model of run ``path``, or that of a checkpoint file or Hugging Face directory, and its tokenizer.
+    """The newest good model of run ``path``, or that of a checkpoint or Hugging Face directory, and its tokenizer.
 
     tokenizer: what ``gptcore.data.tokenizer.load`` takes; default the one kept with the model.
 
@@ -36,8 +36,8 @@ def load(
 def tokenizer_place(path: str | os.PathLike[str]) -> Path:
     """Where :func:`load` looks for the tokenizer of the model at ``path``."""
     place = Path(path)
-    if place.is_file():
-        return place.parent.parent / TOKENIZER_DIRECTORY
+    if checkpoint.is_checkpoint(place):
+        return place.resolve().parent.parent / TOKENIZER_DIRECTORY
     if place.name == _CHECKPOINT_DIRECTORY:
         return place.parent / TOKENIZER_DIRECTORY
     return place / TOKENIZER_DIRECTORY if (place / _CHECKPOINT_DIRECTORY).is_dir() else place
@@ -51,12 +51,12 @@ def _published(directory: Path, tokenizer: str | os.PathLike[str] | None) -> tup
 
 def _read(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The run's directory, and tensors and state of the checkpoint asked for."""
-    if path.is_file():
-        return path.parent.parent, *checkpoint.load(path)
-    if not path.exists():
+    if checkpoint.is_checkpoint(path):
+        return path.resolve().parent.parent, *checkpoint.load(path, only=checkpoint.MODEL_PREFIX)
+    if not path.is_dir():
         raise UserError(f"no run or checkpoint at {path}")
     run = path.parent if path.name == _CHECKPOINT_DIRECTORY else path
-    found = checkpoint.load_latest(run / _CHECKPOINT_DIRECTORY)
+    found = checkpoint.load_latest(run / _CHECKPOINT_DIRECTORY, only=checkpoint.MODEL_PREFIX)
     if found is None:
         raise UserError(f"{path} holds no checkpoint; give the directory of a run that 'gptcore train' made")
     return run, found.tensors, found.state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gptcore.checkpoint import CheckpointError
-from gptcore.checkpoint.files import MODEL_PREFIX
+from gptcore.checkpoint.loading import MODEL_PREFIX
 from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
 from gptcore.train.config import TrainConfig

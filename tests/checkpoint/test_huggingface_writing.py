@@ -77,7 +77,7 @@ def _no_swap(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(new: Path, old: Path) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
-    monkeypatch.setattr(atomic, "_exchange", refuse)
+    monkeypatch.setattr(atomic, "exchange", refuse)
 
 
 def _no_links(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def _end_before(step: int) -> None:
 
     for name in STEPS:
         setattr(os, name, counted(getattr(os, name)))
-    atomic._exchange = counted(atomic._exchange)  # type: ignore[assignment]
+    atomic.exchange = counted(atomic.exchange)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_kill_at_any_step_leaves_one_model_or_a_refusal(
 def test_what_another_program_writes_meanwhile_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, exchange = tmp_path / "model", atomic._exchange
+    target, exchange = tmp_path / "model", atomic.exchange
     _write(_model(2), target, False)
     _furnish(target)
 
@@ -207,7 +207,7 @@ def test_what_another_program_writes_meanwhile_is_kept(
         (old / "runs" / "late").write_text("mine")
         exchange(new, old)
 
-    monkeypatch.setattr(atomic, "_exchange", late)
+    monkeypatch.setattr(atomic, "exchange", late)
     _write(_model(3), target, False)
     assert (target / "runs" / "late").read_text() == "mine"
     _assert_furnished(target, _model_files(target))
@@ -220,7 +220,7 @@ def test_an_error_at_the_last_moment_leaves_the_old(tmp_path: Path, monkeypatch:
     def full(new: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "_exchange", full)
+    monkeypatch.setattr(atomic, "exchange", full)
     with pytest.raises(UserError, match="the disk is full; what was there before is unchanged"):
         _write(_model(3), tmp_path / "model", True)
     assert _same(huggingface.from_hf(tmp_path / "model"), old)

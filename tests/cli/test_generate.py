@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from gptcore import checkpoint
 from gptcore.cli.main import main
 from gptcore.infer import generate, load
 
@@ -81,11 +82,13 @@ def test_another_tokenizer_is_refused_by_its_fingerprint(run, book, tmp_path, wo
 
 def test_a_damaged_checkpoint_is_refused(run, fails):
     newest = max((run / "checkpoints").iterdir())
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
+    shard = newest / "shard-00000-of-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    weight = next(t for name, t in checkpoint.load(newest)[0].items() if name.startswith("model/"))
+    data[data.index(weight.numpy().tobytes())] ^= 1
+    shard.write_bytes(data)
     assert "corrupt" in fails("generate", newest, "--prompt", "L")
-    newest.write_bytes(data[:-50])
+    shard.write_bytes(data[:-50])
     assert str(newest) in fails("generate", newest, "--prompt", "L")
     other = newest.with_name("notes.txt")
     other.write_text("not a checkpoint")

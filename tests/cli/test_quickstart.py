@@ -36,7 +36,7 @@ def test_it_learns_writes_and_says_what_to_try(short):
     assert out.count("--- sample ---") == 2
     assert "gptcore generate runs/quickstart" in out
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list((directory / "checkpoints").glob("step-*.safetensors"))
+    assert list((directory / "checkpoints").glob("step-*/manifest.json"))
 
 
 def test_no_operation_falls_back_to_torch(short):

@@ -23,7 +23,7 @@ def same(one, other):
 def test_a_run_leaves_all_its_files_and_says_what_comes_next(run, works, book, config):
     made = set(map(str, contents(run)))
     expected = {
-        "config.json", "metrics.jsonl", "loss.png", "checkpoints/step-00000004.safetensors", "data/manifest.json",
+        "config.json", "metrics.jsonl", "loss.png", "checkpoints/step-00000004/manifest.json", "data/manifest.json",
         "tokenizer/tokenizer.json",
     }  # fmt: skip
     assert expected <= made
@@ -139,13 +139,13 @@ def test_a_damaged_shard_is_refused_and_everything_else_kept(run, fails, tmp_pat
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, works, fails):
-    newest = run / "checkpoints" / "step-00000004.safetensors"
+    newest = run / "checkpoints" / "step-00000004" / "shard-00000-of-00001.safetensors"
     good = weights(run)
     flip(newest, -3)
     _, err = works("train", "--resume", run, "--quiet")
     assert "falling back to step 2" in err
     assert same(weights(run), good)
-    for path in (run / "checkpoints").iterdir():
+    for path in (run / "checkpoints").glob("*/manifest.json"):
         path.write_bytes(path.read_bytes()[:100])
     assert "no good checkpoint" in fails("train", "--resume", run, "--quiet")
 

@@ -296,7 +296,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_corrupt_newest_checkpoint_costs_only_the_steps_since(tmp_path: Path, capsys: Any) -> None:
     train(settings(tmp_path, steps=20))
-    newest = checkpoint.path_of(tmp_path / "checkpoints", 20)
+    newest = checkpoint.path_of(tmp_path / "checkpoints", 20) / "shard-00000-of-00001.safetensors"
     os.truncate(newest, newest.stat().st_size // 2)
     train(settings(tmp_path))
     assert "falling back to step 15" in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""What one rank writes: the tensors and slices that it owns, laid out as one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gptcore.checkpoint.manifest import FORMAT, Part, Piece, ShardFile, Whole
+from gptcore.checkpoint.safetensors_file import bytes_of, dtype_name, header_of, place
+
+# Digested, then written while it still lies in the second-level cache.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some consecutive elements of a tensor of ``shape``, from element ``start``, counted flat in row-major order.
+
+    ``tensor``: those elements, one dimension, any strides and device.
+    """
+
+    tensor: Tensor
+    start: int
+    shape: Sequence[int]
+
+
+Owned: TypeAlias = Tensor | Slice | Sequence[Slice]
+
+
+class _Own(NamedTuple):
+    """``tensor`` holds the elements of tensor ``name`` from ``start``; the whole is of ``shape``."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    tensor: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tensor.numel()
+
+    @property
+    def key(self) -> str:
+        """In the file. A whole tensor goes by its name, so that any reader of safetensors has it."""
+        return self.name if self.is_whole else f"{self.name}[{self.start}:{self.stop}]"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.tensor.numel() == torch.Size(self.shape).numel()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing of a tensor that has something."""
+        return not self.tensor.numel() and not self.is_whole
+
+
+class Shard:
+    """Rank ``index``'s part of a checkpoint of ``count`` ranks.
+
+    Raises:
+        ValueError: a dtype that the format lacks, a tensor without memory of its own, a slice that is not of its whole.
+    """
+
+    def __init__(self, tensors: Mapping[str, Owned], index: int = 0, count: int = 1) -> None:
+        self.index = index
+        self.file = f"shard-{index:05d}-of-{count:05d}.safetensors"
+        owned = [own for name, value in tensors.items() for own in _owned(name, value)]
+        self._wholes = {own.name: (dtype_name(own.tensor.dtype), own.shape) for own in owned}
+        self._own = {own.key: own for own in owned if not own.is_empty}
+        layout = {
+            key: (own.tensor.dtype, own.shape if own.is_whole else (own.tensor.numel(),))
+            for key, own in self._own.items()
+        }
+        self._placed = place(layout)
+        self.nbytes = self._placed[-1].end if self._placed else 0
+        self.on_cuda = any(own.tensor.is_cuda for own in owned)
+
+    def copy_to(self, buffer: Tensor) -> None:
+        """Copy all tensors into ``buffer`` (uint8, at least ``nbytes``), in the file's order."""
+        for key, dtype, _, begin, end in self._placed:
+            tensor = self._own[key].tensor
+            if tensor.numel():
+                part = buffer[begin:end].view(dtype).view(tensor.shape)
+                part.copy_(tensor, non_blocking=tensor.is_cuda)
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    def write(self, file: BinaryIO, attempt: str, buffer: Tensor | None = None) -> Part:
+        """Write the file, from ``buffer`` if there is one, else from the tensors, and say what it holds."""
+        header = header_of(self._placed, {"format": FORMAT, "attempt": attempt})
+        file.write(header)
+        pieces: dict[str, list[Piece]] = {name: [] for name in self._wholes}
+        for key, _, _, begin, end in self._placed:
+            own = self._own[key]
+            source = own.tensor.detach().to("cpu").contiguous() if buffer is None else buffer[begin:end]
+            digest = _write_digested(file, bytes_of(source))
+            pieces[own.name].append(Piece(self.index, key, own.start, own.stop, digest))
+        held = {name: Whole(*self._wholes[name], tuple(found)) for name, found in pieces.items()}
+        size = len(header) + self.nbytes
+        return Part(ShardFile(self.file, size, hashlib.sha256(header).hexdigest()), held)
+
+
+def _write_digested(file: BinaryIO, data: memoryview) -> str:
+    digest = hashlib.sha256()
+    for begin in range(0, len(data), _CHUNK):
+        chunk = data[begin : begin + _CHUNK]
+        digest.update(chunk)
+        file.write(chunk)
+    return digest.hexdigest()
+
+
+def _owned(name: str, value: Owned) -> list[_Own]:
+    if isinstance(value, Tensor):
+        return [_Own(name, 0, tuple(value.shape), _with_memory(name, value))]
+    slices = [value] if isinstance(value, Slice) else list(value)
+    owned = [_Own(name, s.start, tuple(s.shape), _with_memory(name, s.tensor)) for s in slices]
+    for own in owned:
+        numel = torch.Size(own.shape).numel()
+        if own.tensor.dim() != 1 or own.start < 0 or own.stop > numel:
+            raise ValueError(
+                f"checkpoint.save: argument 'tensors': '{name}': got a slice of shape {tuple(own.tensor.shape)} from "
+                f"{own.start}, expected one dimension within the {numel} elements of {own.shape}"
+            )
+        if own.shape != owned[0].shape or own.tensor.dtype != owned[0].tensor.dtype:
+            raise ValueError(
+                f"checkpoint.save: argument 'tensors': '{name}': got slices of {owned[0].shape} in "
+                f"{owned[0].tensor.dtype} and of {own.shape} in {own.tensor.dtype}, expected those of one tensor"
+            )
+    return owned
+
+
+def _with_memory(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta or tensor.layout != torch.strided or hasattr(tensor, "to_local"):
+        kind = "a tensor on meta" if tensor.is_meta else type(tensor).__name__
+        raise ValueError(
+            f"checkpoint.save: argument 'tensors': '{name}': got {kind}, {tensor.layout}, expected a dense tensor with "
+            "its elements in this process"
+        )
+    return tensor.detach()

@@ -1,0 +1,44 @@
+"""Tensors of every kind for checkpoints, their comparison, and ways to damage a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+import gptcore
+
+# The package under test, installed or not.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(gptcore.__file__).parents[1])}
+STATE = {"model": {"layers": 2}, "loss": 0.1 + 0.2, "text": "Grüße", "none": None}
+
+
+def make_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(7, 5, generator=generator)
+    return {
+        "model/weight": base,
+        "model/bf16": torch.randn(33, generator=generator).bfloat16(),
+        "model/strided": torch.randn(6, 8, generator=generator)[:, ::2],
+        "optimizer/step": torch.tensor(3),
+        "optimizer/f64": torch.randn(2, 3, 4, generator=generator, dtype=torch.float64),
+        "rng": torch.randint(0, 256, (17,), generator=generator, dtype=torch.uint8),
+        "empty": torch.empty(0, 4),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "flags": torch.tensor([True, False]),
+    }
+
+
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        left, right = (t.contiguous().reshape(-1).view(torch.uint8) for t in (got[name], tensor))
+        assert torch.equal(left, right), name
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
