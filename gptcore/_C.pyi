@@ -49,6 +49,7 @@ def adamw_8bit(
     grad_scale: float,
     grad_norm: float | None,
     seed: int,
+    places: Sequence[tuple[int, int]],
 ) -> tuple[float, bool]: ...
 def adamw(
     params: list[Tensor],
@@ -420,3 +421,5 @@ def sgd(
     grad_norm: float | None,
     check_finite: bool,
 ) -> tuple[float | None, bool]: ...
+def square_blocks(grads: list[Tensor], block: int) -> int: ...
+def square_sums(grads: list[Tensor], block: int, grad_scale: float, out: Tensor | None) -> bool: ...

@@ -17,14 +17,15 @@ std::pair<double, bool> adamw_8bit(const TensorList& params, const TensorList& g
                                    const TensorList& copies, const std::vector<double>& weight_decay,
                                    int64_t step, double lr, double beta1, double beta2, double eps,
                                    bool maximize, std::optional<double> max_norm, double grad_scale,
-                                   std::optional<double> grad_norm, uint64_t seed) {
+                                   std::optional<double> grad_norm, uint64_t seed,
+                                   const std::vector<std::pair<int64_t, int64_t>>& places) {
   if (!grad_norm) {
     const auto [norm, found_inf] = gptcore::grad_norm(grads.views, grad_scale, "adamw_8bit_");
     if (found_inf) return {norm, true};
     grad_norm = norm;
   }
   gptcore::adamw_8bit({params.views, grads.views, exp_avgs.views, exp_avg_scales.views, exp_avg_sqs.views,
-                       exp_avg_sq_scales.views, copies.views, weight_decay},
+                       exp_avg_sq_scales.views, copies.views, weight_decay, places},
                       {step, lr, beta1, beta2, eps, maximize, max_norm, grad_scale, seed}, *grad_norm);
   return {*grad_norm, false};
 }
@@ -36,6 +37,6 @@ void register_adamw_8bit(py::module_& m) {
         py::arg("exp_avg_scales"), py::arg("exp_avg_sqs"), py::arg("exp_avg_sq_scales"), py::arg("copies"),
         py::arg("weight_decay"), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
         py::arg("eps"), py::arg("maximize"), py::arg("max_norm"), py::arg("grad_scale"), py::arg("grad_norm"),
-        py::arg("seed"), py::call_guard<py::gil_scoped_release_simple>(),
+        py::arg("seed"), py::arg("places"), py::call_guard<py::gil_scoped_release_simple>(),
         "One AdamW step over lists of tensors with 8-bit moments; returns (norm, found_inf).");
 }

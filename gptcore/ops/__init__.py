@@ -33,7 +33,7 @@ from gptcore.ops.gated_activation import (
     swiglu_packed,
     swiglu_packed_backward,
 )
-from gptcore.ops.grad_norm import grad_norm
+from gptcore.ops.grad_norm import grad_norm, square_sums
 from gptcore.ops.grouped_linear import grouped_linear, grouped_linear_backward
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_stats
 from gptcore.ops.linear_cross_entropy import (
@@ -101,6 +101,7 @@ __all__ = [
     "sgd_",
     "silu",
     "silu_backward",
+    "square_sums",
     "swiglu",
     "swiglu_backward",
     "swiglu_packed",

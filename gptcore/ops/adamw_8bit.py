@@ -33,6 +33,7 @@ def adamw_8bit_(
     maximize: bool = False,
     grad_norm: float | None = None,
     seed: int = 0,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[float, bool]:
     """One step of AdamW in place; between steps each moment is a code of 8 bits times its block's scale.
 
@@ -60,6 +61,8 @@ def adamw_8bit_(
             gradients together and found them finite.
         seed: of the rounding of bf16 parameters, 0 to 2^64 - 1; the bits depend on it, on step and on the
             element's place alone.
+        places: of each parameter a number below 2^32 and where it begins, a multiple of 256 elements: what is a slice
+            of a larger parameter is rounded as it would be there. Default: positions in the list, and 0.
 
     Returns:
         ``(grad_norm, found_inf)``: the norm after unscaling and before clipping; whether a gradient was inf
@@ -76,7 +79,7 @@ def adamw_8bit_(
     return backend.extension().adamw_8bit(
         params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales,
         () if copies is None else copies, decays, step, lr, beta1, beta2, eps, maximize, max_norm, grad_scale,
-        grad_norm, seed,
+        grad_norm, seed, () if places is None else places,
     )  # fmt: skip
 
 
@@ -137,6 +140,7 @@ def adamw_8bit_reference(
     maximize: bool = False,
     grad_norm: float | None = None,
     seed: int = 0,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[float, bool]:
     """The same in plain torch, in place, computing in the dtype of the scales, up to float64."""
     import torch
@@ -155,7 +159,9 @@ def adamw_8bit_reference(
         update = m / ((v / (1 - beta2**step)).sqrt() + eps) * (lr / (1 - beta1**step))
         new = p.to(dtype) * (1 - lr * decays[i]) - update
         if p.dtype == torch.bfloat16:
-            new = round_reference(new.float(), random_bits_reference(seed, step, i, p.numel()))
+            number, start = (i, 0) if places is None else places[i]
+            bits = random_bits_reference(seed, step, number, start + p.numel())
+            new = round_reference(new.float(), bits[start:])
         p.copy_(new)
         quantise_reference(m, *states[0], signed=True)
         quantise_reference(v, *states[1], signed=False)
@@ -173,7 +179,7 @@ def round_reference(x: Any, bits: Any) -> Any:
 
 
 def random_bits_reference(seed: int, step: int, tensor: int, size: int) -> Any:
-    """The 16 random bits of each element of the tensor at this place of the list; int64, plain torch."""
+    """The 16 random bits of each element of the tensor of this number; int64, plain torch."""
     import torch
 
     blocks = -(-size // BLOCK)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore import backend
-from gptcore.ops.arrays import Array
+from gptcore.ops.arrays import Array, empty
 
 
 def grad_norm(grads: Sequence[Array], grad_scale: float = 1.0) -> tuple[float, bool]:
@@ -33,10 +33,58 @@ def grad_norm(grads: Sequence[Array], grad_scale: float = 1.0) -> tuple[float, b
     return backend.extension().grad_norm(grads, grad_scale)
 
 
+def square_sums(
+    grads: Sequence[Array], block: int = 1024, grad_scale: float = 1.0, *, out: Array | None = None
+) -> tuple[Array, bool]:
+    """Sums of squares of each block of ``block`` elements, and whether an element is inf or NaN.
+
+    What :func:`grad_norm` is made of where gradients are cut into slices with several owners: a block's bits depend on
+    its elements alone, so that slices that begin at multiples of ``block`` have the sums of the whole tensor, and sums
+    of all blocks added up in order give a norm that does not know the cut. Not differentiable.
+
+    Args:
+        grads: f32 or bf16, contiguous, any shapes; torch tensors, NumPy or CuPy arrays. A block is neighbours in
+            memory; a tensor's last one may be shorter, and a tensor of no elements has none.
+        block: elements of a block, 1 or more.
+        grad_scale: above 0; gradients are divided by it.
+        out: f64 of shape (blocks,), overwritten; default: a new one of the first gradient's framework, and a NumPy
+            array where there are no gradients.
+
+    Returns:
+        ``(sums, found_inf)``: f64 of shape (blocks,), of all tensors in order; a sum is inf or NaN where an element
+        of its block is.
+
+    Raises:
+        ValueError, TypeError: tensors, a block, a scale or an ``out`` that do not fit; nothing is written then.
+    """
+    extension = backend.extension()
+    if out is None:
+        blocks = extension.square_blocks(grads, block)
+        if grads:
+            out = empty(grads[0], (blocks,), "float64")
+        else:
+            import numpy
+
+            out = numpy.empty(0)
+    return out, extension.square_sums(grads, block, grad_scale, out)
+
+
 def grad_norm_reference(grads: Sequence[Any], grad_scale: float = 1.0) -> tuple[float, bool]:
     """The same in plain torch, squares in float64."""
     norm = math.sqrt(math.fsum(g.double().square().sum().item() for g in grads)) / grad_scale
     return norm, not all(g.isfinite().all().item() for g in grads)
+
+
+def square_sums_reference(
+    grads: Sequence[Any], block: int = 1024, grad_scale: float = 1.0
+) -> tuple[Any, bool]:
+    """The same in plain torch, squares in float64."""
+    import torch
+
+    blocks = [b for g in grads for b in g.double().reshape(-1).split(block) if len(b)]
+    sums = [b.div(grad_scale).square().sum() for b in blocks]
+    found_inf = not all(g.isfinite().all().item() for g in grads)
+    return torch.stack(sums) if sums else torch.empty(0, dtype=torch.float64), found_inf
 
 
 def clip_factor(norm: float | None, max_norm: float | None, grad_scale: float) -> float:

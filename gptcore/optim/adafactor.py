@@ -10,6 +10,7 @@ import torch
 
 from gptcore.errors import unknown_name
 from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.slices import Whole
 
 
 class Adafactor(FusedOptimizer):
@@ -113,7 +114,7 @@ class Adafactor(FusedOptimizer):
             values["lr"] = float(values["lr"])
         return tuple((name, tuple(v) if name == "eps" else v) for name, v in values.items())
 
-    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> int:
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         if "master" not in state:
             self._begin_master(p, state)
         if "step" not in state:

@@ -9,6 +9,7 @@ import torch
 
 from gptcore.ops.adamw import join_master, split_master
 from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.slices import Whole
 
 
 class Adam(FusedOptimizer):
@@ -97,7 +98,7 @@ class Adam(FusedOptimizer):
             group["amsgrad"],
         )
 
-    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> int:
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         if not state:
             self._begin_master(p, state)
             state["step"] = torch.tensor(0.0)

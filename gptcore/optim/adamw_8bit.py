@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.slices import Whole
 
 # Smaller tensors (biases, gains of norms) keep f32 moments: Dettmers et al. 2022 and bitsandbytes do so.
 _QUANTISED_FROM = 4096
@@ -23,6 +24,9 @@ class AdamW8bit(FusedOptimizer):
     new value is rounded to bf16 up or down, with odds by its distance to either, so that small steps add up.
     Tensors of fewer than 4,096 elements keep f32 moments and masters.
 
+    A slice of a larger parameter (:mod:`gptcore.optim.slices`) that begins with a block of 256 gets the bits that it
+    would have in the whole.
+
     Args:
         params: as for torch's optimizers, named or not; groups may have settings of their own.
         lr: learning rate, >= 0; a number or a tensor of one. Set ``group["lr"]`` for a schedule.
@@ -32,7 +36,8 @@ class AdamW8bit(FusedOptimizer):
         maximize: ascend.
         master_weights: keep f32 masters of bf16 parameters. f32 parameters have none in either case.
         seed: of the random rounding without masters, 0 to 2^64 - 1. The bits depend on it, on the step and on the
-            parameter's place, so a resumed run goes on as it would have.
+            element's place (the parameter's in the list of all, its own in the parameter), so a resumed run goes on
+            as it would have.
         max_norm: the norm of all gradients together, after unscaling, is clipped to this; None for none.
 
     After ``step``: ``last_grad_norm`` is that norm before clipping (nan or inf if a gradient was), and
@@ -77,11 +82,13 @@ class AdamW8bit(FusedOptimizer):
         numbers = (float(value) for value in (group["lr"], beta1, beta2, group["eps"]))
         return (*numbers, group["maximize"], group["master_weights"], group["seed"])
 
-    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> int:
-        small = p.numel() < _QUANTISED_FROM
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
+        small = whole.numel < _QUANTISED_FROM
         if "step" not in state:
             if small or group["master_weights"] or p.dtype != torch.bfloat16:
                 self._begin_master(p, state)
+            if not small:
+                _check_slice(p, whole)
             state["step"] = torch.tensor(0.0)
             for name in ("exp_avg", "exp_avg_sq"):
                 if small:
@@ -130,4 +137,15 @@ class AdamW8bit(FusedOptimizer):
         weights, copies = call.weights() if "master" in call.states[0] else (call.params, None)
         names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
         moments = [call.list_of(name) for name in names]
-        return adamw_8bit_(weights, call.grads, *moments, copies=copies, seed=seed, **shared)
+        places = [(whole.number, whole.start) for whole in call.wholes]
+        return adamw_8bit_(weights, call.grads, *moments, copies=copies, seed=seed, places=places, **shared)
+
+
+def _check_slice(p: torch.Tensor, whole: Whole) -> None:
+    """A slice has the codes of the whole if both have the same blocks."""
+    stop = whole.start + p.numel()
+    if whole.start % _BLOCK or (stop % _BLOCK and stop != whole.numel):
+        raise ValueError(
+            f"AdamW8bit: argument 'params': got the slice [{whole.start}, {stop}) of a parameter of {whole.numel} "
+            f"elements, expected multiples of {_BLOCK}, or the end"
+        )

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gptcore.optim.slices import Whole, whole_of
+
 
 class Call:
     """The tensors of one kernel call: their groups agree in ``settings``, they in dtype and ``number``."""
@@ -19,6 +21,7 @@ class Call:
         self.params: list[torch.Tensor] = []
         self.grads: list[torch.Tensor] = []
         self.states: list[dict[str, Any]] = []
+        self.wholes: list[Whole] = []  # what each parameter is a slice of
         self.weight_decay: list[float] = []
 
     def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
@@ -72,7 +75,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """What the kernel takes once per call, as plain numbers."""
         raise NotImplementedError
 
-    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> int:
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         """Fill in what state lacks; a number that must be equal for all tensors of a call."""
         raise NotImplementedError
 
@@ -111,13 +114,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, grad_scale: float = 1.0
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_scale: float = 1.0,
+        grad_norm: tuple[float, bool] | None = None,
     ) -> float | None:
         """One update. Gradients are divided by ``grad_scale`` first (micro-batches, or a loss scale).
 
         Args:
             closure: computes the loss anew, with gradients; its value is returned.
+            grad_norm: ``(norm, found_inf)`` of more gradients than these, where their parameters have several
+                optimizers (of ranks that own slices, say): the norm of all of them over ``grad_scale``, before
+                clipping, which takes the place of this optimizer's own, and whether one of them was not finite. These
+                gradients are not looked through again. Default: of these gradients alone.
+
+        Raises:
+            ValueError: a ``grad_norm`` beside a closure, or whose norm is not finite though found_inf is False.
         """
+        if grad_norm is not None:
+            self._check_norm(grad_norm, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -126,11 +142,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.found_inf = False
         self.last_grad_norm = 0.0
         known: float | None = None
-        if len(calls) > 1 and (self.check_finite or self.max_norm is not None):
+        if grad_norm is not None:
+            self.last_grad_norm, self.found_inf = known, _ = grad_norm
+            if self.found_inf:
+                return loss
+        elif len(calls) > 1 and (self.check_finite or self.max_norm is not None):
             # Groups that differ in their settings need one call each, but share one norm.
-            from gptcore.ops.grad_norm import grad_norm
+            from gptcore.ops.grad_norm import grad_norm as norm_of
 
-            known, self.found_inf = grad_norm([g for call in calls for g in call.grads], grad_scale)
+            known, self.found_inf = norm_of([g for call in calls for g in call.grads], grad_scale)
             self.last_grad_norm = known
             if self.found_inf:
                 return loss
@@ -140,22 +160,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _calls(self) -> list[Call]:
         calls: dict[tuple[Any, ...], dict[tuple[Any, ...], Call]] = {}
+        position = -1
         for group in self.param_groups:
             settings = self._settings(group)
             own = calls.setdefault(settings, {})
             decay = float(group["weight_decay"])
             for p in group["params"]:
+                position += 1
                 grad = self._sums[p] if self._summed and p in self._summed else p.grad
                 if grad is None:
                     continue
                 state = self.state[p]
-                number = self._begin(p, state, group)
+                whole = whole_of(p, position)
+                number = self._begin(p, state, group, whole)
                 call = own.get((number, p.dtype))
                 if call is None:
                     call = own[number, p.dtype] = Call(settings, number, p.dtype == torch.bfloat16)
                 call.params.append(p)
                 call.grads.append(grad.contiguous())  # as torch's own gradients of contiguous parameters are
                 call.states.append(state)
+                call.wholes.append(whole)
                 call.weight_decay.append(decay)
         return [call for own in calls.values() for call in own.values()]
 
@@ -211,6 +235,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _bad(self, argument: str, got: Any, expected: str) -> ValueError:
         return ValueError(f"{type(self).__name__}: argument '{argument}': got {got}, expected {expected}")
+
+    def _check_norm(self, grad_norm: tuple[float, bool], closure: Any) -> None:
+        norm, found_inf = grad_norm
+        if closure is not None:
+            raise self._bad("grad_norm", grad_norm, "None, with a closure that computes other gradients")
+        if not found_inf and not 0.0 <= norm < math.inf:
+            raise self._bad("grad_norm", grad_norm, "a finite norm >= 0, or found_inf to be True")
 
     def _check_number(self, group: dict[str, Any], name: str) -> None:
         value = group[name]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.slices import Whole
 
 
 class SGD(FusedOptimizer):
@@ -86,7 +87,7 @@ class SGD(FusedOptimizer):
         numbers = (float(group[name]) for name in ("lr", "momentum", "dampening"))
         return (*numbers, group["nesterov"], group["maximize"])
 
-    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> int:
+    def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         self._begin_master(p, state)
         return 0
 

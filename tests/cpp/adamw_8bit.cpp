@@ -19,6 +19,7 @@ const ForBothTypes adamw_8bit_cases("adamw_8bit", [](DType dtype) -> Outputs {
   const std::vector<TensorView> p = views(params), g = views(grads), m = views(averages), v = views(squares),
                                 m_scales = views(average_scales), v_scales = views(square_scales), none;
   const std::vector<double> decay{0.1, 0.0, 0.1};
+  const std::vector<std::pair<int64_t, int64_t>> places{{7, 0}, {7, 40'960}, {2, 256}};
   Adamw8bitOptions options;
   options.max_norm = 1.0, options.seed = 5;
   adamw_8bit({.params = p,
@@ -28,7 +29,8 @@ const ForBothTypes adamw_8bit_cases("adamw_8bit", [](DType dtype) -> Outputs {
               .exp_avg_sqs = v,
               .exp_avg_sq_scales = v_scales,
               .copies = none,
-              .weight_decay = decay},
+              .weight_decay = decay,
+              .places = places},
              options, 2.5);
   Outputs outputs;
   for (const std::vector<Tensor>& list : {params, averages, squares, average_scales, square_scales}) {

@@ -9,7 +9,9 @@ const ForBothTypes grad_norm_cases("grad_norm", [](DType dtype) -> Outputs {
   const std::vector<Tensor> grads = uniform_list(dtype, 1);
   const Tensor norm(DType::f64, {1});
   *norm.view().as<double>() = grad_norm(views(grads), 2.0, "grad_norm").first;
-  return {norm};
+  const Tensor sums(DType::f64, {square_blocks(views(grads), 1024)});
+  square_sums(views(grads), 1024, 2.0, sums);
+  return {norm, sums};
 });
 
 }  // namespace

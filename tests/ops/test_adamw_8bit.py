@@ -232,6 +232,44 @@ def test_seed_and_step_and_place_change_the_bits() -> None:
     assert not same_bits(runs[0][0], runs[2][0]) and not same_bits(runs[0][0], runs[3][0])
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_slices_with_their_places_get_the_wholes_bits(isa: str, low: bool) -> None:
+    """Cut at multiples of 256, the tensors listed in another order."""
+    start = State([40_000, 5000], torch.bfloat16, low=low)
+    whole = start.clone()
+    norm, _ = whole.step(seed=3, max_norm=1.0)
+    cuts = [(1, 4096, 5000), (0, 16_640, 40_000), (0, 0, 256), (1, 0, 4096), (0, 256, 16_640)]
+    sliced = State([])
+    for name in LISTS:
+        scales = name.endswith("scales")
+        own = [
+            getattr(start, name)[i][a // BLOCK : -(-b // BLOCK)] if scales else getattr(start, name)[i][a:b]
+            for i, a, b in cuts
+        ]
+        setattr(sliced, name, [t.clone() for t in own])
+    twin = sliced.clone()
+    places = [(i, a) for i, a, _ in cuts]
+    sliced.step(seed=3, max_norm=1.0, grad_norm=norm, places=places)
+    for name in LISTS:
+        for (i, a, b), got in zip(cuts, getattr(sliced, name), strict=True):
+            blocks = slice(a // BLOCK, -(-b // BLOCK)) if name.endswith("scales") else slice(a, b)
+            assert same_bits(got, getattr(whole, name)[i][blocks]), name
+    if low:
+        twin.step(seed=3, max_norm=1.0, grad_norm=norm)
+        assert not same_bits(twin.params[0], sliced.params[0])
+
+
+def test_the_reference_knows_places() -> None:
+    state = State([2000, 600], low=True)
+    twin = state.clone()
+    places = [(2**32 - 1, 256 * 1000), (5, 0)]
+    state.step(seed=4, places=places)
+    twin.step(adamw_8bit_reference, seed=4, places=places)
+    for p, q in zip(state.params, twin.params, strict=True):
+        # As in test_rounding_takes_the_bits_of_philox; other bits would change half of the 2,600.
+        assert (p != q).sum() <= 5
+
+
 # --- guards ----------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +349,10 @@ BAD = [
     ({"beta1": 1.0}, ValueError, "'beta1'.*\\[0, 1\\)"),
     ({"max_norm": 0.0}, ValueError, "'max_norm'.*above 0"),
     ({"grad_scale": 0.0}, ValueError, "'grad_scale'"),
+    ({"places": [(0, 0)]}, ValueError, "'places': got 1 entries, expected 2"),
+    ({"places": [(0, 0), (1, 128)]}, ValueError, "'places\\[1\\]': got \\(1, 128\\).*multiple of 256"),
+    ({"places": [(2**32, 0), (1, 0)]}, ValueError, "'places\\[0\\]'.*below 2\\^32"),
+    ({"places": [(0, 0), (1, 2**35 - 256)]}, ValueError, "'places\\[1\\]'.*below 2\\^35"),
 ]
 
 

@@ -28,6 +28,26 @@ void check_scales(const Checker& check, const Views& list, const char* name, siz
   check.item(list, name, i, like, {DType::f32}, true);
 }
 
+// Chunks of a slice begin anywhere, so none may lie on both sides of a word group that needs the counter's second word.
+constexpr int64_t kPlaces = int64_t{8} << 32;
+
+void take_places(const Checker& check, const Adamw8bitLists& l, std::vector<Adamw8bitTensor>* tensors) {
+  if (!l.places.empty()) check.length(l.places.size(), "places", l.params.size());
+  for (size_t i = 0; i < tensors->size(); ++i) {
+    Adamw8bitTensor& t = (*tensors)[i];
+    t.number = static_cast<uint32_t>(i);
+    if (l.places.empty()) continue;
+    const auto [number, start] = l.places[i];
+    t.number = static_cast<uint32_t>(number);
+    t.start = start;
+    const bool fits = start >= 0 && start % kQuantBlock == 0 && start <= kPlaces - l.params[i].numel();
+    if (fits && number >= 0 && number >> 32 == 0) continue;
+    check.fail(("places[" + std::to_string(i) + "]").c_str(),
+               "(" + std::to_string(number) + ", " + std::to_string(start) + ")",
+               "a number below 2^32 and a start that is a multiple of 256, all elements below 2^35");
+  }
+}
+
 std::vector<Adamw8bitTensor> checked_tensors(const Checker& check, const Adamw8bitLists& l,
                                              const Adamw8bitOptions& o) {
   const size_t count = l.params.size();
@@ -52,6 +72,7 @@ std::vector<Adamw8bitTensor> checked_tensors(const Checker& check, const Adamw8b
     tensors[i].exp_avg_sq_scale = l.exp_avg_sq_scales[i].as<float>();
     tensors[i].keep = static_cast<float>(1.0 - o.lr * l.weight_decay[i]);
   }
+  take_places(check, l, &tensors);
   return tensors;
 }
 

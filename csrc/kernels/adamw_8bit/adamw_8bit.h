@@ -15,11 +15,12 @@
 //          for N elements; all contiguous.
 // Types    params f32, or all bf16; grads f32 or bf16, each its own; exp_avgs, exp_avg_sqs u8; scales f32; copies
 //          bf16.
-// None     copies (an empty list); max_norm. bf16 params have no copies.
+// None     copies, places (empty lists); max_norm. bf16 params have no copies.
 // Aliasing none between tensors.
-// Random   16 bits an element for bf16 params: Philox4x32-10 with key `seed` and counter (word group, 0, position of
-//          the tensor in the list, step); of a block of 256, words 0 .. 127 give their lower halves to the first 128
-//          elements and their upper halves to the others.
+// Random   16 bits an element for bf16 params: Philox4x32-10 with key `seed` and counter (word group, 0, number of the
+//          tensor, step); of a block of 256, words 0 .. 127 give their lower halves to the first 128 elements and
+//          their upper halves to the others. A place is the tensor's number and its first element's position in a
+//          larger tensor, a multiple of 256, from which word groups count; without, position in the list and 0.
 // Sums     none but the norm's. A block whose largest m or v is below 1e-37 becomes zeros; v is held below 3.4e38, the scale of m
 //          that is read below 1.8e38.
 // Bits     equal for any thread count.
@@ -29,6 +30,7 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "core/tensor_view.h"
@@ -39,6 +41,7 @@ struct Adamw8bitLists {
   const std::vector<TensorView>&params, &grads, &exp_avgs, &exp_avg_scales, &exp_avg_sqs, &exp_avg_sq_scales,
       &copies;
   const std::vector<double>& weight_decay;  // one entry per tensor
+  const std::vector<std::pair<int64_t, int64_t>>& places;
 };
 
 struct Adamw8bitOptions {

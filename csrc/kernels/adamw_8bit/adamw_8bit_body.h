@@ -17,6 +17,9 @@ struct Adamw8bitTensor {
   bf16* copy = nullptr;
   bool bf16_grad = false, bf16_param = false;
   float keep = 1;  // 1 - lr * weight_decay
+  // Of the random bits: the tensor's number, and the first element's position in what it is a slice of.
+  uint32_t number = 0;
+  int64_t start = 0;
 };
 
 struct Adamw8bitNumbers {

@@ -26,7 +26,8 @@ struct Bits {
   alignas(64) uint32_t words[kQuantBlock / 2];
 };
 
-// Of one block. `inner`: words 1 and 2 of the counters, which all blocks of a chunk share.
+// Of one block, counted from the start of the whole tensor. `inner`: words 1 and 2 of the counters, which all blocks of
+// a chunk share.
 void draw(const PhiloxKey& key, const PhiloxPair& inner, int64_t block, uint32_t step, Bits* bits) {
   constexpr int64_t lanes = kLanes / 2, sets = 4;
   VecL place, low, high;  // such that shuffles of pairs of words leave counters in order
@@ -153,15 +154,15 @@ template <class G, class P>
 void update_chunk(const Adamw8bitTensor& t, const Chunk& chunk, const Adamw8bitNumbers& numbers,
                   const PhiloxKey& key) {
   const Adamw8bitNumbers a = numbers;  // beside t it would be read again after every store
-  const uint64_t group = static_cast<uint64_t>(chunk.begin / 8);  // of words of random bits
-  const PhiloxPair inner =
-      philox_inner(key, splat_long(group >> 32), splat_long(static_cast<uint32_t>(chunk.tensor)));
+  const uint64_t group = static_cast<uint64_t>((t.start + chunk.begin) / 8);  // of words of random bits
+  const PhiloxPair inner = philox_inner(key, splat_long(group >> 32), splat_long(t.number));
+  const int64_t before = t.start / kQuantBlock;
   Bits bits;
   Moments moments[2];
   const auto update = [&](int64_t offset, int64_t size, Moments* now, const Moments* last)
                           __attribute__((always_inline)) {
                             const int64_t block = (chunk.begin + offset) / kQuantBlock;
-                            if constexpr (sizeof(P) == 2) draw(key, inner, block, a.step, &bits);
+                            if constexpr (sizeof(P) == 2) draw(key, inner, before + block, a.step, &bits);
                             update_block<G, P>(t, block, size, a, bits, now, last);
                           };
   const int64_t whole = chunk.size / kQuantBlock * kQuantBlock;

@@ -1,5 +1,6 @@
 #include "kernels/grad_norm/grad_norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -11,8 +12,18 @@ namespace gptcore {
 
 GPTCORE_BODIES(GradNormBodies, grad_norm_bodies)
 
-std::pair<double, bool> grad_norm(const std::vector<TensorView>& grads, double grad_scale, const char* op) {
-  const Checker check(op);
+namespace {
+
+static_assert(kChunkElements == kSumElements);
+
+using Views = std::vector<TensorView>;
+
+int64_t blocks_of(const TensorView& tensor, int64_t block) {
+  const int64_t size = tensor.numel();
+  return size / block + (size % block != 0);
+}
+
+std::vector<GradNormTensor> checked_tensors(const Checker& check, const Views& grads, double grad_scale) {
   check.number(grad_scale > 0 && std::isfinite(grad_scale), "grad_scale", grad_scale,
                "a finite number above 0");
   std::vector<GradNormTensor> tensors(grads.size());
@@ -20,18 +31,68 @@ std::pair<double, bool> grad_norm(const std::vector<TensorView>& grads, double g
     check.item(grads, "grads", i, grads[i], {DType::f32, DType::bf16}, false);
     tensors[i] = {grads[i].data, grads[i].dtype == DType::bf16};
   }
-  const std::vector<Chunk> chunks = chunks_of(grads);
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  std::vector<double> sums(chunks.size());
-  const std::unique_ptr<bool[]> finite(new bool[chunks.size()]);
-  grad_norm_bodies_table.pick().square_sums(tensors.data(), chunks.data(), count, sums.data(), finite.get());
-  double total = 0;
-  bool found_inf = false;
-  for (int64_t i = 0; i < count; ++i) {
-    total += sums[i];
-    found_inf = found_inf || !finite[i];
+  return tensors;
+}
+
+// As many blocks as a chunk has room for, or one.
+std::vector<GradNormTask> tasks_of(const Views& grads, int64_t block) {
+  const int64_t blocks = std::max<int64_t>(1, kChunkElements / block);
+  std::vector<GradNormTask> tasks;
+  int64_t first = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const int64_t size = grads[i].numel(), count = blocks_of(grads[i], block);
+    for (int64_t b = 0; b < count; b += blocks) {
+      const int64_t begin = b * block;
+      const int64_t elements = count - b > blocks ? blocks * block : size - begin;
+      tasks.push_back({{static_cast<int64_t>(i), begin, elements}, first + b});
+    }
+    first += count;
   }
+  return tasks;
+}
+
+// Writes the blocks' sums of squares; whether an element is inf or NaN.
+bool sum_squares(const Views& grads, const std::vector<GradNormTensor>& tensors, int64_t block,
+                 double* sums) {
+  const std::vector<GradNormTask> tasks = tasks_of(grads, block);
+  const std::unique_ptr<bool[]> finite(new bool[tasks.size()]);
+  grad_norm_bodies_table.pick().square_sums(tensors.data(), tasks.data(), static_cast<int64_t>(tasks.size()),
+                                            block, sums, finite.get());
+  return !std::all_of(finite.get(), finite.get() + tasks.size(), [](bool all) { return all; });
+}
+
+}  // namespace
+
+int64_t square_blocks(const Views& grads, int64_t block) {
+  const Checker check("square_sums");
+  if (block < 1) check.fail("block", std::to_string(block), "1 or more");
+  int64_t count = 0;
+  for (const TensorView& grad : grads) count += blocks_of(grad, block);
+  return count;
+}
+
+std::pair<double, bool> grad_norm(const Views& grads, double grad_scale, const char* op) {
+  const Checker check(op);
+  const std::vector<GradNormTensor> tensors = checked_tensors(check, grads, grad_scale);
+  std::vector<double> sums(static_cast<size_t>(square_blocks(grads, kChunkElements)));
+  const bool found_inf = sum_squares(grads, tensors, kChunkElements, sums.data());
+  double total = 0;
+  for (const double sum : sums) total += sum;
   return {std::sqrt(total) / grad_scale, found_inf};
+}
+
+bool square_sums(const Views& grads, int64_t block, double grad_scale, const TensorView& sums) {
+  const Checker check("square_sums");
+  const int64_t count = square_blocks(grads, block);
+  const std::vector<GradNormTensor> tensors = checked_tensors(check, grads, grad_scale);
+  check.output(sums, "out", {DType::f64});
+  check.shape(sums, "out", {count});
+  check.contiguous(sums, "out");
+  double* const out = sums.as<double>();
+  const bool found_inf = sum_squares(grads, tensors, block, out);
+  // One after the other: their product may leave the range of f64.
+  for (int64_t i = 0; i < count && grad_scale != 1; ++i) out[i] = out[i] / grad_scale / grad_scale;
+  return found_inf;
 }
 
 }  // namespace gptcore

@@ -5,15 +5,24 @@
 
 namespace gptcore {
 
+// Elements whose squares add up in f32.
+constexpr int64_t kSumElements = 16384;
+
 struct GradNormTensor {
   const void* data;
   bool bf16;
 };
 
+// Blocks that follow each other in one tensor; all are of equal size but a last one that ends with its tensor.
+struct GradNormTask {
+  Chunk chunk;
+  int64_t first;  // the number of its first block, of those of all tensors
+};
+
 struct GradNormBodies {
-  // sums[i]: sum of squares of chunk i; finite[i]: whether all its elements are.
-  void (*square_sums)(const GradNormTensor* tensors, const Chunk* chunks, int64_t count, double* sums,
-                      bool* finite);
+  // sums[j]: sum of squares of block j; finite[i]: whether all elements of task i are.
+  void (*square_sums)(const GradNormTensor* tensors, const GradNormTask* tasks, int64_t count, int64_t block,
+                      double* sums, bool* finite);
 };
 
 }  // namespace gptcore

@@ -72,18 +72,23 @@ GPTCORE_INLINE int64_t take_fours(Squares* squares, const bf16* grad, int64_t si
   return i;
 }
 
+GPTCORE_INLINE VecI larger(VecI a, VecI b) { return a > b ? a : b; }
+
+GPTCORE_INLINE int32_t largest_of(const VecI* magnitudes) {
+  VecI x = larger(larger(magnitudes[0], magnitudes[1]), larger(magnitudes[2], magnitudes[3]));
+  if constexpr (kLanes >= 16) x = larger(x, (VecI)upper<8>((Vec)x));
+  if constexpr (kLanes >= 8) x = larger(x, (VecI)upper<4>((Vec)x));
+  x = larger(x, (VecI)upper<2>((Vec)x));
+  return larger(x, (VecI)upper<1>((Vec)x))[0];
+}
+
 template <class T>
 double square_sum(const T* grad, int64_t size, bool* finite) {
   Squares squares = {};
   int64_t i = take_fours(&squares, grad, size);
   for (; i + kLanes <= size; i += kLanes) take(&squares, 0, load(grad + i));
   if (i < size) take(&squares, 1, load_n(grad + i, size - i));
-  int32_t top = 0;
-  for (int place = 0; place < 4; ++place) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      top = squares.largest[place][lane] > top ? squares.largest[place][lane] : top;
-    }
-  }
+  const int32_t top = largest_of(squares.largest);
   const Vec* sums = squares.sums;
   const float sum = reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
   *finite = top < 0x7f800000;
@@ -93,14 +98,31 @@ double square_sum(const T* grad, int64_t size, bool* finite) {
   return in_range || !*finite || top == 0 ? sum : slow_square_sum(grad, size);
 }
 
-void square_sums(const GradNormTensor* tensors, const Chunk* chunks, int64_t count, double* sums,
-                 bool* finite) {
+// Returns whether all elements are finite.
+template <class T>
+bool task_sums(const T* grad, int64_t size, int64_t block, double* sums) {
+  bool all = true;
+  for (int64_t begin = 0; begin < size; begin += block, ++sums) {
+    const int64_t end = size - begin < block ? size : begin + block;
+    *sums = 0;
+    for (int64_t at = begin; at < end; at += kSumElements) {
+      bool finite;
+      *sums += square_sum(grad + at, end - at < kSumElements ? end - at : kSumElements, &finite);
+      all = all && finite;
+    }
+  }
+  return all;
+}
+
+void square_sums(const GradNormTensor* tensors, const GradNormTask* tasks, int64_t count, int64_t block,
+                 double* sums, bool* finite) {
   parallel_for(count, [&](int64_t i, int) {
-    const Chunk& chunk = chunks[i];
-    const GradNormTensor& tensor = tensors[chunk.tensor];
-    sums[i] = tensor.bf16
-                  ? square_sum(static_cast<const bf16*>(tensor.data) + chunk.begin, chunk.size, finite + i)
-                  : square_sum(static_cast<const float*>(tensor.data) + chunk.begin, chunk.size, finite + i);
+    const GradNormTask& task = tasks[i];
+    const auto [tensor, begin, size] = task.chunk;
+    const void* data = tensors[tensor].data;
+    double* const own = sums + task.first;
+    finite[i] = tensors[tensor].bf16 ? task_sums(static_cast<const bf16*>(data) + begin, size, block, own)
+                                     : task_sums(static_cast<const float*>(data) + begin, size, block, own);
   });
 }
 
