@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, with_gradient
+from bench.case import OURS, PLAIN, Callables, Case, Cost, Target, with_gradient
 
 TOKENS, WIDTH, HIDDEN, TOP_K = 4096, 768, 3072, 2
 FEW_TOKENS = 16  # as in decoding
@@ -86,15 +86,28 @@ def _mixtral(implementation: str, router: Any, up: Any, down: Any) -> Callable[.
     return run
 
 
+def _weights(target: Target, experts: int, backward: bool) -> list[Any]:
+    shapes = ((experts, WIDTH), (experts, 2 * HIDDEN, WIDTH), (experts, WIDTH, HIDDEN))
+    return [target.randn(*shape, scale=shape[-1] ** -0.5, grad=backward) for shape in shapes]
+
+
+def _call(function: Callable[..., Any], inputs: list[Any], grad: Any, backward: bool) -> Callable[[], Any]:
+    import torch
+
+    if backward:
+        return with_gradient(function, inputs, grad)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return forward
+
+
 def _setup(tokens: int, experts: int, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
-        import torch
-
         x = target.randn(1, tokens, WIDTH, grad=backward)
-        weights = [
-            target.randn(*shape, scale=shape[-1] ** -0.5, grad=backward)
-            for shape in ((experts, WIDTH), (experts, 2 * HIDDEN, WIDTH), (experts, WIDTH, HIDDEN))
-        ]
+        weights = _weights(target, experts, backward)
         grad = target.randn(1, tokens, WIDTH)
         given = [w.detach() for w in weights]
         functions = {"gptcore": _gptcore(*given), "torch_loop_eager": _loop}
@@ -102,17 +115,23 @@ def _setup(tokens: int, experts: int, backward: bool) -> Callable[[Target], Call
             for name in _implementations(tokens, experts, backward):
                 functions[f"transformers_{name}_eager"] = _mixtral(name, *given)
 
-        def call(function: Callable[..., Any]) -> Callable[[], Any]:
-            if backward:
-                return with_gradient(function, [x, *weights], grad)
+        return {name: _call(run, [x, *weights], grad, backward) for name, run in functions.items()}
 
-            def forward() -> Any:
-                with torch.no_grad():
-                    return function(x, *weights)
+    return setup
 
-            return forward
 
-        return {name: call(function) for name, function in functions.items()}
+def _setup_of_both(backward: bool) -> Callable[[Target], Callables]:
+    """64 experts, and 8 of as many tokens and flops, in turn: between processes the ratio would be that of what the
+    memory gave in their minutes."""
+
+    def setup(target: Target) -> Callables:
+        x, grad = target.randn(1, TOKENS, WIDTH, grad=backward), target.randn(1, TOKENS, WIDTH)
+
+        def layer(experts: int) -> Callable[[], Any]:
+            weights = _weights(target, experts, backward)
+            return _call(_gptcore(*(w.detach() for w in weights)), [x, *weights], grad, backward)
+
+        return {OURS: layer(64), PLAIN: layer(8)}
 
     return setup
 
@@ -144,6 +163,20 @@ def _case(tokens: int, experts: int, backward: bool) -> Case:
     )
 
 
-CASES = [_case(TOKENS, experts, backward) for backward in (False, True) for experts in (8, 64)] + [
-    _case(FEW_TOKENS, experts, False) for experts in (8, 64)
+def _case_of_both(backward: bool) -> Case:
+    way = "forward_backward" if backward else "forward"
+    return Case(
+        f"moe_layer/N{TOKENS}_C{WIDTH}_F{HIDDEN}_E64_beside_E8_K{TOP_K}/{way}",
+        _setup_of_both(backward),
+        _cost(TOKENS, 64, backward),
+        repeats=5,
+        quick=False,
+        tokens=TOKENS,
+    )
+
+
+CASES = [
+    *(_case(TOKENS, experts, backward) for backward in (False, True) for experts in (8, 64)),
+    *(_case(FEW_TOKENS, experts, False) for experts in (8, 64)),
+    *(_case_of_both(backward) for backward in (False, True)),
 ]
