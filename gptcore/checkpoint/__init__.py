@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
 from gptcore.checkpoint.directory import clean, is_checkpoint, path_of, steps
+from gptcore.checkpoint.discard import discard
 from gptcore.checkpoint.huggingface import from_hf, to_hf
 from gptcore.checkpoint.loading import (
     MODEL_PREFIX,
@@ -25,6 +26,7 @@ from gptcore.checkpoint.writer import Writer, save
 open = Checkpoint  # checkpoint.open(path) reads as what it does
 
 __all__ = [
-    "MODEL_PREFIX", "Checkpoint", "CheckpointError", "Loaded", "Slice", "Writer", "clean", "from_hf", "is_checkpoint",
-    "latest", "load", "load_latest", "model_tensors", "open", "path_of", "read_state", "save", "steps", "to_hf",
+    "MODEL_PREFIX", "Checkpoint", "CheckpointError", "Loaded", "Slice", "Writer", "clean", "discard", "from_hf",
+    "is_checkpoint", "latest", "load", "load_latest", "model_tensors", "open", "path_of", "read_state", "save",
+    "steps", "to_hf",
 ]  # fmt: skip

@@ -10,12 +10,16 @@ from --config, then from the other options, then from --set; docs/training.md ex
 A run lives in its directory: checkpoints, metrics.jsonl, loss.png, config.json. The same command
 continues a run that was stopped; --resume continues it with the settings kept there.
 
+What a run does about spikes and NaN is set by --set recovery.loss=rewind and the like, and told in its events.jsonl;
+--change changes a run under way, --replay makes again what a log tells. docs/recovery.md explains them.
+
 Examples:
   gptcore train shakespeare-char shakespeare.txt --set data.tokenizer=characters
   gptcore train quickstart book.txt --out runs/book --steps 2000 --set optimizer.lr=1e-3
   gptcore train gpt2 prepared/ --set dtype=bfloat16 --set data.batch=4 --set data.length=512
   gptcore train --config my.toml --set steps=5000
   gptcore train --resume runs/book
+  gptcore train --resume runs/book --change step=1200,lr=3e-5 --change step=1500,optimizer=sgd,lr=0.1
   gptcore train --start models/mixtral book.txt --out runs/tuned
   gptcore train --start runs/book book.txt --out runs/experts --set model.moe.num_experts=8
 """
@@ -55,6 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="begin with the weights of a run, checkpoint or Hugging Face directory",
     )
+    parser.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="step=N,KEY=VALUE",
+        help="change lr, lr_factor, max_norm, optimizer, loss_scale or the data after N updates",
+    )
+    parser.add_argument(
+        "--replay", metavar="FILE", help="decide what this events.jsonl tells, and nothing else"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress line and no MFU")
 
 
@@ -62,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
     from gptcore.cli import pipeline
 
     if args.resume:
-        config = _continued(args)
+        config = _replayed(args, _continued(args))
     else:
-        config = _configured(args)
+        config = _replayed(args, _configured(args))
         pipeline.refuse_changed_settings(config)
     print(_closing(config, pipeline.train(config, quiet=args.quiet)))
     return 0
@@ -134,6 +148,15 @@ def _continued(args: argparse.Namespace) -> TrainConfig:
     config = pipeline.kept_settings(args.resume)
     steps = [] if args.steps is None else [f"steps={args.steps}"]
     return config.with_overrides([*steps, *args.set])
+
+
+def _replayed(args: argparse.Namespace, config: TrainConfig) -> TrainConfig:
+    """With the changes of the command line."""
+    from gptcore.train import recovery_replay
+
+    if not args.change and args.replay is None:
+        return config
+    return recovery_replay.replayed(config, args.replay, [recovery_replay.change_of(t) for t in args.change])
 
 
 def _closing(config: TrainConfig, result: Result) -> str:

@@ -56,7 +56,7 @@ class Spec:
             if isinstance(value, Spec):
                 result[name] = value.to_dict()
             elif value is not None:
-                result[name] = list(value) if isinstance(value, tuple) else value
+                result[name] = [_plain(item) for item in value] if isinstance(value, tuple) else value
         return result
 
     def merged(self, overrides: Mapping[str, Any]) -> Self:
@@ -77,6 +77,10 @@ def at_least(section: str, low: float, **values: float | None) -> None:
 def _key(section: str, name: str) -> str:
     """A key as the user wrote it; the outermost specification has no section."""
     return f"{section}.{name}" if section else name
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, Spec) else value
 
 
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +135,8 @@ def _convert(value: Any, option: Any) -> Any:
         return float(value) if numeric else _MISFIT
     if option is int:
         return value if isinstance(value, int) and not isinstance(value, bool) else _MISFIT
+    if isinstance(option, type) and issubclass(option, Spec) and isinstance(value, Mapping):
+        return option.from_dict(value)
     return value if isinstance(value, option) else _MISFIT
 
 
@@ -156,7 +162,9 @@ def _name(option: Any) -> str:
         kind = "a list of" if typing.get_origin(option) is tuple else "one of"
         return f"{kind} {', '.join(map(repr, choices))}"
     if typing.get_origin(option) is tuple:
-        return f"a list of {_name(typing.get_args(option)[0])}"
+        item = typing.get_args(option)[0]
+        is_table = isinstance(item, type) and issubclass(item, Spec)
+        return "a list of tables" if is_table else f"a list of {_name(item)}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(
         option, f"a {getattr(option, '__name__', option)}"
     )

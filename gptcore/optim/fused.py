@@ -119,6 +119,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         *,
         grad_scale: float = 1.0,
         grad_norm: tuple[float, bool] | None = None,
+        admit: Callable[[float], bool] | None = None,
     ) -> float | None:
         """One update. Gradients are divided by ``grad_scale`` first (micro-batches, or a loss scale).
 
@@ -128,6 +129,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 optimizers (of ranks that own slices, say): the norm of all of them over ``grad_scale``, before
                 clipping, which takes the place of this optimizer's own, and whether one of them was not finite. These
                 gradients are not looked through again. Default: of these gradients alone.
+            admit: asked with the norm of finite gradients before anything is written; where it answers False,
+                nothing is. The bits of an admitted update are those without it.
 
         Raises:
             ValueError: a ``grad_norm`` beside a closure, or whose norm is not finite though found_inf is False.
@@ -143,16 +146,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.last_grad_norm = 0.0
         known: float | None = None
         if grad_norm is not None:
-            self.last_grad_norm, self.found_inf = known, _ = grad_norm
-            if self.found_inf:
-                return loss
-        elif len(calls) > 1 and (self.check_finite or self.max_norm is not None):
-            # Groups that differ in their settings need one call each, but share one norm.
+            known, self.found_inf = grad_norm
+        elif admit is not None or (len(calls) > 1 and (self.check_finite or self.max_norm is not None)):
+            # Groups that differ in their settings need one call each, but share one norm; so does who is asked first.
             from gptcore.ops.grad_norm import grad_norm as norm_of
 
             known, self.found_inf = norm_of([g for call in calls for g in call.grads], grad_scale)
+        if known is not None:
             self.last_grad_norm = known
-            if self.found_inf:
+            if self.found_inf or (admit is not None and not admit(known)):
                 return loss
         for call in calls:
             self.last_grad_norm, self.found_inf = self._update(call, self.max_norm, grad_scale, known)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Each block of rows is whole blocks of the norm (ops.square_sums), of 8-bit moments, and of what is not factored.
-_ELEMENTS = 1024
-# Of a matrix. Owners tell each other two numbers a column and block: little beside 768 rows or more.
-_BLOCKS = 16
+# Each block of rows is whole blocks of 8-bit moments.
+_ELEMENTS = 256
+_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ def whole_of(p: torch.Tensor, number: int) -> Whole:
 def row_block(shape: Sequence[int]) -> int:
     """Rows of a block of a matrix, or of each matrix of a batch (..., n, m); of the shape alone.
 
-    At most 16 blocks to a matrix, each of a multiple of 1,024 elements but for the last, which may be shorter. Blocks
-    begin anew with each matrix. Slices that begin with a block and, in a batch, at a multiple of 1,024 elements let
-    :class:`gptcore.optim.Adafactor` give the bits of the whole.
+    At most 64 blocks to a matrix, each of a multiple of 256 elements but for the last, which may be shorter. Blocks
+    begin anew with each matrix. Slices that begin and end with blocks let :class:`gptcore.optim.Adafactor` give the
+    bits of the whole.
 
     Raises:
         ValueError: a shape of fewer than two dimensions.

@@ -46,7 +46,7 @@ def draw_curves(now: Run) -> Path | None:
 
     lines = read(now.directory.metrics)
     routing = [(line["step"], line["routing"]) for line in lines if line.get("routing")]
-    train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+    train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train" and line["loss"]]
     held = [(e["step"], e["val_loss"]) for e in lines if e["kind"] == "evaluation" and "val_loss" in e]
     try:
         plot.routing_curves(now.directory.routing, routing, title=now.directory.path.name)

@@ -16,6 +16,7 @@ from gptcore.models.config import GPTConfig
 from gptcore.models.schema import Spec, at_least
 from gptcore.optim import schedule as schedules
 from gptcore.train.optimizers import OptimizerSpec
+from gptcore.train.recovery_spec import Change, RecoverySpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -138,7 +139,8 @@ class TrainConfig(Spec):
     ``model`` is a table of :class:`GPTConfig`, optionally over ``preset = "gpt2"``; :meth:`model_config`
     resolves it. ``start`` names a run, checkpoint or Hugging Face directory whose weights the run begins with; a dense
     model's go to every expert of one with experts. ``dtype`` bfloat16 trains bf16 weights with f32 masters.
-    ``threads`` 0 takes what the machine gives. ``log_every`` is in updates.
+    ``threads`` 0 takes what the machine gives. ``log_every`` is in updates. ``changes`` are applied under way, each at
+    its step.
     """
 
     section: ClassVar[str] = ""
@@ -159,6 +161,8 @@ class TrainConfig(Spec):
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
+    recovery: RecoverySpec = field(default_factory=RecoverySpec)
+    changes: tuple[Change, ...] = ()
 
     def validate(self) -> None:
         at_least("", 1, steps=self.steps, log_every=self.log_every)

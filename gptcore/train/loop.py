@@ -20,12 +20,16 @@ from gptcore.train import optimizers, peak, state
 from gptcore.train.announce import draw_curves, headline, say_stopped
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
-from gptcore.train.measure import due, log, measure, watch_routing
+from gptcore.train.events import EventLog
+from gptcore.train.guard import Guard
+from gptcore.train.measure import due, log, measure, warn, watch_routing
 from gptcore.train.metrics import MetricsFile
+from gptcore.train.recovery import guarded_update, rewind
+from gptcore.train.recovery_changes import Course, apply_due
+from gptcore.train.recovery_changes import check as check_changes
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
 from gptcore.train.run_state import Evaluate, Run, Sample, flops_of, resume_from, save, tokens_per_update
-from gptcore.train.step import update
 from gptcore.train.stop import StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,10 +76,12 @@ def run(
 
     Raises:
         UserError: a run directory in use, another model or tokenizer than the checkpoint's, a full disk.
-        NonFiniteError: NaN or infinite loss or gradient; the last checkpoint is intact.
+        NonFiniteError, SpikeError: NaN or infinite loss or gradient, a spike: where the policy is to stop, or going
+            back is not possible or has not helped; the last checkpoint is intact.
         SystemExit: after SIGINT or SIGTERM, with 128 + signal, once the checkpoint is written.
     """
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    check_changes(config)
     _set_up(config)
     ceiling = peak.of(device, dtype) if measure_peak else peak.Peak(None, "not measured")
     _cast(model, device, dtype)
@@ -84,7 +90,8 @@ def run(
     torch.manual_seed(config.seed)
     with RunDirectory(config.run_dir) as directory:
         identity = state.identity(config, model, loader, tokenizer)
-        now = Run(config, model, optimizer, loader, directory, evaluate, sample, identity)
+        course, guard = Course(config), Guard(config.recovery)
+        now = Run(config, model, optimizer, loader, directory, evaluate, sample, identity, course, guard)
         layers = _expert_layers(model)
         now.routing = RoutingWatch(layers) if layers else None
         began = time.perf_counter()
@@ -93,10 +100,12 @@ def run(
         directory.write_config(config.to_dict())
         # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation of step 0.
         metrics = MetricsFile(directory.metrics, now.step if resumed else -1)
+        now.events = EventLog(directory.events, now.event_count)
         try:
             _train(now, metrics, ceiling, quiet)
         finally:
             metrics.close()
+            now.events.close()
         curve = draw_curves(now)
         path = checkpoint.path_of(directory.checkpoints, now.step)
         return Result(now.step, now.loss, now.evaluation, path, curve, time.perf_counter() - began)
@@ -115,14 +124,20 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
             measure(now, metrics, progress)
         while now.step < config.steps:
             start = time.perf_counter()
-            now.loss = update(config, now.model, now.optimizer, now.loader, now.step, routing=now.routing)
-            now.tokens += tokens_per_update(config, now.step)
-            now.step += 1
+            outcome = guarded_update(now, apply_due(now))
+            now.tokens += tokens_per_update(config, now.course.batch(now.step - 1))
             now.train_seconds += time.perf_counter() - start
             watch_routing(now, metrics, progress, quiet)
             if now.step == config.steps or due(now.step, config.log_every):
                 log(now, metrics, progress, flops, ceiling)
             progress.update(1)
+            if outcome.warning is not None:
+                metrics.write("warning", now.step, text=outcome.warning)
+                warn(now, progress, quiet, outcome.warning)
+            if outcome.verdict.action == "rewind" and (told := rewind(now, outcome, metrics)):
+                progress.update(now.step - progress.done)
+                warn(now, progress, quiet, told)
+                continue
             measure(now, metrics, progress)
             stops = stop.signal is not None
             if stops or now.step == config.steps or due(now.step, config.checkpoint.every):

@@ -19,8 +19,8 @@ def log(now: Run, metrics: MetricsFile, progress: Progress, flops: ModelFlops | 
     fields = {
         "tokens": now.tokens,
         "loss": now.loss,
-        "grad_norm": now.optimizer.last_grad_norm,
-        "lr": now.config.learning_rate(now.step - 1),
+        "grad_norm": now.grad_norm,
+        "lr": now.course.learning_rate(now.step - 1),
         "seconds": now.train_seconds,
         **throughput(tokens, seconds, flops, ceiling),
         **({} if now.routing is None else now.routing.fields()),
@@ -35,10 +35,15 @@ def watch_routing(now: Run, metrics: MetricsFile, progress: Progress, quiet: boo
     """Say, and keep in the metrics, that a router has collapsed."""
     for sentence in [] if now.routing is None else now.routing.updated():
         metrics.write("warning", now.step, text=sentence)
-        text = f"gptcore: warning: step {now.step}: {sentence}"
-        if quiet:  # which is meant for progress
-            print(text, file=sys.stderr, flush=True)
-        progress.message(text)
+        warn(now, progress, quiet, sentence)
+
+
+def warn(now: Run, progress: Progress, quiet: bool, sentence: str) -> None:
+    """Say on standard error what the user should know of this step."""
+    text = f"gptcore: warning: step {now.step}: {sentence}"
+    if quiet:  # which is meant for progress
+        print(text, file=sys.stderr, flush=True)
+    progress.message(text)
 
 
 def measure(now: Run, metrics: MetricsFile, progress: Progress) -> None:

@@ -70,6 +70,18 @@ class MetricsFile:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
+    def go_back(self, step: int, undone: Path) -> None:
+        """Move the lines beyond ``step`` to the file ``undone``: updates that the run undoes."""
+        try:
+            self._file.flush()
+            length = _length_up_to(self.path, step)
+            temporary = undone.with_suffix(".tmp")
+            temporary.write_bytes(self.path.read_bytes()[length:])
+            temporary.replace(undone)
+            self._file.truncate(length)
+        except OSError as error:
+            raise UserError(f"cannot write {undone}: {error.strerror}") from error
+
     def sync(self) -> None:
         """Force the lines to the disk, so that a checkpoint never is ahead of its metrics."""
         try:

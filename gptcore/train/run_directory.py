@@ -1,7 +1,7 @@
 """The directory of one run, and the lock that keeps a second run out of it.
 
-``checkpoints/``, ``metrics.jsonl``, ``config.json``, ``loss.png`` and ``lock``; of a
-model with experts also ``routing.png``.
+``checkpoints/``, ``metrics.jsonl``, ``events.jsonl``, ``config.json``, ``loss.png`` and ``lock``; of a
+model with experts also ``routing.png``; after a rewind ``metrics-undone-1.jsonl`` and so on.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
+        self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"
         self.curve = self.path / "loss.png"
         self.routing = self.path / "routing.png"
@@ -53,6 +54,10 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
+
+    def undone(self, number: int) -> Path:
+        """Where the metrics of the updates go that the run's rewind ``number`` undid."""
+        return self.path / f"metrics-undone-{number}.jsonl"
 
     def write_config(self, values: Mapping[str, Any]) -> None:
         """Keep the resolved settings beside the results."""

@@ -13,10 +13,13 @@ from gptcore import checkpoint
 from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
 from gptcore.optim.fused import FusedOptimizer
-from gptcore.train import state
+from gptcore.train import checkpoints_kept, state
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
+from gptcore.train.events import EventLog
+from gptcore.train.guard import Guard
 from gptcore.train.metrics import MetricsFile, ModelFlops
+from gptcore.train.recovery_changes import Course, adjust
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
 
@@ -26,7 +29,11 @@ Sample = Callable[[torch.nn.Module], str]
 
 @dataclass
 class Run:
-    """What the steps of one run share. ``train_seconds`` counts updates only, over all resumed parts."""
+    """What the steps of one run share.
+
+    ``train_seconds`` counts updates only, over all resumed parts; ``loss`` and ``grad_norm`` are the last update's,
+    ``rewinds`` counts how often the run has gone back. ``events`` is open while it trains.
+    """
 
     config: TrainConfig
     model: torch.nn.Module
@@ -36,12 +43,18 @@ class Run:
     evaluate: Evaluate | None
     sample: Sample | None
     identity: dict[str, Any]
+    course: Course
+    guard: Guard
+    events: EventLog = field(init=False)
+    event_count: int = 0
+    rewinds: int = 0
     step: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
     logged_tokens: int = 0
     logged_seconds: float = 0.0
     loss: float | None = None
+    grad_norm: float | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     routing: RoutingWatch | None = None
 
@@ -61,12 +74,8 @@ def resume_from(now: Run, resume: bool, quiet: bool) -> bool:
     state.compare(found.path, saved, now.identity)
     if saved["step"] > now.config.steps:
         raise UserError(f"{found.path} is at step {saved['step']}, beyond steps = {now.config.steps}")
-    state.restore(now.model, now.optimizer, found.tensors, saved)
-    now.step = saved["step"]
-    now.tokens = saved["metrics"]["tokens"]
-    now.train_seconds = saved["metrics"]["seconds"]
-    now.logged_tokens, now.logged_seconds = now.tokens, now.train_seconds
-    now.evaluation = saved["metrics"]["evaluation"]
+    take_up(now, found)
+    now.rewinds, now.event_count = saved["recovery"]["rewinds"], saved["recovery"]["events"]
     if not quiet:
         changed = state.changes(saved["config"], now.identity["config"])
         note = f" with changed settings ({', '.join(changed)})" if changed else ""
@@ -74,13 +83,40 @@ def resume_from(now: Run, resume: bool, quiet: bool) -> bool:
     return True
 
 
+def take_up(now: Run, found: checkpoint.Loaded) -> None:
+    """Put a checkpoint into the run: all but how often it has gone back, and its log of that."""
+    saved = found.state
+    now.course.restore(saved["recovery"]["course"], saved["step"])
+    now.guard.restore(saved["recovery"]["guard"])
+    adjust(now)
+    state.restore(now.model, now.optimizer, found.tensors, saved)
+    now.step = saved["step"]
+    now.tokens = saved["metrics"]["tokens"]
+    now.train_seconds = saved["metrics"]["seconds"]
+    now.logged_tokens, now.logged_seconds = now.tokens, now.train_seconds
+    now.evaluation = saved["metrics"]["evaluation"]
+    if now.routing is not None:
+        now.routing = RoutingWatch(now.routing.layers)
+
+
 def save(now: Run, metrics: MetricsFile) -> None:
-    """A checkpoint of the run as it is, its metrics on the disk before it."""
+    """A checkpoint of the run as it is, its metrics and events on the disk before it."""
     metrics.sync()
+    now.events.sync()
     tensors, values = state.collect(now.model, now.optimizer)
     values["metrics"] = {"tokens": now.tokens, "seconds": now.train_seconds, "evaluation": now.evaluation}
-    keep = now.config.checkpoint.keep_last
-    checkpoint.save(now.directory.checkpoints, now.step, tensors, {**now.identity, **values}, keep)
+    values["recovery"] = {
+        "course": now.course.state(),
+        "guard": now.guard.state(),
+        "rewinds": now.rewinds,
+        "events": now.events.count,
+    }
+    directory, config = now.directory.checkpoints, now.config
+    anchored = checkpoints_kept.anchor_spacing(config) > 0
+    keep = len(checkpoint.steps(directory)) + 1 if anchored else config.checkpoint.keep_last
+    checkpoint.save(directory, now.step, tensors, {**now.identity, **values}, keep)
+    if anchored:
+        checkpoints_kept.prune(directory, now.step, config)
 
 
 def tokens_per_update(config: TrainConfig, step: int) -> int:

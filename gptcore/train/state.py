@@ -36,7 +36,7 @@ def collect(
         seen[id(tensor)] = name
         tensors[MODEL_PREFIX + name] = tensor.detach()
     numbers: dict[str, dict[str, float]] = {}
-    saved = _saved_state(optimizer)
+    saved = saved_state(optimizer)
     for name, p in model.named_parameters():
         for key, value in saved.get(p, {}).items():
             if isinstance(value, torch.Tensor):
@@ -49,7 +49,7 @@ def collect(
     return tensors, {"tied": tied, "optimizer": numbers}
 
 
-def _saved_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
+def saved_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
     """What ``state_dict`` tells of each parameter, which need not be what the optimizer works with."""
     saved = optimizer.state_dict()
     groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,15 @@ from gptcore.train.run_directory import RunDirectory
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient became NaN or infinite; the weights were not touched by it."""
+    """The loss or the gradient became NaN or infinite; the weights were not touched by it.
+
+    ``loss`` and ``grad_norm`` are the update's, as far as they were taken.
+    """
+
+    def __init__(self, text: str, loss: float = math.nan, grad_norm: float | None = None) -> None:
+        super().__init__(text)
+        self.loss = loss
+        self.grad_norm = grad_norm
 
 
 def update(
@@ -28,18 +38,25 @@ def update(
     step: int,
     *,
     routing: RoutingWatch | None = None,
+    lr: float | None = None,
+    batch: int | None = None,
+    admit: Callable[[float, float], bool] | None = None,
 ) -> float:
     """One update, the one with zero-based index ``step``; returns the mean loss of its micro-batches.
 
-    ``routing`` is told what the layers of experts did.
+    Args:
+        routing: told what the layers of experts did.
+        lr: the learning rate; None: the schedule's at ``step``.
+        batch: the index of the update whose data are taken, other than ``step`` once batches have been skipped.
+        admit: asked with loss and gradient norm before a weight is touched; where it answers False, none is.
 
     Raises:
         NonFiniteError: before anything was written, whether the loss or only a gradient is not finite.
     """
     device = next(model.parameters()).device
-    micro_batches = config.micro_batches(step)
+    micro_batches = config.micro_batches(step if batch is None else batch)
     count = len(micro_batches)
-    lr = config.learning_rate(step)
+    lr = config.learning_rate(step) if lr is None else lr
     for group in optimizer.param_groups:
         group["lr"] = lr
     model.train()
@@ -57,11 +74,11 @@ def update(
         loss += float(out.loss.detach())
     loss /= count
     if not math.isfinite(loss):
-        raise _non_finite(config, step, f"the loss is {loss}")
+        raise _non_finite(config, step, lr, f"the loss is {loss}", loss)
     # The mean over micro-batches: their gradients were summed, the kernel divides in its update pass.
-    optimizer.step(grad_scale=float(count))
+    optimizer.step(grad_scale=float(count), admit=None if admit is None else functools.partial(admit, loss))
     if optimizer.found_inf:
-        raise _non_finite(config, step, "a gradient is not finite")
+        raise _non_finite(config, step, lr, "a gradient is not finite", loss, optimizer.last_grad_norm)
     return loss
 
 
@@ -73,11 +90,14 @@ def _total(out: Any, config: TrainConfig) -> torch.Tensor:
     return total
 
 
-def _non_finite(config: TrainConfig, step: int, what: str) -> NonFiniteError:
+def _non_finite(
+    config: TrainConfig, step: int, lr: float, what: str, loss: float, norm: float | None = None
+) -> NonFiniteError:
     directory = RunDirectory(config.run_dir).checkpoints
     there = checkpoint.steps(directory)
     kept = f"the checkpoint of step {there[-1]} in {directory} is intact" if there else "no checkpoint yet"
-    return NonFiniteError(
-        f"{what} at step {step + 1} (learning rate {config.learning_rate(step):.3g}); {kept}; "
+    text = (
+        f"{what} at step {step + 1} (learning rate {lr:.3g}); {kept}; "
         "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
     )
+    return NonFiniteError(text, loss, norm)

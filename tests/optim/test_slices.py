@@ -139,15 +139,15 @@ def test_a_parameter_without_the_attribute_is_whole() -> None:
     assert whole_of(p, 7) == Whole(100, (20, 5), 30, 2)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 768, 50257])
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 768, 50257])
 @pytest.mark.parametrize("cols", [0, 1, 3, 96, 256, 768, 3072])
 def test_blocks_of_rows(rows: int, cols: int) -> None:
     block = row_block((rows, cols))
-    assert block >= 1 and block * cols % 1024 == 0 and -(-rows // block) <= 16
+    assert block >= 1 and block * cols % 256 == 0 and -(-rows // block) <= 64
     assert row_block((5, rows, cols)) == block  # matrices of a batch on their own
-    # No larger than it must be: the fewest rows that make whole 1024s, or so many that fewer make 17 blocks.
-    least = 1024 // math.gcd(cols, 1024)
-    assert block == least or -(-rows // (block - least)) > 16
+    # No larger than it must be: the fewest rows that make whole 256s, or so many that one less makes 65 blocks.
+    least = 256 // math.gcd(cols, 256)
+    assert block == least or -(-rows // (block - least)) > 64
 
 
 def test_blocks_of_vectors_are_refused() -> None:

@@ -190,7 +190,7 @@ def test_a_non_finite_loss_stops_with_the_checkpoint_intact(tmp_path: Path, valu
     from gptcore.train import run
 
     model = Toy()
-    config = from_table(settings(tmp_path))
+    config = from_table(settings(tmp_path, recovery={"non_finite": "stop"}))
     with pytest.raises(
         NonFiniteError, match=r"loss is nan at step 13 .*checkpoint of step 10 .*optimizer.lr"
     ):

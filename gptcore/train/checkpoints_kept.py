@@ -1,0 +1,53 @@
+"""Which checkpoints a run keeps to go back to, and which it goes back to."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gptcore import checkpoint
+from gptcore.train.config import TrainConfig
+
+
+def anchor_spacing(config: TrainConfig) -> int:
+    """The distance of checkpoints kept for going back, 0 where the last ones reach back far enough anyway.
+
+    Of those, a multiple of ``checkpoint.every``, the last two are kept: one is always ``rewind_steps`` old.
+    """
+    every, reach = config.checkpoint.every, config.recovery.rewind_steps
+    if not (config.recovery.rewinds and every) or every * (config.checkpoint.keep_last - 1) >= reach:
+        return 0
+    return -(-reach // every) * every
+
+
+def prune(directory: Path, step: int, config: TrainConfig) -> None:
+    """Delete checkpoints before ``step`` but for the last ``keep_last`` and two to go back to."""
+    spacing = anchor_spacing(config)
+    there = [s for s in checkpoint.steps(directory) if s <= step]
+    anchors = [s for s in there if s % spacing == 0][-2:]
+    for old in there[: -config.checkpoint.keep_last]:
+        if old not in anchors:
+            checkpoint.discard(directory, old)
+
+
+def before(directory: Path, onset: int, distance: int) -> checkpoint.Loaded | None:
+    """The newest good checkpoint at least ``distance`` before the update of index ``onset``.
+
+    Else the oldest that does not hold that update; None where each does.
+    """
+    there = [step for step in checkpoint.steps(directory) if step <= onset]
+    far = [step for step in there if step <= onset - distance]
+    for step in [*reversed(far), *there[len(far) :]]:
+        path = checkpoint.path_of(directory, step)
+        try:
+            return checkpoint.Loaded(path, *checkpoint.load(path))
+        except checkpoint.CheckpointError as error:
+            print(f"gptcore: {error}; looking for another to go back to", file=sys.stderr, flush=True)
+    return None
+
+
+def discard_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints beyond ``step``, the newest first: a kill leaves a run that comes to it again."""
+    for newer in reversed(checkpoint.steps(directory)):
+        if newer > step:
+            checkpoint.discard(directory, newer)

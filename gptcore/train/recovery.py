@@ -1,0 +1,182 @@
+"""Spike recovery: what the detectors see in each update, what follows from it, and the log that tells it.
+
+PaLM (Chowdhery et al. 2022, section 5.1) met spikes of the loss by going back about 100 updates and passing over 200 to
+500 batches; OPT (Zhang et al. 2022, section 2.5) by changing the run under way.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch.distributed as c10d
+
+from gptcore.dist.group import agree, member_of
+from gptcore.errors import UserError
+from gptcore.train import checkpoints_kept
+from gptcore.train.guard import Guard, Sighting, Verdict
+from gptcore.train.run_state import Run, save, take_up
+from gptcore.train.step import NonFiniteError, update
+
+if TYPE_CHECKING:
+    from gptcore.train.metrics import MetricsFile
+
+
+class SpikeError(UserError):
+    """A spike that the settings stop for, or that going back has not overcome; the checkpoints are intact."""
+
+
+class Outcome(NamedTuple):
+    """Of an update: what is to be done, and the error that it is where it cannot be."""
+
+    verdict: Verdict
+    error: UserError | None
+    warning: str | None
+
+
+def guarded_update(now: Run, drops: bool) -> Outcome:
+    """The next update, what was seen in it and what is to be done; a skipped one counts, but touches no weight.
+
+    ``drops``: keep it from the weights whatever it is like.
+    """
+    step, guard = now.step, now.guard
+    error: UserError | None = None
+    try:
+        now.loss = update(
+            now.config,
+            now.model,
+            now.optimizer,
+            now.loader,
+            step,
+            routing=now.routing,
+            lr=now.course.learning_rate(step),
+            batch=now.course.batch(step),
+            admit=_admission(guard, drops),
+        )
+        now.grad_norm = now.optimizer.last_grad_norm
+    except NonFiniteError as caught:
+        now.loss, now.grad_norm, error = caught.loss, caught.grad_norm, caught
+    now.step += 1
+    seen = guard.look(now.loss, now.grad_norm)
+    verdict = guard.judge(step, now.loss, now.grad_norm, seen)
+    verdict = Verdict() if drops else verdict
+    for sighting in seen:
+        if guard.news(sighting):
+            now.events.write("seen", now.step, **sighting._asdict())
+    agree_on_events(now)
+    sentence = _sentence(now, verdict, seen)
+    if verdict.action == "none":
+        return Outcome(verdict, None, None)
+    if verdict.action != "rewind":  # which has more to tell
+        now.events.write(
+            "decided", now.step, detector=verdict.detector, policy=verdict.action, onset=verdict.onset + 1
+        )
+    if verdict.action == "skip":
+        now.events.write("done", now.step, action="skip")
+    if verdict.action == "stop":
+        raise error or SpikeError(f"step {now.step}: {sentence}")
+    return Outcome(verdict, error or SpikeError(f"step {now.step}: {sentence}"), sentence)
+
+
+def _admission(guard: Guard, drops: bool) -> Callable[[float, float], bool] | None:
+    """What is asked before weights are touched, where somebody may say no."""
+    if drops:
+        return lambda loss, norm: False
+    if guard.decides_before:
+        return lambda loss, norm: not guard.skips(guard.look(loss, norm))
+    return None
+
+
+def _sentence(now: Run, verdict: Verdict, seen: list[Sighting]) -> str:
+    """What the detector of ``verdict`` saw."""
+    for sighting in seen:
+        if sighting.detector != verdict.detector:
+            continue
+        if sighting.z is None:
+            return "the loss or a gradient is not finite"
+        name = {"loss": "the loss", "grad_norm": "the gradient's norm"}[sighting.detector]
+        return (
+            f"{name} is {sighting.value:.4g}, {sighting.z:.1f} robust standard deviations above "
+            f"{sighting.median:.4g}, the median of the updates before"
+        )
+    return ""
+
+
+def agree_on_events(now: Run) -> None:
+    """Among several ranks, stop where one saw or decided something else.
+
+    Raises:
+        SpikeError: on every rank, naming the first that differs from rank 0.
+    """
+    if not (c10d.is_available() and c10d.is_initialized()):
+        return
+    values = [math.nan if value is None else value for value in (now.loss, now.grad_norm)]
+    bits = [struct.unpack("<q", struct.pack("<d", value))[0] for value in values]
+    rows = agree("train.run", member_of("train.run"), {}, own=[*bits, now.events.digest])
+    for rank, row in enumerate(rows):
+        for name, mine, theirs in zip(("loss", "gradient norm", "events"), rows[0], row, strict=True):
+            if mine != theirs:
+                raise SpikeError(
+                    f"step {now.step}: rank {rank} has another {name} than rank 0; all ranks must be given the same "
+                    "settings, the same start and the sum of all ranks' gradients"
+                )
+
+
+def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
+    """Go back to before the spike and pass over the batches up to it; a sentence of what was done.
+
+    A kill at any moment of it loses nothing: until the checkpoint gone back to is written anew, the run resumes
+    before the decision and comes to it again.
+
+    Returns:
+        None where there is no checkpoint to go back to and the run can go on without.
+
+    Raises:
+        ``outcome.error`` where it cannot, or has gone back ``max_rewinds`` times.
+    """
+    spec, verdict, place = now.config.recovery, outcome.verdict, now.directory.checkpoints
+    assert outcome.error is not None
+    spent = now.rewinds >= spec.max_rewinds
+    found = None if spent else checkpoints_kept.before(place, verdict.onset, spec.rewind_steps)
+    if found is None:
+        _stay(now, outcome, spent)
+        return None
+    end, came_from = now.course.batch(now.step - 1) + 1, now.step
+    take_up(now, found)
+    now.rewinds += 1
+    begin = now.course.batch(now.step)
+    count = max(spec.skip_batches, end - begin)
+    now.events.write(
+        "decided", came_from, detector=verdict.detector, policy="rewind", onset=verdict.onset + 1,
+        to_step=now.step, skip_batches=count,
+    )  # fmt: skip
+    checkpoints_kept.discard_after(place, now.step)
+    metrics.go_back(now.step, now.directory.undone(now.rewinds))
+    now.course.skipped.append((now.step, count))
+    now.events.write(
+        "done", now.step, action="rewind", from_step=came_from, skip_batches=count, first_batch=begin
+    )
+    sentence = (
+        f"went back from step {came_from} to step {now.step} and skipped the data of {count} updates "
+        f"({now.rewinds} of {spec.max_rewinds} times)"
+    )
+    metrics.write("warning", now.step, text=sentence)
+    save(now, metrics)
+    return sentence
+
+
+def _stay(now: Run, outcome: Outcome, spent: bool) -> None:
+    """Where going back is not possible: raise, or say so and go on with weights that are finite."""
+    verdict, error = outcome.verdict, outcome.error
+    assert error is not None
+    policy = now.guard.policies[verdict.detector]
+    why = f"after {now.rewinds} rewinds" if spent else "no checkpoint to go back to"
+    stops = spent or verdict.detector == "non_finite" or policy == "skip"
+    now.events.write(
+        "decided", now.step, detector=verdict.detector, policy="stop" if stops else "warn", reason=why
+    )
+    if stops:
+        error.args = (f"{error}; {why}",)
+        raise error
