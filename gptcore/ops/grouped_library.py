@@ -31,7 +31,7 @@ _NARROWEST = 64
 
 
 def largest_of_ours(x: Array, weight: Array, *others: Array | None) -> Largest:
-    """The limits for a call with these arrays, which need not be checked yet; ``others`` are outputs and dy."""
+    """The limits for a call with these arrays, which need not be checked yet; ``others`` take part too."""
     if not all(is_torch(a) for a in (x, weight, *others) if a is not None):
         return ALL_OURS
     import torch
@@ -58,7 +58,7 @@ def multiply_large(x: Any, weight: Any, offsets: Array, bias: Any, out: Any, lar
     import torch
 
     # Without detaching torch refuses out= where an argument requires a gradient, though none is asked for here.
-    x, weight = x.detach(), weight.detach()
+    x, weight, out = x.detach(), weight.detach(), out.detach()
     for e, rows in _groups(offsets, largest):
         if bias is None:
             torch.mm(x[rows], weight[e].t(), out=out[rows])
@@ -72,7 +72,7 @@ def differentiate_large(
     """Write the rows of ``dx`` and the experts of ``dweight`` that the extension left out."""
     import torch
 
-    dy, x, weight = (None if t is None else t.detach() for t in (dy, x, weight))
+    dy, x, weight, dx, dweight = (None if t is None else t.detach() for t in (dy, x, weight, dx, dweight))
     if dx is not None:
         for e, rows in _groups(offsets, largest.dx):
             torch.mm(dy[rows], weight[e], out=dx[rows])

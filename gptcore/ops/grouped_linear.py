@@ -81,7 +81,7 @@ def grouped_linear_backward(
     dweight = (empty_like(weight) if out is None else out) if need_dweight else None
     dbias = None if bias is None else empty_like(bias)
     dy, x = rows(dy), rows(x)
-    largest = ALL_OURS if batch_invariant else largest_of_ours(dy, weight, x, dweight)
+    largest = ALL_OURS if batch_invariant else largest_of_ours(dy, weight, offsets, x, dweight)
     backend.extension().grouped_linear_backward(
         dy, x, weight, offsets, dx, dweight, dbias, accumulate, largest.dx, largest.dweight
     )
@@ -113,7 +113,7 @@ def _forward(x: Any, weight: Any, offsets: Any, bias: Any, batch_invariant: bool
 
 def _write(x: Any, weight: Any, offsets: Any, bias: Any, out: Any, batch_invariant: bool) -> None:
     x = rows(x)
-    largest = (ALL_OURS if batch_invariant else largest_of_ours(x, weight, bias, out)).y
+    largest = (ALL_OURS if batch_invariant else largest_of_ours(x, weight, offsets, bias, out)).y
     backend.extension().grouped_linear(x, weight, offsets, bias, out, largest)
     if largest < x.shape[0]:
         multiply_large(x, weight, offsets, bias, out, largest)
