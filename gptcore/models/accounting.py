@@ -6,9 +6,12 @@ parameters that ``GPT`` really has.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from gptcore.models.config import GPTConfig
+
+Shape = tuple[int, ...]
 
 
 class ParameterCounts(NamedTuple):
@@ -67,6 +70,60 @@ def parameter_counts(config: GPTConfig) -> ParameterCounts:
     )
 
 
+def parameter_shapes(config: GPTConfig) -> Counter[Shape]:
+    """How many parameter tensors of each shape ``GPT`` has: :func:`root_shapes` and those of every block."""
+    shapes = Counter(root_shapes(config))
+    experts = len(config.expert_layers)
+    for has_experts, copies in ((False, config.num_layers - experts), (True, experts)):
+        if copies:
+            for shape in block_shapes(config, has_experts):
+                shapes[shape] += copies
+    return shapes
+
+
+def root_shapes(config: GPTConfig) -> list[Shape]:
+    """The parameter tensors outside the blocks: tables, projections beside them, norms, a head of its own."""
+    c, table = config.width, config.table_width
+    shapes: list[Shape] = [(config.vocab_size, table)]
+    if config.position.kind == "learned":
+        shapes.append((config.context_length + config.position.offset, c))
+    if table != c:
+        shapes += [(c, table), (table, c)]
+    norms = config.embedding_norm + config.norm.has_final
+    shapes += [(c,)] * (norms * (1 + config.norm.has_bias))
+    if not config.tied_head:
+        shapes += [(config.vocab_size, table)] + [(config.vocab_size,)] * config.head_bias
+    return shapes
+
+
+def block_shapes(config: GPTConfig, has_experts: bool) -> list[Shape]:
+    """The parameter tensors of a block, with a feed-forward or with experts in its place."""
+    c, spec, d = config.width, config.attention, config.head_dim
+    q, qkv = config.num_heads * d, (config.num_heads + 2 * config.num_kv_heads) * d
+    shapes: list[Shape] = [(qkv, c), (c, q)]
+    shapes += [(qkv,)] * spec.qkv_bias + [(c,)] * spec.out_bias + [(config.num_heads,)] * spec.sinks
+    shapes += [(c,)] * (norms_per_block(config) * (1 + config.norm.has_bias))
+    if spec.qk_norm != "none":
+        shapes += [(d,)] * (2 * _qk_norm_vectors(config))
+    return shapes + (_moe_shapes(config) if has_experts else _mlp_shapes(config, config.hidden_size))
+
+
+def _mlp_shapes(config: GPTConfig, hidden: int, experts: Shape = ()) -> list[Shape]:
+    """Both projections and their biases, stacked over ``experts``."""
+    c, up = config.width, 2 * hidden if config.mlp.gated else hidden
+    shapes: list[Shape] = [(*experts, up, c), (*experts, c, hidden)]
+    return shapes + ([(*experts, up), (*experts, c)] if config.mlp.bias else [])
+
+
+def _moe_shapes(config: GPTConfig) -> list[Shape]:
+    spec, hidden = config.moe, config.expert_hidden_size
+    assert spec is not None
+    router: Shape = (spec.num_experts, config.width)
+    shapes = [router] * (1 + spec.noise)
+    shapes += _mlp_shapes(config, hidden, (spec.num_experts,))
+    return shapes + (_mlp_shapes(config, spec.shared_experts * hidden) if spec.shared_experts else [])
+
+
 def active_parameters(config: GPTConfig) -> int:
     """The parameters that one token meets: all but those of the E - K experts in each layer that it is not sent to."""
     total = parameter_counts(config).total
@@ -94,15 +151,23 @@ def _moe_parameters(config: GPTConfig) -> int:
 
 def _norm_parameters(config: GPTConfig) -> int:
     vectors = 1 + config.norm.has_bias
-    per_block = {"pre": 2, "post": 2, "deepnorm": 2, "sandwich": 4}[config.norm.placement]
-    if config.norm.parallel == "shared":
-        per_block = 1
-    count = per_block * config.num_layers + config.norm.has_final
+    count = norms_per_block(config) * config.num_layers + config.norm.has_final
     norms = count * vectors * config.width + config.embedding_norm * vectors * config.width
     if config.attention.qk_norm != "none":
-        qk_vectors = 1 + (config.attention.qk_norm == "layer_norm" and config.norm.has_bias)
-        norms += 2 * qk_vectors * config.head_dim * config.num_layers
+        norms += 2 * _qk_norm_vectors(config) * config.head_dim * config.num_layers
     return norms
+
+
+def norms_per_block(config: GPTConfig) -> int:
+    """Norms of the residual stream in a block, those of queries and keys apart."""
+    if config.norm.parallel == "shared":
+        return 1
+    return 4 if config.norm.placement == "sandwich" else 2
+
+
+def _qk_norm_vectors(config: GPTConfig) -> int:
+    """Of each of the two norms of queries and keys."""
+    return 1 + (config.attention.qk_norm == "layer_norm" and config.norm.has_bias)
 
 
 def flops_per_token(config: GPTConfig, length: int, *, causal_halved: bool = False) -> int:
