@@ -26,6 +26,7 @@ VERBS = {
     "convert": "turn a Hugging Face model into a run, or a run into one",
     "info": "show versions, instruction sets, threads and devices",
     "presets": "list the model sizes that have a name",
+    "plan": "say what a training run needs: memory, traffic, FLOPs, hours and cost",
 }
 
 _DESCRIPTION = "Train and run GPTs with native kernels. Start with 'gptcore quickstart'."

@@ -16,6 +16,10 @@ SURFACE = {
     "convert": ["SOURCE", "TARGET", "--dtype", "--family", "--tokenizer"],
     "info": ["--json"],
     "presets": ["NAME"],
+    "plan": [
+        "CONFIG", "--batch", "--checkpointing", "--device", "--dtype", "--gpus", "--grain", "--json", "--length",
+        "--memory", "--mfu", "--no-fixed-tree", "--offload", "--price", "--set", "--tflops", "--tokens",
+    ],
 }  # fmt: skip
 
 

@@ -1,0 +1,74 @@
+"""How many gradients are alive at once where those of leaves are summed in a fixed binary tree.
+
+Leaf i is node (0, i); two siblings are added as soon as both are there. Each rank has ``each`` leaves, one after the
+other in number, and runs them in order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+
+@functools.lru_cache(maxsize=256)
+def live_on_a_rank(ranks: int, each: int) -> int:
+    """The most sums that one rank keeps of its own leaves, the leaf just made among them: the depth of a binary counter
+    over its numbers, at most ceil(log2 each) + 1 where ``each`` divides them evenly into subtrees."""
+    if each & (each - 1) == 0:  # whole subtrees: all ranks are alike
+        return _most_alive(range(each))
+    return max(_most_alive(range(rank * each, (rank + 1) * each)) for rank in range(ranks))
+
+
+@functools.lru_cache(maxsize=256)
+def live_in_owners(ranks: int, each: int) -> int:
+    """The most sums of all ranks' leaves, of which each owner has its slice, where the ranks run in step and send
+    leaves as they come: when all have sent one."""
+    nodes = _Nodes()
+    most = 0
+    for turn in range(each):
+        for rank in range(ranks):
+            nodes.add(rank * each + turn)
+        most = max(most, len(nodes))
+    return most
+
+
+@functools.lru_cache(maxsize=256)
+def sent_by_a_rank(ranks: int, each: int) -> int:
+    """The most sums that one rank is left with and sends."""
+    return max(_left(rank * each, (rank + 1) * each) for rank in range(ranks))
+
+
+def _most_alive(leaves: Iterable[int]) -> int:
+    nodes = _Nodes()
+    most = 0
+    for leaf in leaves:
+        most = max(most, len(nodes) + 1)
+        nodes.add(leaf)
+    return most
+
+
+class _Nodes:
+    """(level, index) of those whose sum is there and whose parent's is not."""
+
+    def __init__(self) -> None:
+        self._there: set[tuple[int, int]] = set()
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    def add(self, leaf: int) -> None:
+        level, index = 0, leaf
+        while (level, index ^ 1) in self._there:
+            self._there.remove((level, index ^ 1))
+            level, index = level + 1, index // 2
+        self._there.add((level, index))
+
+
+def _left(first: int, stop: int) -> int:
+    """The fewest nodes that make up leaves ``first`` to ``stop - 1``."""
+    count = 0
+    while first < stop:
+        size = 1 << ((stop - first).bit_length() - 1)
+        first += min(size, first & -first) if first else size
+        count += 1
+    return count

@@ -1,0 +1,309 @@
+"""Bytes per rank of a training run by formula, before anything is allocated.
+
+Under ZeRO (Rajbhandari et al. 2020, section 5) with P parameters on n ranks a rank holds, for mixed-precision Adam,
+
+==  ==============  ==================================================
+0   16 P            nothing is divided: data parallel training
+1   4 P + 12 P / n  the optimizer's states are
+2   2 P + 14 P / n  and gradients
+3   16 P / n        and weights
+==  ==============  ==================================================
+
+:func:`zero_bytes` is that table. :func:`memory` says what this engine holds: an update's sequences are cut into leaves,
+which a rank runs one after the other, and the leaves' gradients are added in f32 in a fixed tree, so partial sums are
+alive beside them; activations, buckets, weights gathered for use and what backward needs in passing come on top.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from gptcore.errors import UserError
+from gptcore.models import accounting
+from gptcore.models.activations import CHECKPOINTING, Activations, Checkpointing, Moment, activations
+from gptcore.models.config import GPTConfig
+from gptcore.train import partial_sums
+from gptcore.train.optimizers import OptimizerSpec
+from gptcore.train.state_size import StateSize, state_size
+
+Offload = Literal["none", "optimizer", "parameters"]
+OFFLOAD: tuple[Offload, ...] = ("none", "optimizer", "parameters")
+STAGES = (0, 1, 2, 3)
+
+_BUCKET = 8 << 20  # elements of gradient that are sent together
+
+
+def zero_bytes(
+    parameters: float,
+    ranks: int,
+    stage: int,
+    *,
+    weight: float = 2.0,
+    gradient: float = 2.0,
+    state: float = 12.0,
+) -> float:
+    """Bytes of weights, gradients and optimizer state per rank by the formulas of ZeRO.
+
+    Args:
+        weight, gradient, state: bytes a parameter; by default those of Adam in mixed precision, whose state is an f32
+            master and two moments.
+
+    Raises:
+        ValueError: a stage other than 0 to 3, fewer than 1 rank.
+    """
+    if stage not in STAGES or ranks < 1:
+        raise ValueError(f"zero_bytes: got stage {stage} and {ranks} ranks, expected 0 to 3 and 1 or more")
+    divided = sum((state, gradient, weight)[:stage])
+    return parameters * (weight + gradient + state - divided + divided / ranks)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned. An update has ``sequences`` of ``length`` tokens, in leaves of ``grain`` sequences.
+
+    ``element_bytes``: of weights and activations, 4 (f32) or 2 (bf16). ``offload``: what is in host memory between its
+    uses, "optimizer" its states, "parameters" in stage 3 each rank's weights as well. ``fixed_tree`` false adds leaves
+    as they come, in one running sum.
+    """
+
+    model: GPTConfig
+    optimizer: OptimizerSpec
+    element_bytes: int = 2
+    sequences: int = 512
+    length: int = 1024
+    grain: int = 1
+    checkpointing: Checkpointing = "none"
+    offload: Offload = "none"
+    fixed_tree: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "length", "grain"):
+            if getattr(self, name) < 1:
+                raise UserError(f"plan: {name}: expected 1 or more, got {getattr(self, name)}")
+        if self.sequences % self.grain:
+            raise UserError(
+                f"plan: grain: {self.grain} sequences do not divide the {self.sequences} of an update"
+            )
+        for name, known in (("checkpointing", CHECKPOINTING), ("offload", OFFLOAD)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"plan: {name}: expected one of {', '.join(known)}, got '{getattr(self, name)}'"
+                )
+        positions = self.model.position.kind
+        if self.length > self.model.context_length and positions in ("learned", "rotary"):
+            raise UserError(
+                f"plan: length: {self.length} is more than the context length {self.model.context_length}"
+            )
+
+    @property
+    def leaves(self) -> int:
+        """Of an update."""
+        return self.sequences // self.grain
+
+    @property
+    def tokens(self) -> int:
+        """Of an update."""
+        return self.sequences * self.length
+
+    def each(self, ranks: int) -> int:
+        """Leaves of a rank.
+
+        Raises:
+            UserError: fewer than 1 rank, or ranks that do not divide the leaves.
+        """
+        if ranks < 1:
+            raise UserError(f"plan: ranks: expected 1 or more, got {ranks}")
+        if self.leaves % ranks:
+            raise UserError(
+                f"plan: {ranks} ranks do not divide the {self.leaves} leaves of an update; change their number, "
+                "the batch or the grain"
+            )
+        return self.leaves // ranks
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        return accounting.parameter_counts(self.model).total
+
+    @functools.cached_property
+    def state(self) -> StateSize:
+        return state_size(self.optimizer, accounting.parameter_shapes(self.model), self.element_bytes)
+
+    @functools.cached_property
+    def activations(self) -> Activations:
+        """Of one leaf."""
+        return activations(
+            self.model,
+            self.grain * self.length,
+            element_bytes=self.element_bytes,
+            checkpointing=self.checkpointing,
+        )
+
+    @functools.cached_property
+    def root(self) -> int:
+        """Parameters outside the blocks."""
+        return sum(map(math.prod, accounting.root_shapes(self.model)))
+
+    @functools.cached_property
+    def largest_block(self) -> int:
+        """Parameters of the largest block."""
+        kinds = {self.model.has_experts(layer) for layer in range(self.model.num_layers)}
+        return max(sum(map(math.prod, accounting.block_shapes(self.model, kind))) for kind in kinds)
+
+
+class Memory(NamedTuple):
+    """Bytes on one rank at the fullest moment of an update, by what they are; ``host`` apart.
+
+    ``gradient`` is that of the leaf under way, ``partial_sums`` of leaves done, ``summed`` of all leaves of all ranks;
+    ``backward`` what backward needs in passing, most of it gradients of activations; ``not_at_once`` is negative:
+    gradients come as activations go.
+    """
+
+    weights: int
+    gathered: int
+    gradient: int
+    partial_sums: int
+    summed: int
+    masters: int
+    moments: int
+    buckets: int
+    activations: int
+    backward: int
+    workspace: int
+    not_at_once: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return sum(self) - self.host
+
+
+class _Gradients(NamedTuple):
+    """Bytes; ``held``: that of the leaf has its place from the leaf before, otherwise it grows during backward."""
+
+    leaf: int
+    partial: int
+    summed: int
+    held: bool
+
+
+def memory(run: Run, ranks: int, stage: int) -> Memory:
+    """Of one of ``ranks`` ranks under ZeRO's ``stage``.
+
+    Raises:
+        UserError: ranks that do not divide the leaves; a stage other than 0 to 3.
+    """
+    if stage not in STAGES:
+        raise UserError(f"plan: stage: expected 0 to 3, got {stage}")
+    each, e, n = run.each(ranks), run.element_bytes, run.parameters
+    sharded = stage if ranks > 1 else 0
+    masters, moments = (_share(part, ranks if sharded else 1) for part in run.state)
+    weights = e * _share(n, ranks if sharded == 3 else 1)
+    gathered = e * (run.root + 2 * run.largest_block) if sharded == 3 else 0
+    host = 0
+    if run.offload != "none":
+        host, masters, moments = masters + moments, 0, 0
+    if run.offload == "parameters" and sharded == 3:
+        host, weights = host + weights, 0
+    gradients, act = _gradients(run, ranks, each, sharded), run.activations
+    backward = max(moment.bytes for moment in _moments(run, gradients)) - act.kept - act.again
+    lines = Memory(
+        weights=weights, gathered=gathered, gradient=gradients.leaf, partial_sums=gradients.partial,
+        summed=gradients.summed, masters=masters, moments=moments,
+        buckets=_buckets(run, each, sharded) if ranks > 1 else 0, activations=act.kept + act.again,
+        backward=max(0, backward), workspace=act.workspace, not_at_once=0, host=host,
+    )  # fmt: skip
+    always = weights + gathered + masters + moments + gradients.partial
+    passing = always + lines.buckets + act.workspace + _fullest(run, gradients)
+    stepping = always + gradients.leaf + gradients.summed
+    return lines._replace(not_at_once=max(passing, stepping) - lines.total)
+
+
+def _gradients(run: Run, ranks: int, each: int, stage: int) -> _Gradients:
+    e, n = run.element_bytes, run.parameters
+    own = 4 * _share(n, ranks)
+    if stage >= 2:
+        live = partial_sums.live_in_owners(ranks, each) if run.fixed_tree else 1
+        return _Gradients(0, live * own, 0, held=True)
+    summed = 0 if ranks == 1 else own + 4 * n * (stage == 0)
+    if each == 1:
+        return _Gradients(e * n, 0, summed, held=False)
+    if run.fixed_tree:
+        live = partial_sums.live_on_a_rank(ranks, each)
+        return _Gradients(4 * n, (live - 1) * 4 * n, summed, held=True)
+    if ranks == 1 and e == 4:  # autograd itself adds to the gradients that are there
+        return _Gradients(4 * n, 0, 0, held=True)
+    return _Gradients((e if ranks == 1 else 4) * n, 4 * n, summed, held=ranks > 1)
+
+
+def _buckets(run: Run, each: int, stage: int) -> int:
+    """Two exchanges are under way at a time. They arrive in buffers of their own; what is sent has one of its own from
+    stage 2 on, where one more is being filled."""
+    if stage < 2:
+        return 2 * min(run.parameters, _BUCKET) * (run.element_bytes if each == 1 else 4)
+    bucket = run.largest_block if stage == 3 else min(run.parameters, _BUCKET)
+    return 5 * bucket * run.element_bytes
+
+
+def _moments(run: Run, gradients: _Gradients) -> list[Moment]:
+    """Of a backward pass, with the gradients of weights that wait for their place: a parameter's goes there as soon as
+    it is made, but a tied head's waits for the embedding's."""
+    moments = list(run.activations.moments)
+    if not gradients.held:
+        return moments
+    waiting = run.element_bytes * moments[0].parameters
+    return [
+        moment._replace(bytes=moment.bytes + waiting)
+        if run.model.tied_head or moment.name == "loss"
+        else moment
+        for moment in moments
+    ]
+
+
+def _fullest(run: Run, gradients: _Gradients) -> int:
+    """Activations, what backward needs in passing and the leaf's gradient, when they are most together."""
+    if gradients.held:
+        return gradients.leaf + max(moment.bytes for moment in _moments(run, gradients))
+    return max(moment.bytes + run.element_bytes * moment.parameters for moment in run.activations.moments)
+
+
+def _share(whole: int, ranks: int) -> int:
+    return -(-whole // ranks)
+
+
+class Fit(NamedTuple):
+    """Ranks and stage, and what one rank holds."""
+
+    ranks: int
+    stage: int
+    memory: Memory
+
+
+def rank_counts(run: Run) -> list[int]:
+    """1, 2, 4, ... as far as they divide the leaves of an update."""
+    return [1 << i for i in range(run.leaves.bit_length()) if run.leaves % (1 << i) == 0]
+
+
+def smallest(run: Run, limit: float) -> tuple[Fit, bool]:
+    """The fewest ranks, and on them the lowest stage, whose memory is within ``limit`` bytes, and True; where none is,
+    the one that needs least, and False."""
+    tried = []
+    for ranks in rank_counts(run):
+        for stage in STAGES if ranks > 1 else STAGES[:1]:
+            fit = Fit(ranks, stage, memory(run, ranks, stage))
+            if fit.memory.total <= limit:
+                return fit, True
+            tried.append(fit)
+    return min(tried, key=lambda fit: fit.memory.total), False
+
+
+def variants(run: Run) -> list[Run]:
+    """The run under every kind of checkpointing and offload."""
+    return [
+        replace(run, checkpointing=checkpointing, offload=offload)
+        for checkpointing in CHECKPOINTING
+        for offload in OFFLOAD
+    ]
