@@ -56,6 +56,10 @@ class Attempt:
     def hidden(self) -> Path:
         return hidden_path(self.directory, self.step, self.name)
 
+    @property
+    def final(self) -> Path:
+        return path_of(self.directory, self.step)
+
     def write(self, shard: Shard, buffer: Tensor | None, state: Mapping[str, Any]) -> None:
         """This rank's work, rank 0's publication included. ``state`` is rank 0's.
 
@@ -131,7 +135,7 @@ class Attempt:
         _write_synced(self.hidden / MANIFEST, manifest.to_bytes())
         for rank in range(self.ranks):
             self._part(rank).unlink()
-        publish(self.hidden, path_of(self.directory, self.step))
+        publish(self.hidden, self.final)
         prune(self.directory, self.step, self.keep.last, self.keep.every, self.name)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -98,10 +98,25 @@ def write_safetensors(
         OSError: from the file, with its errno.
         ValueError: a dtype that the format lacks.
     """
-    placed = place({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    stream_safetensors(file, layout, lambda name: [tensors[name]], metadata)
+
+
+def stream_safetensors(
+    file: BinaryIO,
+    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    read: Callable[[str], Iterable[torch.Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """As :func:`write_safetensors`, of tensors that ``read`` gives one after the other, in parts if it likes.
+
+    layout: dtype and shape of each by name.
+    """
+    placed = place(layout)
     file.write(header_of(placed, metadata))
     for entry in placed:
-        file.write(bytes_of(tensors[entry.key]))
+        for part in read(entry.key):
+            file.write(bytes_of(part))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

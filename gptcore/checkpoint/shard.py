@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -15,6 +15,8 @@ from gptcore.checkpoint.safetensors_file import bytes_of, dtype_name, header_of,
 
 # Digested, then written while it still lies in the second-level cache.
 _CHUNK = 1 << 20
+# Bytes of a deferred tensor that are in memory at a time.
+_AT_ONCE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,19 @@ class Slice:
     shape: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is read when it is written: ``read(i, j)`` gives elements i to j - 1, counted flat, on the CPU."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+    is_cuda = False
+
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
 Owned: TypeAlias = Tensor | Slice | Sequence[Slice]
 
 
@@ -38,7 +53,7 @@ class _Own(NamedTuple):
     name: str
     start: int
     shape: tuple[int, ...]
-    tensor: Tensor
+    tensor: Tensor | Deferred
 
     @property
     def stop(self) -> int:
@@ -69,7 +84,18 @@ class Shard:
     def __init__(self, tensors: Mapping[str, Owned], index: int = 0, count: int = 1) -> None:
         self.index = index
         self.file = f"shard-{index:05d}-of-{count:05d}.safetensors"
-        owned = [own for name, value in tensors.items() for own in _owned(name, value)]
+        self._lay_out([own for name, value in tensors.items() for own in _owned(name, value)])
+
+    @classmethod
+    def deferred(
+        cls, pieces: Sequence[tuple[str, int, Sequence[int], Deferred]], index: int, count: int
+    ) -> Shard:
+        """A part of pieces that are not in memory: of each the tensor's name, the first element, the whole's shape."""
+        shard = cls({}, index, count)
+        shard._lay_out([_Own(name, start, tuple(shape), piece) for name, start, shape, piece in pieces])
+        return shard
+
+    def _lay_out(self, owned: Sequence[_Own]) -> None:
         self._wholes = {own.name: (dtype_name(own.tensor.dtype), own.shape) for own in owned}
         self._own = {own.key: own for own in owned if not own.is_empty}
         layout = {
@@ -84,6 +110,7 @@ class Shard:
         """Copy all tensors into ``buffer`` (uint8, at least ``nbytes``), in the file's order."""
         for key, dtype, _, begin, end in self._placed:
             tensor = self._own[key].tensor
+            assert isinstance(tensor, Tensor)
             if tensor.numel():
                 part = buffer[begin:end].view(dtype).view(tensor.shape)
                 part.copy_(tensor, non_blocking=tensor.is_cuda)
@@ -97,20 +124,32 @@ class Shard:
         pieces: dict[str, list[Piece]] = {name: [] for name in self._wholes}
         for key, _, _, begin, end in self._placed:
             own = self._own[key]
-            source = own.tensor.detach().to("cpu").contiguous() if buffer is None else buffer[begin:end]
-            digest = _write_digested(file, bytes_of(source))
+            source = _in_memory(own.tensor) if buffer is None else iter([buffer[begin:end]])
+            digest = _write_digested(file, source)
             pieces[own.name].append(Piece(self.index, key, own.start, own.stop, digest))
         held = {name: Whole(*self._wholes[name], tuple(found)) for name, found in pieces.items()}
         size = len(header) + self.nbytes
         return Part(ShardFile(self.file, size, hashlib.sha256(header).hexdigest()), held)
 
 
-def _write_digested(file: BinaryIO, data: memoryview) -> str:
+def _in_memory(tensor: Tensor | Deferred) -> Iterator[Tensor]:
+    """The elements in order, contiguous on the CPU."""
+    if isinstance(tensor, Tensor):
+        yield tensor.to("cpu").contiguous()
+        return
+    step = max(1, _AT_ONCE // tensor.dtype.itemsize)
+    for start in range(0, tensor.numel(), step):
+        yield tensor.read(start, min(start + step, tensor.numel()))
+
+
+def _write_digested(file: BinaryIO, source: Iterator[Tensor]) -> str:
     digest = hashlib.sha256()
-    for begin in range(0, len(data), _CHUNK):
-        chunk = data[begin : begin + _CHUNK]
-        digest.update(chunk)
-        file.write(chunk)
+    for tensor in source:
+        data = bytes_of(tensor)
+        for begin in range(0, len(data), _CHUNK):
+            chunk = data[begin : begin + _CHUNK]
+            digest.update(chunk)
+            file.write(chunk)
     return digest.hexdigest()
 
 
@@ -119,11 +158,11 @@ def _owned(name: str, value: Owned) -> list[_Own]:
         return [_Own(name, 0, tuple(value.shape), _with_memory(name, value))]
     slices = [value] if isinstance(value, Slice) else list(value)
     owned = [_Own(name, s.start, tuple(s.shape), _with_memory(name, s.tensor)) for s in slices]
-    for own in owned:
+    for own, given in zip(owned, slices, strict=True):
         numel = torch.Size(own.shape).numel()
-        if own.tensor.dim() != 1 or own.start < 0 or own.stop > numel:
+        if given.tensor.dim() != 1 or own.start < 0 or own.stop > numel:
             raise ValueError(
-                f"checkpoint.save: argument 'tensors': '{name}': got a slice of shape {tuple(own.tensor.shape)} from "
+                f"checkpoint.save: argument 'tensors': '{name}': got a slice of shape {tuple(given.tensor.shape)} from "
                 f"{own.start}, expected one dimension within the {numel} elements of {own.shape}"
             )
         if own.shape != owned[0].shape or own.tensor.dtype != owned[0].tensor.dtype:

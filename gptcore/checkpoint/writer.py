@@ -235,7 +235,7 @@ class _Saving:
             self.abandon()
             raise CheckpointError(next(filter(None, failed), "")) from self._error
         self._unlock()
-        return path_of(self.attempt.directory, self.attempt.step)
+        return self.attempt.final
 
     def abandon(self) -> None:
         """Leave nothing of it; only when all ranks have ended."""
