@@ -24,6 +24,7 @@ VERBS = {
     "train": "train a GPT, or continue a run",
     "generate": "continue a text with a trained GPT",
     "convert": "turn a Hugging Face model into a run, or a run into one",
+    "checkpoint": "verify, show, reshard, export and import checkpoints",
     "info": "show versions, instruction sets, threads and devices",
     "presets": "list the model sizes that have a name",
     "plan": "say what a training run needs: memory, traffic, FLOPs, hours and cost",

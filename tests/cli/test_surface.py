@@ -14,6 +14,9 @@ SURFACE = {
         "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",
     ],
     "convert": ["SOURCE", "TARGET", "--dtype", "--family", "--tokenizer"],
+    "checkpoint": [
+        "ACTION", "PATH", "--format", "--json", "--only", "--out", "--quiet", "--shards", "--step", "--tensors",
+    ],
     "info": ["--json"],
     "presets": ["NAME"],
     "plan": [
