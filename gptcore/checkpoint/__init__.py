@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
-from gptcore.checkpoint.directory import clean, is_checkpoint, path_of, steps
-from gptcore.checkpoint.discard import discard
+from gptcore.checkpoint.directory import clean, discard, is_checkpoint, path_of, steps
 from gptcore.checkpoint.exporting import to_safetensors
 from gptcore.checkpoint.huggingface import from_hf, to_hf
 from gptcore.checkpoint.loading import (

@@ -136,7 +136,7 @@ class Attempt:
         for rank in range(self.ranks):
             self._part(rank).unlink()
         publish(self.hidden, self.final)
-        prune(self.directory, self.step, self.keep.last, self.keep.every, self.name)
+        prune(self.directory, self.step, self.keep.last, self.keep.every)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

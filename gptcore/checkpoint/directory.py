@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,16 +80,20 @@ def publish(hidden: Path, final: Path) -> None:
         sync_directory(final.parent)
 
 
-def prune(directory: Path, step: int, keep_last: int, keep_every: int, attempt: str) -> None:
+def discard(directory: str | os.PathLike[str], step: int) -> None:
+    """Delete the checkpoint of ``step``, if there is one, in one step: a reader finds all of it or nothing."""
+    hidden = hidden_path(Path(directory), step, secrets.token_hex(8))
+    with contextlib.suppress(FileNotFoundError):
+        path_of(directory, step).rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)  # what is left is a leftover to clean()
+
+
+def prune(directory: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Delete checkpoints before ``step``, all but the last ``keep_last - 1`` and multiples of ``keep_every``."""
     for old in [s for s in steps(directory) if s <= step][:-keep_last]:
-        if keep_every and old % keep_every == 0:
-            continue
-        # Hidden first: half a checkpoint under its name would look like a damaged one.
-        hidden = hidden_path(directory, old, attempt)
-        with contextlib.suppress(OSError):
-            path_of(directory, old).rename(hidden)
-            shutil.rmtree(hidden)
+        if not keep_every or old % keep_every:
+            with contextlib.suppress(OSError):  # the new one is safe; the next save tries again
+                discard(directory, old)
 
 
 def clean(directory: str | os.PathLike[str]) -> list[Path]:

@@ -123,4 +123,5 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, empty ones included."""
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape: a single element counts as contiguous whatever its stride, and keeps it.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptcore import checkpoint
 from gptcore.checkpoint import CheckpointError
@@ -126,28 +127,115 @@ def test_the_name_appears_only_after_the_data_is_synced(
     ]  # fmt: skip
 
 
-KILLED = """
-    import sys, torch
-    from gptcore import checkpoint
-    step = 0
-    while True:
-        step += 1
-        checkpoint.save(sys.argv[1], step, {"w": torch.full((300_000,), float(step))}, {}, keep_last=2)
-        if step == 3:
-            print("ready", flush=True)
+def kill_savers(place: Path, ranks: int, kills: int, seed: int) -> None:
+    script = [
+        sys.executable,
+        "-m",
+        "tests.checkpoint.killed_saves",
+        str(place),
+        str(ranks),
+        str(kills),
+        str(seed),
+    ]
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}  # forked children may not use a pool of threads
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert f"of {kills} kills" in done.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_lose_nothing_that_was_reported(tmp_path: Path, ranks: int) -> None:
+    """Processes that do nothing but save are killed at 5 random moments, two ranks one after the other."""
+    kill_savers(tmp_path / "run", ranks, 5, seed=ranks)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_many_kills_lose_nothing_that_was_reported(tmp_path: Path, ranks: int) -> None:
+    kill_savers(tmp_path / "run", ranks, 50, seed=10 + ranks)
+
+
+# write answers "no space left" once this process has written so much to files of that name; or kills the process.
+REFUSING_WRITE = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+ssize_t write(int file, const void *data, size_t size) {
+    static long written;
+    static ssize_t (*real)(int, const void *, size_t);
+    char link[64], path[4096] = "";
+    if (!real) real = (ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write");
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, getenv("REFUSED_NAME"))) {
+        written += (long)size;
+        if (written > atol(getenv("REFUSED_AFTER"))) {
+            if (getenv("REFUSED_BY_DEATH")) kill(getpid(), SIGKILL);
+            errno = ENOSPC;
+            return -1;
+        }
+    }
+    return real(file, data, size);
+}
+"""
+TWO_RANKS = """
+    import sys, torch, torch.distributed as c10d
+    from gptcore import checkpoint, dist
+    place, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    c10d.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    writer = checkpoint.Writer(place, keep_last=1, member=dist.member_of("test"), patience=3)
+    for step in (1, 2):
+        writer.begin(step, {f"w{rank}": torch.full((100_000,), float(step))}, {})
+        try:
+            writer.wait()
+        except checkpoint.CheckpointError as error:
+            print(error)
 """
 
 
-def test_kill_during_saves_leaves_a_good_one(tmp_path: Path) -> None:
-    """A process that does nothing but save is killed at arbitrary moments."""
-    script = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    said: list[str] = []
-    path = checkpoint.latest(tmp_path, warn=said.append)
-    assert path is not None and not said, "a finished checkpoint is never corrupt"
-    tensors, state = checkpoint.load(path)
-    assert state["step"] >= 3 and bool((tensors["w"] == state["step"]).all())
-    assert json.dumps(state)
+def two_ranks(tmp_path: Path, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Both ranks of TWO_RANKS, the second one with a ``write`` that refuses its second shard half-way."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to compile the write that refuses")
+    (tmp_path / "refuse.c").write_text(REFUSING_WRITE)
+    library = tmp_path / "refuse.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "refuse.c", "-ldl"], check=True)
+    refusing = {
+        "LD_PRELOAD": str(library), "REFUSED_NAME": "shard-00001-of-00002", "REFUSED_AFTER": "600000", **environment,
+    }  # fmt: skip
+    places = [str(tmp_path / "run"), str(tmp_path / "store")]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(TWO_RANKS), *places, str(rank)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**ENVIRONMENT, "OMP_NUM_THREADS": "1", **(refusing if rank else {})},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    texts = [rank.communicate(timeout=120) for rank in ranks]
+    return [
+        subprocess.CompletedProcess([], r.returncode, *text) for r, text in zip(ranks, texts, strict=True)
+    ]
+
+
+def test_a_full_disk_of_one_rank_is_said_by_both(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    said = r"cannot save the checkpoint of step 2 to .*run: rank 1 of 2: no space left \(0.4 MB needed, .* MB free\); "
+    assert re.fullmatch(said + r"the last good one is step 1\n", first.stdout), first.stdout
+    assert first.stdout == second.stdout
+    assert os.listdir(tmp_path / "run") == ["step-00000001"]
+    assert_same(checkpoint.load(tmp_path / "run")[0], {f"w{rank}": torch.ones(100_000) for rank in range(2)})
+
+
+def test_a_rank_that_dies_while_it_writes_is_named(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path, REFUSED_BY_DEATH="1")
+    assert second.returncode == -signal.SIGKILL
+    assert "rank 1 of 2 wrote nothing for 3 s; the last good one is step 1" in first.stdout, first.stderr
+    assert_same(checkpoint.load(tmp_path / "run")[0], {f"w{rank}": torch.ones(100_000) for rank in range(2)})
+    checkpoint.clean(tmp_path / "run")
+    assert os.listdir(tmp_path / "run") == ["step-00000001"]
