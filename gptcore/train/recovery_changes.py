@@ -104,7 +104,9 @@ def check(config: TrainConfig) -> None:
     for change in config.changes:
         where = f"changes: step {change.step}"
         own = config.optimizer.name
-        if change.optimizer is not None and (own == "sgd" or change.optimizer not in ("sgd", own)):
+        if change.optimizer is not None and (
+            own not in ("adam", "adamw") or change.optimizer not in ("sgd", own)
+        ):
             raise UserError(
                 f"{where}: optimizer {change.optimizer}: a run with Adam or AdamW can change to sgd and back; "
                 f"this one has {own}"
@@ -117,14 +119,15 @@ def check(config: TrainConfig) -> None:
 
 def apply_due(now: Run) -> bool:
     """Apply and log what is due before the next update; tells whether that update is to be dropped."""
-    drops = False
-    for change in now.course.due(now.step):
+    drops, due = False, now.course.due(now.step)
+    for change in due:
         now.course.applied.append(change)
         if change.skip_batches is not None:
             now.course.skipped.append((now.step, change.skip_batches))
         drops = drops or bool(change.drop_update)
         now.events.write("done", now.step, action="change", **change.parts())
-    adjust(now)
+    if due:
+        adjust(now)
     return drops
 
 

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from gptcore import checkpoint
+from gptcore.train import events
 
 from .conftest import contents
 
@@ -205,3 +206,19 @@ def test_a_stopped_run_names_the_command_that_continues_it(monkeypatch, argv, co
 
     monkeypatch.setattr(sys, "orig_argv", argv)
     assert resume_command("runs/a b") == command
+
+
+def test_changes_as_typed_are_made_resumed_and_replayed(tmp_path, book, config, works, fails):
+    """A run with changes on the command line, and one that replays its log, end alike."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    typed = ("--change", "step=1,lr=2e-3", "--change", "step=2,optimizer=sgd,lr=0.1")
+    works("train", book, "--config", config, "--out", run, "--quiet", *typed)
+    works("train", "--resume", run, "--steps", "6", "--change", "step=5,max_norm=0.5", "--quiet")
+    assert [c["step"] for c in json.loads((run / "config.json").read_text())["changes"]] == [1, 2, 5]
+    kept = ("--set", "steps=6", "--replay", run / "events.jsonl")
+    works("train", book, "--config", config, "--out", again, "--quiet", *kept)
+    told = [events.read(at / "events.jsonl") for at in (run, again)]
+    assert told[0] == told[1]
+    assert [(e["step"], e["action"]) for e in told[0]] == [(1, "change"), (2, "change"), (5, "change")]
+    assert "no event log at" in fails("train", book, "--config", config, "--replay", tmp_path / "none.jsonl")
+    assert "--change 5: expected step=N" in fails("train", book, "--config", config, "--change", "5")
