@@ -5,10 +5,10 @@ import gptcore.torch_required  # noqa: F401 - first, for its sentence where ther
 from gptcore.dist.collectives import exchange_rows, gather_rows
 from gptcore.dist.experts import expert_parallel
 from gptcore.dist.gradients import average_gradients, clip_gradients
-from gptcore.dist.group import Member, agree, member_of
+from gptcore.dist.group import Member, agree, gather_numbers, member_of
 from gptcore.dist.shard import Shard, full_state_dict, load_full_state_dict
 
 __all__ = [
     "Member", "Shard", "agree", "average_gradients", "clip_gradients", "exchange_rows", "expert_parallel",
-    "full_state_dict", "gather_rows", "load_full_state_dict", "member_of",
+    "full_state_dict", "gather_numbers", "gather_rows", "load_full_state_dict", "member_of",
 ]  # fmt: skip

@@ -70,6 +70,16 @@ def agree(
     return [row[1 + len(same) :] for row in rows]
 
 
+def gather_numbers(own: Sequence[float], member: Member) -> list[float]:
+    """All ranks' numbers one after the other, as many of each; on every rank."""
+    if member.ranks == 1:
+        return list(own)
+    numbers = torch.tensor(own, dtype=torch.float64)
+    table = numbers.new_empty(member.ranks, len(numbers))
+    c10d.all_gather(list(table.unbind()), numbers, group=member.group)
+    return table.reshape(-1).tolist()
+
+
 def refuse_difference(call: str, facts: Sequence[Mapping[str, Any]]) -> None:
     """ValueError that names the first fact in which a rank differs from rank 0."""
     for rank, other in enumerate(facts):

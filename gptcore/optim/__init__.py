@@ -9,5 +9,6 @@ from gptcore.optim.adamw import Adam, AdamW
 from gptcore.optim.adamw_8bit import AdamW8bit
 from gptcore.optim.groups import decay_groups
 from gptcore.optim.sgd import SGD
+from gptcore.optim.zero import ZeroOptimizer
 
-__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "AdamW8bit", "decay_groups", "schedule"]
+__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "AdamW8bit", "ZeroOptimizer", "decay_groups", "schedule"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.found_inf = False
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._summed: set[torch.Tensor] = set()
+        self._given: dict[torch.Tensor, torch.Tensor] = {}
 
     # --- what subclasses define ----------------------------------------------------------------------------
 
@@ -107,10 +108,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._summed.add(p)
                 p.grad = None
 
+    def take_gradients(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Gradients, f32 or bf16, that the next ``step`` uses in place of the parameters' own, until ``zero_grad``."""
+        self._given = dict(gradients)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and f32 sums."""
         super().zero_grad(set_to_none)
         self._summed.clear()
+        self._given = {}
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -169,7 +175,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             decay = float(group["weight_decay"])
             for p in group["params"]:
                 position += 1
-                grad = self._sums[p] if self._summed and p in self._summed else p.grad
+                grad = self._given.get(p) if self._given else p.grad
+                if self._summed and p in self._summed:
+                    grad = self._sums[p]
                 if grad is None:
                     continue
                 state = self.state[p]

@@ -133,6 +133,27 @@ class CheckpointSpec(Spec):
 
 
 @dataclass(frozen=True)
+class ParallelSpec(Spec):
+    """How an update is divided over processes, and the order in which its gradients are added.
+
+    An update's sequences are cut into leaves of ``grain`` sequences (0: ``data.batch``, or what a resumed run has),
+    whose gradients are added in a fixed tree, so that any number of processes that divides the leaves gives the same
+    bits; ``fixed_tree`` false adds them as they come. ``zero``: what :class:`gptcore.optim.ZeroOptimizer` divides.
+    """
+
+    section: ClassVar[str] = "parallel"
+
+    zero: int = 0
+    grain: int = 0
+    fixed_tree: bool = True
+
+    def validate(self) -> None:
+        at_least("parallel.", 0, zero=self.zero, grain=self.grain)
+        if self.zero > 3:
+            raise UserError(f"parallel.zero: expected 0, 1, 2 or 3, got {self.zero}")
+
+
+@dataclass(frozen=True)
 class TrainConfig(Spec):
     """Everything that decides a run. The same config gives the same bits, whatever the thread count.
 
@@ -163,12 +184,18 @@ class TrainConfig(Spec):
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)
     recovery: RecoverySpec = field(default_factory=RecoverySpec)
     changes: tuple[Change, ...] = ()
+    parallel: ParallelSpec = field(default_factory=ParallelSpec)
 
     def validate(self) -> None:
         at_least("", 1, steps=self.steps, log_every=self.log_every)
         at_least("", 0, seed=self.seed, threads=self.threads, z_loss=self.z_loss)
         if not self.run_dir:
             raise UserError("run_dir: expected a directory, got an empty string")
+        if self.data.batch * self.data.accumulate % self.grain:
+            raise UserError(
+                f"parallel.grain: {self.grain} sequences do not divide the {self.data.batch * self.data.accumulate} of "
+                "an update (data.batch times data.accumulate)"
+            )
         model = self.model_config()
         if model.position.kind == "learned" and self.data.length > model.context_length:
             raise UserError(
@@ -204,6 +231,16 @@ class TrainConfig(Spec):
             options["decay"] = spec.decay
             options["shape"] = spec.shape
         return schedules.get(spec.name)(step, peak=peak, **options)
+
+    @property
+    def grain(self) -> int:
+        """Sequences of a leaf."""
+        return self.parallel.grain or self.data.batch
+
+    def sequences(self, step: int) -> range:
+        """The numbers of the sequences of the update with zero-based index ``step``, counted from the start."""
+        micro = self.micro_batches(step)
+        return range(micro.start * self.data.batch, micro.stop * self.data.batch)
 
     def micro_batches(self, step: int) -> range:
         """The numbers of the micro-batches of the update with zero-based index ``step``, counted from the start."""

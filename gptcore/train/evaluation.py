@@ -17,6 +17,14 @@ class Batches(Protocol):
         ...
 
 
+class Samples(Batches, Protocol):
+    """A loader that serves any number of sequences from any on."""
+
+    def samples(self, first: int, count: int) -> Any:
+        """As a batch, sequences ``first`` to ``first + count - 1`` of the order."""
+        ...
+
+
 def tensors_of(
     batch: Any, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

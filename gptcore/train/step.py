@@ -10,10 +10,13 @@ from typing import Any
 import torch
 
 from gptcore import checkpoint
+from gptcore.dist import Member, gather_numbers
 from gptcore.errors import UserError
+from gptcore.optim import ZeroOptimizer
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches, tensors_of
+from gptcore.train.leaves import batch_of, of_rank, seed
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
 
@@ -33,7 +36,7 @@ class NonFiniteError(UserError):
 def update(
     config: TrainConfig,
     model: torch.nn.Module,
-    optimizer: FusedOptimizer,
+    optimizer: FusedOptimizer | ZeroOptimizer,
     loader: Batches,
     step: int,
     *,
@@ -42,44 +45,56 @@ def update(
     batch: int | None = None,
     admit: Callable[[float, float], bool] | None = None,
 ) -> float:
-    """One update, the one with zero-based index ``step``; returns the mean loss of its micro-batches.
+    """One update, the one with zero-based index ``step``, by all ranks together; returns the mean loss of its leaves.
 
     Args:
-        routing: told what the layers of experts did.
+        routing: told what the layers of experts did in this rank's leaves.
         lr: the learning rate; None: the schedule's at ``step``.
         batch: the index of the update whose data are taken, other than ``step`` once batches have been skipped.
         admit: asked with loss and gradient norm before a weight is touched; where it answers False, none is.
 
     Raises:
-        NonFiniteError: before anything was written, whether the loss or only a gradient is not finite.
+        NonFiniteError: before anything was written, whether the loss or only a gradient is not finite; on all ranks.
+        UserError: leaves that the ranks do not divide.
     """
-    device = next(model.parameters()).device
-    micro_batches = config.micro_batches(step if batch is None else batch)
-    count = len(micro_batches)
+    member = optimizer.member if isinstance(optimizer, ZeroOptimizer) else Member(None, 0, 1)
+    batch = step if batch is None else batch
+    leaves = of_rank(config, batch, member)
     lr = config.learning_rate(step) if lr is None else lr
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.accumulation = len(leaves)
     model.train()
     optimizer.zero_grad()
-    loss = 0.0
-    for micro in micro_batches:
-        tokens, targets, options = tensors_of(loader.batch_at(micro), device)
-        z_loss = {"z_loss": config.z_loss} if config.z_loss else {}
-        out = model(tokens, targets, **options, **z_loss)
+    own = []
+    for leaf in leaves:
+        seed(config, step, leaf)
+        out = _forward(config, model, batch_of(loader, config, batch, leaf))
         _total(out, config).backward()
         if routing is not None:
             routing.add(out)
-        if count > 1:
+        if isinstance(optimizer, FusedOptimizer) and len(leaves) > 1:
             optimizer.accumulate()
-        loss += float(out.loss.detach())
-    loss /= count
+        own.append(float(out.loss.detach()))
+    losses = gather_numbers(own, member)
+    loss = sum(losses) / len(losses)
     if not math.isfinite(loss):
+        optimizer.zero_grad()
         raise _non_finite(config, step, lr, f"the loss is {loss}", loss)
-    # The mean over micro-batches: their gradients were summed, the kernel divides in its update pass.
-    optimizer.step(grad_scale=float(count), admit=None if admit is None else functools.partial(admit, loss))
+    # The mean over leaves: their gradients were summed, the kernel divides in its update pass.
+    optimizer.step(
+        grad_scale=float(len(leaves)), admit=None if admit is None else functools.partial(admit, loss)
+    )
     if optimizer.found_inf:
         raise _non_finite(config, step, lr, "a gradient is not finite", loss, optimizer.last_grad_norm)
     return loss
+
+
+def _forward(config: TrainConfig, model: torch.nn.Module, batch: Any) -> Any:
+    tokens, targets, options = tensors_of(batch, next(model.parameters()).device)
+    z_loss = {"z_loss": config.z_loss} if config.z_loss else {}
+    return model(tokens, targets, **options, **z_loss)
 
 
 def _total(out: Any, config: TrainConfig) -> torch.Tensor:

@@ -34,8 +34,10 @@ class World(NamedTuple):
 Case = Callable[[World], None]
 
 
-def verdicts(modules: Sequence[str], ranks: int, folder: Path) -> dict[str, list[str]]:
-    """By case of ``modules`` the tracebacks of its ``ranks`` ranks, "" where it went well."""
+def verdicts(
+    modules: Sequence[str], ranks: int, folder: Path, *, limit: float = LIMIT
+) -> dict[str, list[str]]:
+    """By case of ``modules`` the tracebacks of its ``ranks`` ranks, "" where it went well; all within ``limit`` s."""
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     # Read by OpenMP when a child starts; many processes share few cores here.
@@ -55,7 +57,7 @@ def verdicts(modules: Sequence[str], ranks: int, folder: Path) -> dict[str, list
             os.environ["OMP_NUM_THREADS"] = before
     silent = "no verdict: a process ended, or all were too slow"
     found = {name: [silent] * ranks for name in cases_of(modules)}
-    end = time.monotonic() + LIMIT
+    end = time.monotonic() + limit
     finished = 0
     while finished < ranks and time.monotonic() < end:
         if queue.empty():

@@ -322,7 +322,7 @@ def test_an_unusable_run_directory_is_one_sentence(tmp_path: Path) -> None:
 
 def test_split_masters_resume_from_either_kind(tmp_path: Path) -> None:
     """bf16: whole masters straight through; the first half whole and the second split, and the other way round."""
-    table = {"steps": 20, "dtype": "bfloat16", "schedule": {"name": "constant"}}
+    table = {"steps": 20, "seed": 3, "dtype": "bfloat16", "schedule": {"name": "constant"}}
     train(settings(tmp_path / "straight", **table))
     want = checkpoint.load(tmp_path / "straight" / "checkpoints")[0]
     for name, first, second in (("late", False, True), ("early", True, False)):
