@@ -1,4 +1,4 @@
-"""Checkpoints of four processes (the cases are in ``rank_cases.py``)."""
+"""Checkpoints of four processes (the cases are in ``rank_cases.py`` and ``dtensor_cases.py``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.dist.processes import cases_of, verdicts
 
-MODULES = ("tests.checkpoint.rank_cases",)
+MODULES = ("tests.checkpoint.rank_cases", "tests.checkpoint.dtensor_cases")
 
 
 @pytest.fixture(scope="module")
