@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from gptcore import backend
 from gptcore.models import GPT, GPTConfig, accounting, presets
 from gptcore.models.activations import CHECKPOINTING, Activations, activations, gradients_at_once
 from tests.allocations import allocations
@@ -149,6 +151,32 @@ def test_the_end_of_a_pass_over_few_tokens_is_its_fullest_moment(name: str):
     found = activations(config, 256, element_bytes=4, checkpointing="block")
     assert max(found.moments, key=lambda m: m.bytes + 4 * m.parameters).name not in ("loss", "last block")
     assert _most(found, 4) == pytest.approx(peak, rel=0.05)
+
+
+def _scratch_of(call: Callable[[], object]) -> int:
+    """Bytes of scratch that ``call`` makes two threads hold; a new thread, since scratch is kept by each."""
+    held = []
+
+    def measured() -> None:
+        backend.set_num_threads(2)
+        before = backend.extension().scratch_bytes()
+        call()
+        held.append(backend.extension().scratch_bytes() - before)
+        backend.set_num_threads(0)
+
+    thread = threading.Thread(target=measured)
+    thread.start()
+    thread.join()
+    return held[0]
+
+
+@pytest.mark.parametrize(("element_bytes", "rows"), ((4, 1), (4, 8), (2, 8)))
+def test_workspace_is_the_kernels_scratch(element_bytes: int, rows: int):
+    """Beside it each of two threads has blocks of weights and of attention, in whole pages of 2 MB: below 12 MB."""
+    config = GPT2.merged({"vocab_size": 50257, "width": 384})
+    model, (tokens, targets) = _model(config, element_bytes), _batch(rows, 512)
+    scratch = _scratch_of(lambda: model(tokens, targets).total.backward())
+    assert 0 <= scratch - activations(config, 512 * rows, element_bytes=element_bytes).workspace < 12e6
 
 
 def test_checkpointing_keeps_less_and_makes_more_again():
