@@ -12,8 +12,9 @@ from collections.abc import Iterable
 
 @functools.lru_cache(maxsize=256)
 def live_on_a_rank(ranks: int, each: int) -> int:
-    """The most sums that one rank keeps of its own leaves, the leaf just made among them: the depth of a binary counter
-    over its numbers, at most ceil(log2 each) + 1 where ``each`` divides them evenly into subtrees."""
+    """The most sums that one rank has room for, of its own leaves: those that wait for a sibling, and the place of one
+    that was added, which the next leaf takes. A leaf that is added as it comes needs no more than a bucket. At most
+    ceil(log2 leaves) + 1."""
     if each & (each - 1) == 0:  # whole subtrees: all ranks are alike
         return _most_alive(range(each))
     return max(_most_alive(range(rank * each, (rank + 1) * each)) for rank in range(ranks))
@@ -42,8 +43,10 @@ def _most_alive(leaves: Iterable[int]) -> int:
     nodes = _Nodes()
     most = 0
     for leaf in leaves:
-        most = max(most, len(nodes) + 1)
+        before = len(nodes)
         nodes.add(leaf)
+        was_added = len(nodes) <= before
+        most = max(most, len(nodes) + was_added)
     return most
 
 

@@ -33,8 +33,6 @@ Offload = Literal["none", "optimizer", "parameters"]
 OFFLOAD: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 STAGES = (0, 1, 2, 3)
 
-_BUCKET = 8 << 20  # elements of gradient that are sent together
-
 
 def zero_bytes(
     parameters: float,
@@ -66,7 +64,7 @@ class Run:
 
     ``element_bytes``: of weights and activations, 4 (f32) or 2 (bf16). ``offload``: what is in host memory between its
     uses, "optimizer" its states, "parameters" in stage 3 each rank's weights as well. ``fixed_tree`` false adds leaves
-    as they come, in one running sum.
+    as they come, in one running sum. ``bucket``: elements of gradient that are sent together, about.
     """
 
     model: GPTConfig
@@ -78,9 +76,10 @@ class Run:
     checkpointing: Checkpointing = "none"
     offload: Offload = "none"
     fixed_tree: bool = True
+    bucket: int = 8 << 20
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "length", "grain"):
+        for name in ("sequences", "length", "grain", "bucket"):
             if getattr(self, name) < 1:
                 raise UserError(f"plan: {name}: expected 1 or more, got {getattr(self, name)}")
         if self.sequences % self.grain:
@@ -156,9 +155,9 @@ class Run:
 class Memory(NamedTuple):
     """Bytes on one rank at the fullest moment of an update, by what they are; ``host`` apart.
 
-    ``gradient`` is that of the leaf under way, ``partial_sums`` of leaves done, ``summed`` of all leaves of all ranks;
-    ``backward`` what backward needs in passing, most of it gradients of activations; ``not_at_once`` is negative:
-    gradients come as activations go.
+    ``gradient`` is that of a rank's only leaf, ``partial_sums`` of leaves, that under way among them, ``summed`` of all
+    leaves of all ranks; ``backward`` what backward needs in passing, most of it gradients of activations;
+    ``not_at_once`` is negative: gradients come as activations go.
     """
 
     weights: int
@@ -182,12 +181,13 @@ class Memory(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Bytes; ``held``: that of the leaf has its place from the leaf before, otherwise it grows during backward."""
+    """Bytes: of the leaf under way and of sums, whose place is kept from leaf to leaf; ``growing``, a parameter, of
+    what backward only makes; ``summed`` over all leaves."""
 
     leaf: int
     partial: int
+    growing: float
     summed: int
-    held: bool
 
 
 def memory(run: Run, ranks: int, stage: int) -> Memory:
@@ -209,50 +209,58 @@ def memory(run: Run, ranks: int, stage: int) -> Memory:
     if run.offload == "parameters" and sharded == 3:
         host, weights = host + weights, 0
     gradients, act = _gradients(run, ranks, each, sharded), run.activations
-    backward = max(moment.bytes for moment in _moments(run, gradients)) - act.kept - act.again
+    moments_of_pass = _moments(run, gradients)
+    backward = max(moment.bytes for moment in moments_of_pass) - act.kept - act.again
+    growing = round(gradients.growing * n)
     lines = Memory(
-        weights=weights, gathered=gathered, gradient=gradients.leaf, partial_sums=gradients.partial,
-        summed=gradients.summed, masters=masters, moments=moments,
+        weights=weights, gathered=gathered, gradient=gradients.leaf + growing * (sharded < 2),
+        partial_sums=gradients.partial + growing * (sharded >= 2), summed=gradients.summed,
+        masters=masters, moments=moments,
         buckets=_buckets(run, each, sharded) if ranks > 1 else 0, activations=act.kept + act.again,
         backward=max(0, backward), workspace=act.workspace, not_at_once=0, host=host,
     )  # fmt: skip
-    always = weights + gathered + masters + moments + gradients.partial
-    passing = always + lines.buckets + act.workspace + _fullest(run, gradients)
-    stepping = always + gradients.leaf + gradients.summed
+    always = weights + gathered + masters + moments + gradients.leaf + gradients.partial
+    fullest = max(moment.bytes + round(gradients.growing * moment.parameters) for moment in moments_of_pass)
+    passing = always + lines.buckets + act.workspace + fullest
+    stepping = always + growing + gradients.summed
     return lines._replace(not_at_once=max(passing, stepping) - lines.total)
 
 
 def _gradients(run: Run, ranks: int, each: int, stage: int) -> _Gradients:
-    e, n = run.element_bytes, run.parameters
-    own = 4 * _share(n, ranks)
+    e, n, own = run.element_bytes, run.parameters, 4 * _share(run.parameters, ranks)
+    if stage >= 2 and each == 1:
+        return _Gradients(0, 0, 4 / ranks, 0)
     if stage >= 2:
         live = partial_sums.live_in_owners(ranks, each) if run.fixed_tree else 1
-        return _Gradients(0, live * own, 0, held=True)
-    summed = 0 if ranks == 1 else own + 4 * n * (stage == 0)
+        return _Gradients(0, live * own, 0, 0)
+    if ranks > 1:
+        summed = own + 4 * n * (stage == 0)
+        if each == 1:  # as it was made
+            return _Gradients(e * n, 0, 0, summed)
+        live = partial_sums.live_on_a_rank(ranks, each) if run.fixed_tree else 2
+        return _Gradients(0, live * 4 * n, 0, summed)
     if each == 1:
-        return _Gradients(e * n, 0, summed, held=False)
+        return _Gradients(0, 0, e, 0)
     if run.fixed_tree:
-        live = partial_sums.live_on_a_rank(ranks, each)
-        return _Gradients(4 * n, (live - 1) * 4 * n, summed, held=True)
-    if ranks == 1 and e == 4:  # autograd itself adds to the gradients that are there
-        return _Gradients(4 * n, 0, 0, held=True)
-    return _Gradients((e if ranks == 1 else 4) * n, 4 * n, summed, held=ranks > 1)
+        return _Gradients(0, partial_sums.live_on_a_rank(1, each) * 4 * n, 0, 0)
+    # Autograd itself adds to the f32 gradients that are there; those of bf16 have sums beside them.
+    return _Gradients(4 * n, 0, 0, 0) if e == 4 else _Gradients(0, 4 * n, e, 0)
 
 
 def _buckets(run: Run, each: int, stage: int) -> int:
     """Two exchanges are under way at a time. They arrive in buffers of their own; what is sent has one of its own from
     stage 2 on, where one more is being filled."""
     if stage < 2:
-        return 2 * min(run.parameters, _BUCKET) * (run.element_bytes if each == 1 else 4)
-    bucket = run.largest_block if stage == 3 else min(run.parameters, _BUCKET)
+        return 2 * min(run.parameters, run.bucket) * (run.element_bytes if each == 1 else 4)
+    bucket = run.largest_block if stage == 3 else min(run.parameters, run.bucket)
     return 5 * bucket * run.element_bytes
 
 
 def _moments(run: Run, gradients: _Gradients) -> list[Moment]:
-    """Of a backward pass, with the gradients of weights that wait for their place: a parameter's goes there as soon as
-    it is made, but a tied head's waits for the embedding's."""
+    """Of a backward pass, with the gradients of weights that wait for their place elsewhere: a parameter's goes there
+    as soon as it is made, but a tied head's waits for the embedding's."""
     moments = list(run.activations.moments)
-    if not gradients.held:
+    if gradients.growing >= run.element_bytes:  # they are in their place
         return moments
     waiting = run.element_bytes * moments[0].parameters
     return [
@@ -261,13 +269,6 @@ def _moments(run: Run, gradients: _Gradients) -> list[Moment]:
         else moment
         for moment in moments
     ]
-
-
-def _fullest(run: Run, gradients: _Gradients) -> int:
-    """Activations, what backward needs in passing and the leaf's gradient, when they are most together."""
-    if gradients.held:
-        return gradients.leaf + max(moment.bytes for moment in _moments(run, gradients))
-    return max(moment.bytes + run.element_bytes * moment.parameters for moment in run.activations.moments)
 
 
 def _share(whole: int, ranks: int) -> int:

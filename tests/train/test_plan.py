@@ -65,23 +65,28 @@ def test_with_one_leaf_a_rank_weights_gradients_and_states_are_those_of_zero(sta
 # --- sums of leaves -------------------------------------------------------------------------------------------
 
 
+@given(st.integers(0, 5), st.integers(0, 7))
+def test_live_sums_are_bounded_by_the_depth_of_the_tree(ranks_log: int, each_log: int):
+    ranks, each = 2**ranks_log, 2**each_log
+    # below the root of a rank's leaves one node of each level waits; the first leaf's place is free after the second
+    assert partial_sums.live_on_a_rank(ranks, each) == max(each_log, min(each, 2))
+    assert partial_sums.live_on_a_rank(ranks, each) <= math.ceil(math.log2(ranks * each)) + 1
+    assert partial_sums.sent_by_a_rank(ranks, each) == 1
+
+
 @given(st.integers(1, 9), st.integers(1, 40))
-def test_live_sums_are_bounded_by_the_depth_of_the_tree(ranks: int, each: int):
-    live = partial_sums.live_on_a_rank(ranks, each)
-    assert each == 1 or live >= 2
-    if each & (each - 1) == 0:
-        assert live == math.ceil(math.log2(each)) + 1
-    # subtrees left and right of the largest one that a rank has whole
-    assert live <= 2 * math.ceil(math.log2(each)) + 1
+def test_subtrees_that_a_rank_sends_are_few(ranks: int, each: int):
     assert partial_sums.sent_by_a_rank(ranks, each) <= max(1, 2 * math.floor(math.log2(each)))
+    if each % 2:
+        assert partial_sums.live_in_owners(ranks, each) >= partial_sums.sent_by_a_rank(ranks, each)
 
 
 def test_sums_that_are_alive_counted_by_hand():
-    # leaves 3 to 5 of 6: 3, then 4 beside it, then 5, which joins 4
+    # leaves 3 to 5 of 6: 3, then 4 beside it, then 5, which joins 4, and its place
     assert partial_sums.live_on_a_rank(2, 3) == 3
     assert partial_sums.sent_by_a_rank(2, 3) == 2
-    # of 8 leaves in a row: 4 + 2 + 1 are added, the eighth has just come
-    assert partial_sums.live_on_a_rank(1, 8) == 4
+    # of 8 leaves in a row: the sums of 4 and of 2, and the seventh
+    assert partial_sums.live_on_a_rank(1, 8) == 3
     # four ranks with two leaves each: no two first leaves are siblings
     assert partial_sums.live_in_owners(4, 2) == 4
     assert partial_sums.live_in_owners(4, 1) == 1
@@ -89,8 +94,8 @@ def test_sums_that_are_alive_counted_by_hand():
 
 def test_partial_sums_are_four_bytes_a_parameter_each():
     run, n = _run(), accounting.parameter_counts(TINY).total
-    first = memory(run, 8, 1)  # of 8 leaves: at most 3 sums beside the leaf under way
-    assert (first.gradient, first.partial_sums) == (4 * n, 3 * 4 * n)
+    first = memory(run, 8, 1)
+    assert (first.gradient, first.partial_sums) == (0, 3 * 4 * n)
     alone = memory(run, 64, 1)
     assert (alone.gradient, alone.partial_sums) == (2 * n, 0)
     owners = memory(run, 8, 2)

@@ -1,0 +1,74 @@
+"""Cases of planned memory, run by ``tests/dist/processes.py``: what a rank holds is what the plan says."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+
+from gptcore.models import GPT, presets
+from gptcore.optim import AdamW, ZeroOptimizer, decay_groups
+from gptcore.train.optimizers import OptimizerSpec
+from gptcore.train.plan import Run, memory
+from tests.allocations import allocations
+from tests.dist.processes import Case, World
+
+CONFIG = presets.get("gpt2").merged(
+    {"num_layers": 6, "width": 192, "vocab_size": 1000, "context_length": 256, "attention": {"num_heads": 4}}
+)
+BUCKET = 200_000
+
+
+def _held() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def what_a_rank_holds(world: World, *, element_bytes: int, stage: int, each: int, fixed_tree: bool) -> None:
+    before = _held()
+    model = GPT(CONFIG, dtype=torch.float32 if element_bytes == 4 else torch.bfloat16)
+    optimizer = ZeroOptimizer(
+        AdamW(decay_groups(model, 0.1)), stage=stage, module=model, group=world.group, accumulation=each,
+        fixed_tree=fixed_tree, bucket=BUCKET,
+    )  # fmt: skip
+    tokens = torch.randint(1000, (1, 257))
+
+    def update() -> None:
+        for _ in range(each):
+            model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update()
+    kept = _held() - before
+    most = kept + allocations(update).peak
+    run = Run(
+        CONFIG, OptimizerSpec(), element_bytes, sequences=each * world.ranks, length=256, grain=1,
+        fixed_tree=fixed_tree, bucket=BUCKET,
+    )  # fmt: skip
+    planned = memory(run, world.ranks, stage)
+    between = planned.weights + planned.masters + planned.moments
+    if stage < 2:  # whose leaves leave their places
+        between += planned.gradient + planned.partial_sums
+    assert between == pytest.approx(kept, rel=0.05)
+    # Torch does not see the kernels' scratch.
+    assert planned.total - planned.workspace == pytest.approx(most, rel=0.055 if stage == 3 else 0.05)
+
+
+CASES: dict[str, Case] = {
+    f"stage {stage}, {element_bytes} bytes, {each} leaves, {'tree' if tree else 'sum'}": partial(
+        what_a_rank_holds, element_bytes=element_bytes, stage=stage, each=each, fixed_tree=tree
+    )
+    for stage in (0, 1, 2, 3)
+    for element_bytes in (4, 2)
+    for each, tree in ((1, True), (4, True), (4, False))
+    if stage < 2 or each == 1
+}
