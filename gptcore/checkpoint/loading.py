@@ -47,7 +47,7 @@ def load(
         return found.tensors, found.state
     opened = Checkpoint(path)
     opened.verify([])
-    return {name: opened.read(name) for name in opened.names if name.startswith(only)}, opened.state
+    return opened.read_all([name for name in opened.names if name.startswith(only)]), opened.state
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
