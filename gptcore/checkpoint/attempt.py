@@ -66,19 +66,15 @@ class Attempt:
         Raises:
             FailedElsewhere: on rank 0, when another rank failed.
             CheckpointError: on rank 0, when the ranks' pieces do not make whole tensors, or one of them is silent.
-            OSError: from the disk. On all ranks the failure is marked before it is raised.
+            OSError: from the disk.
         """
-        try:
-            part = self._write_shard(shard, buffer)
-            _write_synced(self._part(shard.index), part.to_bytes())
-            if shard.index == 0:
-                self._publish(self._collect(), state)
-        except BaseException:
-            self.mark_failed(shard)
-            raise
+        part = self._write_shard(shard, buffer)
+        _write_synced(self._part(shard.index), part.to_bytes())
+        if shard.index == 0:
+            self._publish(self._collect(), state)
 
     def mark_failed(self, shard: Shard) -> None:
-        """Tell rank 0, having made room on a full disk."""
+        """Tell rank 0 that this rank has failed, having made room on a full disk."""
         with contextlib.suppress(OSError):
             (self.hidden / shard.file).unlink(missing_ok=True)
             (self.hidden / f"failed-{shard.index:05d}").touch()
@@ -115,7 +111,7 @@ class Attempt:
             while not self._part(rank).exists():
                 if any(self.hidden.glob("failed-*")):
                     raise FailedElsewhere
-                size = sum(entry.stat().st_size for entry in os.scandir(self.hidden))
+                size = self._size()
                 if size != seen:
                     seen, since = size, time.monotonic()
                 if time.monotonic() - since > self.patience:
@@ -124,6 +120,14 @@ class Attempt:
                     )
                 time.sleep(_POLL)
         return [Part.from_bytes(self._part(rank).read_bytes()) for rank in range(self.ranks)]
+
+    def _size(self) -> int:
+        """Bytes of all files so far."""
+        size = 0
+        for entry in os.scandir(self.hidden):
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                size += entry.stat().st_size
+        return size
 
     def _publish(self, parts: list[Part], state: Mapping[str, Any]) -> None:
         try:

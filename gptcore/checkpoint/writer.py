@@ -36,7 +36,7 @@ def save(
     *,
     keep_every: int = 0,
     member: Member | None = None,
-    patience: float = 300.0,
+    patience: float = 600.0,
 ) -> Path:
     """Write a checkpoint atomically and return its path, once it is on the disk.
 
@@ -51,7 +51,7 @@ def save(
             when a run went back to an older checkpoint, are never touched.
         keep_every: checkpoints whose step is a multiple of it stay too; 0: none does.
         member: this process in the group whose ranks all call this; None: one process alone.
-        patience: seconds without a byte from any rank after which rank 0 gives up.
+        patience: seconds without a new byte from any rank after which rank 0 gives up; longer than a sync takes.
 
     Raises:
         CheckpointError: on all ranks alike: full disk, missing permission, a rank that is silent, elements that no
@@ -67,7 +67,8 @@ class Writer:
     """Saves beside training: :meth:`begin` copies the tensors, a thread writes them, :meth:`wait` says how it went.
 
     Arguments as :func:`save`. The copy is kept between saves; it is as large as this rank's part. As a context manager
-    it waits at the end of the block, also when an exception ends it.
+    it waits at the end of the block. Where an exception ends the block on a rank of several, this rank's part is
+    written and the other ranks are not waited for.
 
     A checkpoint is safe when ``wait``, or the next ``begin``, has returned.
     """
@@ -79,7 +80,7 @@ class Writer:
         keep_last: int = 3,
         keep_every: int = 0,
         member: Member | None = None,
-        patience: float = 300.0,
+        patience: float = 600.0,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"checkpoint.save: argument 'keep_last': got {keep_last}, expected 1 or more")
@@ -116,7 +117,8 @@ class Writer:
         saving = self._start(step, tensors, state)
         try:
             saving.run(None)
-        except BaseException:  # Ctrl-C
+        except BaseException as error:  # Ctrl-C
+            saving.fail(error)
             saving.abandon()
             raise
         saving.finish()
@@ -129,7 +131,7 @@ class Writer:
         saving, error = None, None
         try:
             saving = self._prepared(step, tensors, state, rank, ranks, number)
-        except (ValueError, OSError) as caught:
+        except Exception as caught:
             error = caught
         if member is not None:
             try:
@@ -182,7 +184,10 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.wait()
+        if error is None or self._member is None:
+            self.wait()
+        elif self._saving is not None:  # the other ranks may be anywhere: no collective now
+            self._saving.join()
 
 
 class _Saving:
@@ -193,16 +198,24 @@ class _Saving:
     ) -> None:
         self.attempt, self.shard, self._state, self._member = attempt, shard, state, member
         self.lock: int | None = None  # of the hidden directory
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     def run(self, buffer: Tensor | None) -> None:
         try:
             if self.lock is None:
-                self.lock = lock(self.attempt.hidden)
+                self.lock = self._join_directory()
             self.attempt.write(self.shard, buffer, self._state)
         except Exception as error:
-            self._error = error
+            self.fail(error)
+
+    def _join_directory(self) -> int:
+        try:
+            return lock(self.attempt.hidden)
+        except FileNotFoundError as error:
+            who = f"rank {self.shard.index} of {self.attempt.ranks}"
+            reason = f"{who} does not find what rank 0 made there; all ranks must write to one file system"
+            raise CheckpointError(self.attempt.sentence(reason)) from error
 
     def run_in_thread(self, buffer: Tensor) -> None:
         # Not a daemon: a program that ends without waiting ends after the save.
@@ -214,15 +227,19 @@ class _Saving:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         self.run(buffer)
 
-    def fail(self, error: Exception) -> None:
-        """This rank cannot even begin, while the others do."""
+    def fail(self, error: BaseException) -> None:
+        """This rank cannot go on, while the others do."""
         self._error = error
         self.attempt.mark_failed(self.shard)
 
-    def finish(self) -> Path:
-        """Wait for all ranks; the path, or the first rank's error on each of them."""
+    def join(self) -> None:
+        """Wait for this rank's part."""
         if self._thread is not None:
             self._thread.join()
+
+    def finish(self) -> Path:
+        """Wait for all ranks; the path, or the first rank's error on each of them."""
+        self.join()
         own = self._sentence()
         try:
             sentences = self._gather(own)
@@ -233,7 +250,10 @@ class _Saving:
         failed = [sentence for sentence in sentences if sentence is not None]
         if failed:
             self.abandon()
-            raise CheckpointError(next(filter(None, failed), "")) from self._error
+            sentence = next(
+                filter(None, failed), self.attempt.sentence("a rank failed and could not say why")
+            )
+            raise CheckpointError(sentence) from self._error
         self._unlock()
         return self.attempt.final
 

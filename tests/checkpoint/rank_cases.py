@@ -149,9 +149,45 @@ def _own_words(world: World) -> str:
     return "complex64" if world.rank == 1 else "rank 1 of the group refused its arguments"
 
 
+def two_directories(world: World) -> None:
+    """The last rank writes elsewhere: rank 0 waits for it in vain, and all say why."""
+    member = member_of("test", world.group)
+    with shared_directory(member) as place:
+        here = place if world.rank < world.ranks - 1 else place / "elsewhere"
+        try:
+            checkpoint.save(here, 1, {f"w{world.rank}": torch.zeros(1)}, {}, member=member, patience=0.5)
+        except CheckpointError as error:
+            assert f"rank 0 of {world.ranks}" in str(error) or f"rank {world.ranks - 1} of" in str(error), (
+                str(error)
+            )
+        else:
+            raise AssertionError("nothing was raised")
+        c10d.barrier(member.group)
+        assert not checkpoint.steps(place)
+
+
+def an_exception_on_one_rank(world: World) -> None:
+    """It leaves the block without a collective, which the other ranks are not in; the save is whole all the same."""
+    member = member_of("test", world.group)
+    with shared_directory(member) as place:
+        writer = checkpoint.Writer(place, member=member)
+        try:
+            with writer:
+                writer.begin(1, cut(make_tensors(), member, 3), {})
+                if world.rank == 0:
+                    raise KeyError("of one rank")
+                c10d.barrier(member.group)
+        except KeyError:
+            c10d.barrier(member.group)
+            writer.wait()
+        assert_same(checkpoint.load(place)[0], make_tensors())
+
+
 CASES: dict[str, Case] = {
     "any number of ranks": any_number_of_ranks,
     "beside training": beside_training,
+    "ranks that do not share a directory": two_directories,
+    "an exception on one rank": an_exception_on_one_rank,
     "elements that no rank passed": refusal(
         CheckpointError, lambda w: f"'w': elements from {12 * w.ranks - 12} to {12 * w.ranks} were .* no rank", _half
     ),
