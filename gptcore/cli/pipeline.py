@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gptcore.data.dataset import TokenDataset
     from gptcore.data.vocabulary import Tokenizer
+    from gptcore.dist import Member
     from gptcore.models import GPT
     from gptcore.train import Result, TrainConfig
 
@@ -31,24 +32,32 @@ class Data:
     held_out: TokenDataset
 
 
-def train(config: TrainConfig, *, quiet: bool = False) -> Result:
+def train(config: TrainConfig, *, quiet: bool = False, member: Member | None = None) -> Result:
     """Prepare the data if need be, build the model and train it as ``config`` says, or continue the run.
+
+    ``member``: this process among those that share the run; rank 0 prepares the data.
 
     Raises UserError for settings and data that don't fit.
     """
     from gptcore import checkpoint
     from gptcore import train as training
     from gptcore.data.loader import Loader
+    from gptcore.dist import Member
     from gptcore.infer.trained import TOKENIZER_DIRECTORY
     from gptcore.models import GPT
+    from gptcore.train import processes
 
-    data = open_data(config, quiet=quiet)
+    member = Member(None, 0, 1) if member is None else member
+    opened: list[Data] = []
+    processes.first_alone(member, lambda: opened.append(open_data(config, quiet=quiet)))
+    data = opened[0] if opened else open_data(config, quiet=quiet, prepared=True)
     spec = config.data
     loader = Loader(data.train, spec.batch, spec.length, config.seed, mode=spec.mode, documents=spec.packed)
     model = GPT(config.model_config(data.tokenizer.vocab_size), seed=config.seed)
     if config.start and not checkpoint.steps(Path(config.run_dir) / "checkpoints"):
         _start(config.start, model, data.tokenizer)
-    data.tokenizer.save(Path(config.run_dir) / TOKENIZER_DIRECTORY)
+    if member.rank == 0:
+        data.tokenizer.save(Path(config.run_dir) / TOKENIZER_DIRECTORY)
     return training.run(
         config,
         model=model,
@@ -100,15 +109,18 @@ def refuse_changed_settings(config: TrainConfig) -> None:
         )
 
 
-def open_data(config: TrainConfig, *, quiet: bool = False) -> Data:
-    """Prepared data as it is; text is prepared first, into the run's directory."""
+def open_data(config: TrainConfig, *, quiet: bool = False, prepared: bool = False) -> Data:
+    """Prepared data as it is; text is prepared first, into the run's directory.
+
+    ``prepared``: another process has done that.
+    """
     from gptcore.data import tokenizer as tokenizers
     from gptcore.data.dataset import MANIFEST, TokenDataset
 
     paths = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
     directory = Path(paths[0])
     if len(paths) > 1 or not (directory / MANIFEST).is_file():
-        directory = _prepared(config, paths, quiet)
+        directory = _prepared(config, paths, quiet, prepared)
     elif config.data.tokenizer is not None:
         wanted, own = tokenizers.load(config.data.tokenizer), tokenizers.load(directory)
         tokenizers.require_same(
@@ -122,13 +134,13 @@ def open_data(config: TrainConfig, *, quiet: bool = False) -> Data:
     )
 
 
-def _prepared(config: TrainConfig, paths: list[str], quiet: bool) -> Path:
+def _prepared(config: TrainConfig, paths: list[str], quiet: bool, prepared: bool) -> Path:
     """The run's own data directory, made now unless the run has started already."""
     from gptcore.data.dataset import MANIFEST
     from gptcore.data.prepare import prepare
 
     directory = Path(config.run_dir) / "data"
-    started = (Path(config.run_dir) / "config.json").is_file()
+    started = prepared or (Path(config.run_dir) / "config.json").is_file()
     if not (started and (directory / MANIFEST).is_file()):
         prepare(
             paths,

@@ -4,6 +4,9 @@ WHAT is the name of a preset ('gptcore presets' lists them) and what to train on
 that 'gptcore prepare' made, or 'builtin', text found on this machine. Settings come from the preset, then
 from --config, then from the other options, then from --set; docs/training.md explains them.
 
+Under torchrun the processes share each update: its data.accumulate micro-batches are divided among them,
+and --zero says what else is (docs/scaling.md). The bits are those of one process.
+
 --start begins with the weights of a trained model instead of random ones. With
 --set model.moe.num_experts=8 the feed-forward layers of a dense model become experts, all copies at first.
 
@@ -20,6 +23,7 @@ Examples:
   gptcore train --config my.toml --set steps=5000
   gptcore train --resume runs/book
   gptcore train --resume runs/book --change step=1200,lr=3e-5 --change step=1500,optimizer=sgd,lr=0.1
+  torchrun --nproc-per-node 2 -m gptcore train gpt2 prepared --set data.accumulate=4 --zero 2
   gptcore train --start models/mixtral book.txt --out runs/tuned
   gptcore train --start runs/book book.txt --out runs/experts --set model.moe.num_experts=8
 """
@@ -69,18 +73,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replay", metavar="FILE", help="decide what this events.jsonl tells, and nothing else"
     )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="what torchrun's processes divide: 0 nothing, 1 states, 2 and gradients, 3 and weights (0)",
+    )
+    parser.add_argument(
+        "--no-fixed-tree",
+        action="store_true",
+        help="add gradients as they come; the bits then depend on the number of processes",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress line and no MFU")
 
 
 def run(args: argparse.Namespace) -> int:
     from gptcore.cli import pipeline
+    from gptcore.train import processes
 
-    if args.resume:
-        config = _replayed(args, _continued(args))
-    else:
-        config = _replayed(args, _configured(args))
-        pipeline.refuse_changed_settings(config)
-    print(_closing(config, pipeline.train(config, quiet=args.quiet)))
+    if args.no_fixed_tree:
+        args.set.insert(0, "parallel.fixed_tree=false")
+    if args.zero is not None:
+        args.set.insert(0, f"parallel.zero={args.zero}")
+    config = _replayed(args, _continued(args) if args.resume else _configured(args))
+    with processes.started(config.device, config.parallel.timeout) as member:
+        if not args.resume:
+            processes.first_alone(member, lambda: pipeline.refuse_changed_settings(config))
+        result = pipeline.train(config, quiet=args.quiet or member.rank > 0, member=member)
+        if member.rank == 0:
+            print(_closing(config, result))
     return 0
 
 

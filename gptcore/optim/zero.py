@@ -207,6 +207,29 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 name = names.get(p, numbers[p])
                 yield Owned(name, p, start, stop, elements, part, piece.start)
 
+    def exchange(self, optimizer: FusedOptimizer) -> None:
+        """Go on with another optimizer over the slices that the present one has, in the same groups."""
+        self.optimizer = optimizer
+        for outer, inner in zip(self.param_groups, optimizer.param_groups, strict=True):
+            parameters = outer["params"]
+            outer.clear()
+            outer.update({**inner, "params": parameters})
+
+    def trained(self) -> set[nn.Parameter]:
+        """The parameters that are divided and updated."""
+        return set(self._places)
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """Give all ranks what each has written to the weights that it owns; every rank calls it."""
+        if self._weights is not None:
+            self._weights.free()
+        elif self.stage > 0:
+            for unit in self.units:
+                unit.start_gather()
+            for unit in self.units:
+                unit.wait()
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All weights, on every rank, for reading; every rank enters it."""
@@ -366,13 +389,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.optimizer.take_gradients(gradients)
         self.optimizer.step(grad_scale=scale, grad_norm=(norm, False))
         self.optimizer.zero_grad()
-        if self._weights is not None:
-            self._weights.free()
-        elif self.stage > 0:
-            for unit in self.units:
-                unit.start_gather()
-            for unit in self.units:
-                unit.wait()
+        self.weights_changed()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, those of leaves since the last step among them; all ranks call it."""

@@ -33,38 +33,33 @@ def weights(optimizer: ZeroOptimizer) -> Parts:
     }
 
 
-def states(optimizer: ZeroOptimizer) -> tuple[Parts, dict[str, dict[str, Any]]]:
-    """This rank's share of the states, and by parameter what of them is no tensor."""
+def states(optimizer: ZeroOptimizer) -> Parts:
+    """This rank's share of the states."""
     parts: Parts = {}
-    numbers: dict[str, dict[str, Any]] = {}
     saved = optimizer.optimizer.state_dict()
     index = _indices(optimizer)
     for owned in optimizer.owned():
         for key, value in saved["state"].get(index[owned.part], {}).items():
-            if not isinstance(value, Tensor):
-                numbers.setdefault(owned.name, {})[key] = value
-            elif value.dim() or owned.start == 0:
+            if value.dim() or owned.start == 0:
                 parts[f"{owned.name}/{key}"] = [_part(key, value, owned)]
-    return parts, numbers
+    return parts
 
 
 def restore(
     optimizer: ZeroOptimizer,
     keys: Callable[[str], Iterable[str]],
     read: Callable[[str, int, int], Tensor],
-    numbers: dict[str, dict[str, Any]],
 ) -> None:
     """Give the wrapped optimizer this rank's slices of states that were saved by any number of ranks at any stage.
 
     Args:
         keys: by parameter's name the keys that it has states of.
         read: elements of a state by ``(<parameter>/<key>, start, stop)``, (stop - start,).
-        numbers: what :func:`states` gave beside tensors.
     """
     index = _indices(optimizer)
     found: dict[int, dict[str, Any]] = {}
     for owned in optimizer.owned(whole_parts=True):
-        values = dict(numbers.get(owned.name, {}))
+        values: dict[str, Tensor] = {}
         for key in keys(owned.name):
             start, stop = _extent(key, owned)
             value = read(f"{owned.name}/{key}", start, stop)

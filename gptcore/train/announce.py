@@ -31,6 +31,8 @@ def headline(now: Run, flops: ModelFlops | None, ceiling: Peak) -> str:
 
 def say_stopped(now: Run, signal: int) -> None:
     """That the run stopped when asked to, and how to go on."""
+    if now.member.rank:
+        return
     print(
         f"gptcore: stopped by signal {signal} after step {now.step}, checkpoint saved\n"
         f"gptcore: resume with: {resume_command(now.directory.path)}",

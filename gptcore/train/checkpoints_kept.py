@@ -30,7 +30,7 @@ def prune(directory: Path, step: int, config: TrainConfig) -> None:
             checkpoint.discard(directory, old)
 
 
-def before(directory: Path, onset: int, distance: int) -> checkpoint.Loaded | None:
+def before(directory: Path, onset: int, distance: int) -> Path | None:
     """The newest good checkpoint at least ``distance`` before the update of index ``onset``.
 
     Else the oldest that does not hold that update; None where each does.
@@ -40,7 +40,8 @@ def before(directory: Path, onset: int, distance: int) -> checkpoint.Loaded | No
     for step in [*reversed(far), *there[len(far) :]]:
         path = checkpoint.path_of(directory, step)
         try:
-            return checkpoint.Loaded(path, *checkpoint.load(path))
+            checkpoint.Checkpoint(path).verify()
+            return path
         except checkpoint.CheckpointError as error:
             print(f"gptcore: {error}; looking for another to go back to", file=sys.stderr, flush=True)
     return None

@@ -139,6 +139,7 @@ class ParallelSpec(Spec):
     An update's sequences are cut into leaves of ``grain`` sequences (0: ``data.batch``, or what a resumed run has),
     whose gradients are added in a fixed tree, so that any number of processes that divides the leaves gives the same
     bits; ``fixed_tree`` false adds them as they come. ``zero``: what :class:`gptcore.optim.ZeroOptimizer` divides.
+    ``timeout``: seconds after which a process that waits for another gives up; one that ended is noticed at once.
     """
 
     section: ClassVar[str] = "parallel"
@@ -146,9 +147,11 @@ class ParallelSpec(Spec):
     zero: int = 0
     grain: int = 0
     fixed_tree: bool = True
+    timeout: float = 1800.0
 
     def validate(self) -> None:
         at_least("parallel.", 0, zero=self.zero, grain=self.grain)
+        at_least("parallel.", 1.0, timeout=self.timeout)
         if self.zero > 3:
             raise UserError(f"parallel.zero: expected 0, 1, 2 or 3, got {self.zero}")
 

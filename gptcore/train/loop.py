@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from gptcore import checkpoint
+from gptcore.dist import gather_numbers
 from gptcore.models.config import GPTConfig
 from gptcore.report.progress import Progress
-from gptcore.train import optimizers, peak, state
+from gptcore.train import optimizers, peak, processes, state
 from gptcore.train.announce import draw_curves, headline, say_stopped
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
@@ -30,6 +31,7 @@ from gptcore.train.recovery_changes import check as check_changes
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
 from gptcore.train.run_state import Evaluate, Run, Sample, flops_of, resume_from, save, tokens_per_update
+from gptcore.train.sharding import sharded
 from gptcore.train.stop import StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,17 +87,23 @@ def run(
     _set_up(config)
     ceiling = peak.of(device, dtype) if measure_peak else peak.Peak(None, "not measured")
     _cast(model, device, dtype)
-    optimizer = optimizers.build(config.optimizer, model, seed=config.seed)
+    member = processes.member()
+    optimizer = sharded(config, optimizers.build(config.optimizer, model, seed=config.seed), model)
     # Dropout starts from the seed, whatever the caller drew before; a resumed run restores the generator.
     torch.manual_seed(config.seed)
-    with RunDirectory(config.run_dir) as directory:
+    with (
+        processes.naming_lost_ranks(member, Path(config.run_dir)),
+        RunDirectory(config.run_dir, member.rank) as directory,
+    ):
         identity = state.identity(config, model, loader, tokenizer)
         course, guard = Course(config), Guard(config.recovery)
-        now = Run(config, model, optimizer, loader, directory, evaluate, sample, identity, course, guard)
+        now = Run(
+            config, model, optimizer, loader, directory, evaluate, sample, identity, course, guard, member
+        )
         layers = _expert_layers(model)
         now.routing = RoutingWatch(layers) if layers else None
         began = time.perf_counter()
-        checkpoint.clean(directory.checkpoints)
+        processes.first_alone(member, lambda: checkpoint.clean(directory.checkpoints))
         resumed = resume_from(now, resume, quiet)
         directory.write_config(config.to_dict())
         # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation of step 0.
@@ -106,7 +114,7 @@ def run(
         finally:
             metrics.close()
             now.events.close()
-        curve = draw_curves(now)
+        curve = draw_curves(now) if member.rank == 0 else None
         path = checkpoint.path_of(directory.checkpoints, now.step)
         return Result(now.step, now.loss, now.evaluation, path, curve, time.perf_counter() - began)
 
@@ -139,13 +147,13 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
                 warn(now, progress, quiet, told)
                 continue
             measure(now, metrics, progress)
-            stops = stop.signal is not None
-            if stops or now.step == config.steps or due(now.step, config.checkpoint.every):
+            signal = int(max(gather_numbers([stop.signal or 0], now.member)))
+            if signal or now.step == config.steps or due(now.step, config.checkpoint.every):
                 save(now, metrics)
-            if stop.signal is not None and stops:
+            if signal:
                 progress.close()
-                say_stopped(now, stop.signal)
-                raise SystemExit(128 + stop.signal)
+                say_stopped(now, signal)
+                raise SystemExit(128 + signal)
 
 
 def _set_up(config: TrainConfig) -> None:

@@ -52,6 +52,8 @@ def measure(now: Run, metrics: MetricsFile, progress: Progress) -> None:
     Neither may change the run, so the generators are put back and nothing has gradients.
     """
     config, last = now.config, now.step == now.config.steps
+    if now.member.rank and config.parallel.zero < 3:
+        return  # rank 0's weights are whole, and it alone is asked
     evaluates = config.evaluation.every > 0 and (last or due(now.step, config.evaluation.every))
     samples = config.sample.every > 0 and now.step > 0 and (last or due(now.step, config.sample.every))
     devices = [torch.cuda.current_device()] if config.device.startswith("cuda") else []

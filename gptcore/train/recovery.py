@@ -17,7 +17,8 @@ from gptcore.dist.group import agree, member_of
 from gptcore.errors import UserError
 from gptcore.train import checkpoints_kept
 from gptcore.train.guard import Guard, Sighting, Verdict
-from gptcore.train.run_state import Run, save, take_up
+from gptcore.train.processes import first_alone
+from gptcore.train.run_state import Run, opened, save, take_up
 from gptcore.train.step import NonFiniteError, update
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
     spec, verdict, place = now.config.recovery, outcome.verdict, now.directory.checkpoints
     assert outcome.error is not None
     spent = now.rewinds >= spec.max_rewinds
-    found = None if spent else checkpoints_kept.before(place, verdict.onset, spec.rewind_steps)
+    found = None
+    if not spent:
+        found = opened(now.member, lambda: checkpoints_kept.before(place, verdict.onset, spec.rewind_steps))
     if found is None:
         _stay(now, outcome, spent)
         return None
@@ -152,7 +155,8 @@ def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
         "decided", came_from, detector=verdict.detector, policy="rewind", onset=verdict.onset + 1,
         to_step=now.step, skip_batches=count,
     )  # fmt: skip
-    checkpoints_kept.discard_after(place, now.step)
+    step = now.step
+    first_alone(now.member, lambda: checkpoints_kept.discard_after(place, step))
     metrics.go_back(now.step, now.directory.undone(now.rewinds))
     now.course.skipped.append((now.step, count))
     now.events.write(

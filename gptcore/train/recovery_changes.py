@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from gptcore.errors import UserError
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.sgd import SGD
-from gptcore.train import optimizers
+from gptcore.optim.zero import ZeroOptimizer
 from gptcore.train.config import TrainConfig
 from gptcore.train.recovery_spec import Change
 from gptcore.train.state import saved_state
 
 if TYPE_CHECKING:
-    import torch
-
     from gptcore.train.run_state import Run
 
 # What Adam calls its mean of gradients, and SGD its own.
@@ -133,12 +131,17 @@ def apply_due(now: Run) -> bool:
 
 def adjust(now: Run) -> None:
     """Give the run the optimizer and the clip that its course has come to."""
-    if (now.course.optimizer == "sgd") != isinstance(now.optimizer, SGD):
-        now.optimizer = switched(now.optimizer, now.config, now.model)
-    now.optimizer.max_norm = now.course.max_norm
+    inner = now.optimizer.optimizer if isinstance(now.optimizer, ZeroOptimizer) else now.optimizer
+    if (now.course.optimizer == "sgd") != isinstance(inner, SGD):
+        inner = switched(inner, now.config)
+        if isinstance(now.optimizer, ZeroOptimizer):
+            now.optimizer.exchange(inner)
+        else:
+            now.optimizer = inner
+    inner.max_norm = now.course.max_norm
 
 
-def switched(optimizer: FusedOptimizer, config: TrainConfig, model: torch.nn.Module) -> FusedOptimizer:
+def switched(optimizer: FusedOptimizer, config: TrainConfig) -> FusedOptimizer:
     """From the Adam that ``config`` names to SGD, or back, the state carried over.
 
     SGD has momentum and dampening beta1, so that its buffer b = beta1 b + (1 - beta1) g is Adam's first moment, which
@@ -148,14 +151,14 @@ def switched(optimizer: FusedOptimizer, config: TrainConfig, model: torch.nn.Mod
     corrects; that of the first is gone after some tens of updates. Masters are kept, split ones made whole for SGD.
     """
     saved = saved_state(optimizer)  # with whole masters
+    groups = [
+        {"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups
+    ]
+    other: FusedOptimizer
     if isinstance(optimizer, SGD):
-        other = optimizers.build(config.optimizer, model)
+        other = config.optimizer.over(groups)
         names = {new: old for old, new in _NAMES.items()}
     else:
-        groups = [
-            {"params": group["params"], "weight_decay": group["weight_decay"]}
-            for group in optimizer.param_groups
-        ]
         beta1 = optimizer.param_groups[0]["betas"][0]
         other = SGD(groups, momentum=beta1, dampening=beta1, max_norm=optimizer.max_norm)
         names = _NAMES

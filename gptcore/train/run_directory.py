@@ -20,12 +20,13 @@ from gptcore.errors import UserError
 class RunDirectory:
     """A run's files; use as a context manager, which holds the lock.
 
-    The lock belongs to the process and goes with it, so a killed run leaves none behind.
+    The lock belongs to the process and goes with it, so a killed run leaves none behind. Of several processes each
+    has its own metrics and events, rank r's in ``ranks/r``; rank 0's are the run's, and the checkpoints are everyone's.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
+    def __init__(self, path: str | os.PathLike[str], rank: int = 0) -> None:
+        self.path = Path(path) / "ranks" / str(rank) if rank else Path(path)
+        self.checkpoints = Path(path) / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"

@@ -5,20 +5,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gptcore import checkpoint
+from gptcore.dist import Member
 from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
+from gptcore.optim import ZeroOptimizer
 from gptcore.optim.fused import FusedOptimizer
-from gptcore.train import checkpoints_kept, state
+from gptcore.train import checkpoints_kept, sharding, state
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
 from gptcore.train.events import EventLog
 from gptcore.train.guard import Guard
 from gptcore.train.metrics import MetricsFile, ModelFlops
+from gptcore.train.processes import first_alone, from_first
 from gptcore.train.recovery_changes import Course, adjust
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
@@ -37,7 +41,7 @@ class Run:
 
     config: TrainConfig
     model: torch.nn.Module
-    optimizer: FusedOptimizer
+    optimizer: FusedOptimizer | ZeroOptimizer
     loader: Batches
     directory: RunDirectory
     evaluate: Evaluate | None
@@ -45,6 +49,7 @@ class Run:
     identity: dict[str, Any]
     course: Course
     guard: Guard
+    member: Member
     events: EventLog = field(init=False)
     event_count: int = 0
     rewinds: int = 0
@@ -67,7 +72,7 @@ def resume_from(now: Run, resume: bool, quiet: bool) -> bool:
             f"{now.directory.path} holds a run at step {checkpoint.steps(directory)[-1]}; "
             "resume it, or choose another run_dir"
         )
-    found = checkpoint.load_latest(directory)
+    found = opened(now.member, lambda: checkpoint.latest(directory))
     if found is None:
         return False
     saved = found.state
@@ -83,13 +88,24 @@ def resume_from(now: Run, resume: bool, quiet: bool) -> bool:
     return True
 
 
-def take_up(now: Run, found: checkpoint.Loaded) -> None:
+def opened(member: Member, choose: Callable[[], Path | None]) -> checkpoint.Checkpoint | None:
+    """The checkpoint that ``choose`` finds whole on rank 0, open on every rank; None where it finds none."""
+    found: list[Path | None] = []
+    first_alone(member, lambda: found.append(choose()))
+    path = from_first(member, found[0] if found else None)
+    return None if path is None else checkpoint.Checkpoint(path)
+
+
+def take_up(now: Run, found: checkpoint.Checkpoint) -> None:
     """Put a checkpoint into the run: all but how often it has gone back, and its log of that."""
     saved = found.state
     now.course.restore(saved["recovery"]["course"], saved["step"])
     now.guard.restore(saved["recovery"]["guard"])
     adjust(now)
-    state.restore(now.model, now.optimizer, found.tensors, saved)
+    if isinstance(now.optimizer, ZeroOptimizer):
+        sharding.restore(now.model, now.optimizer, found)
+    else:
+        state.restore(now.model, now.optimizer, {name: found.read(name) for name in found.names}, saved)
     now.step = saved["step"]
     now.tokens = saved["metrics"]["tokens"]
     now.train_seconds = saved["metrics"]["seconds"]
@@ -103,7 +119,7 @@ def save(now: Run, metrics: MetricsFile) -> None:
     """A checkpoint of the run as it is, its metrics and events on the disk before it."""
     metrics.sync()
     now.events.sync()
-    tensors, values = state.collect(now.model, now.optimizer)
+    tensors, values = _collected(now)
     values["metrics"] = {"tokens": now.tokens, "seconds": now.train_seconds, "evaluation": now.evaluation}
     values["recovery"] = {
         "course": now.course.state(),
@@ -114,9 +130,20 @@ def save(now: Run, metrics: MetricsFile) -> None:
     directory, config = now.directory.checkpoints, now.config
     anchored = checkpoints_kept.anchor_spacing(config) > 0
     keep = len(checkpoint.steps(directory)) + 1 if anchored else config.checkpoint.keep_last
-    checkpoint.save(directory, now.step, tensors, {**now.identity, **values}, keep)
-    if anchored:
+    member = now.member if now.member.ranks > 1 else None
+    checkpoint.save(directory, now.step, tensors, {**now.identity, **values}, keep, member=member)
+    if anchored and now.member.rank == 0:
         checkpoints_kept.prune(directory, now.step, config)
+
+
+def _collected(now: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What this rank has to save."""
+    if not isinstance(now.optimizer, ZeroOptimizer):
+        return state.collect(now.model, now.optimizer)
+    slices, whole, values = sharding.collect(now.model, now.optimizer)
+    if now.member.rank == 0:
+        whole |= state.generators()
+    return {**slices, **(whole if now.member.rank == 0 else {})}, values
 
 
 def tokens_per_update(config: TrainConfig, step: int) -> int:

@@ -43,10 +43,16 @@ def collect(
                 tensors[f"{OPTIMIZER_PREFIX}{name}/{key}"] = value
             else:
                 numbers.setdefault(name, {})[key] = value
-    tensors[RNG_PREFIX + "torch"] = torch.get_rng_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors[RNG_PREFIX + "cuda"] = torch.cuda.get_rng_state()
+    tensors |= generators()
     return tensors, {"tied": tied, "optimizer": numbers}
+
+
+def generators() -> dict[str, torch.Tensor]:
+    """The states of torch's generators."""
+    found = {RNG_PREFIX + "torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found[RNG_PREFIX + "cuda"] = torch.cuda.get_rng_state()
+    return found
 
 
 def saved_state(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, dict[str, Any]]:
@@ -85,19 +91,27 @@ def _restore_model(
 
     saved = model_tensors(tensors, state)
     own = model.state_dict(keep_vars=True)
+    refuse_other_model({name: (tuple(t.shape), t.dtype) for name, t in saved.items()}, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def refuse_other_model(
+    saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]], own: Mapping[str, torch.Tensor]
+) -> None:
+    """CheckpointError where shapes and dtypes by name are not those of the model's tensors; names the first."""
     if saved.keys() != own.keys():
         name = min(saved.keys() ^ own.keys())
         where = "checkpoint" if name in saved else "model"
         raise CheckpointError(f"the checkpoint is of another model: only the {where} has '{name}'")
     for name, tensor in own.items():
-        if saved[name].shape != tensor.shape or saved[name].dtype != tensor.dtype:
+        shape, dtype = saved[name]
+        if shape != tensor.shape or dtype != tensor.dtype:
             raise CheckpointError(
-                f"the checkpoint is of another model: '{name}' is {saved[name].dtype} "
-                f"{tuple(saved[name].shape)}, the model has {tensor.dtype} {tuple(tensor.shape)}"
+                f"the checkpoint is of another model: '{name}' is {dtype} {shape}, the model has {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
             )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
 
 
 def _restore_optimizer(

@@ -77,6 +77,8 @@ def update(
         if isinstance(optimizer, FusedOptimizer) and len(leaves) > 1:
             optimizer.accumulate()
         own.append(float(out.loss.detach()))
+    # What is drawn between updates does not depend on who had which leaf.
+    seed(config, step, len(leaves) * member.ranks)
     losses = gather_numbers(own, member)
     loss = sum(losses) / len(losses)
     if not math.isfinite(loss):

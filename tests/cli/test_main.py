@@ -47,6 +47,8 @@ def test_examples_are_commands_that_parse(verb):
     for line in examples.splitlines():
         command = line.strip().partition("   ")[0]  # what follows wide space is a remark
         words = shlex.split(command)
+        if words and words[0] == "torchrun":
+            words = words[words.index("-m") + 1 :]
         shell = next((i for i, word in enumerate(words) if word in ("<", ">")), None)
         if words:
             assert words[:2] == ["gptcore", verb]

@@ -8,7 +8,10 @@ SURFACE = {
         "INPUT...", "--held-out", "--out", "--quiet", "--replace", "--separator", "--text-field", "--tokenizer",
         "--vocab-size",
     ],
-    "train": ["WHAT...", "--config", "--out", "--quiet", "--resume", "--set", "--start", "--steps"],
+    "train": [
+        "WHAT...", "--change", "--config", "--no-fixed-tree", "--out", "--quiet", "--replay", "--resume", "--set",
+        "--start", "--steps", "--zero",
+    ],
     "generate": [
         "MODEL", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples", "--seed",
         "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",

@@ -1,4 +1,4 @@
-"""What each of two ranks does under recovery, for test_recovery_ranks.py: plain data parallelism around the loop."""
+"""What each of two ranks does under recovery, for test_recovery_ranks.py; each has one of an update's two leaves."""
 
 from __future__ import annotations
 
@@ -15,53 +15,38 @@ from gptcore.models import GPT
 from gptcore.train import SpikeError, events, from_table
 
 from ..dist.processes import World
-from .spikes import Corrupted, TextLoader, table, train
+from .spikes import Corrupted, PoisonedGPT, TextLoader, table, train
 
 
-class Averaged(GPT):
-    """Gradients and the reported loss are means over all ranks; ``poisoned``: the forward that gives NaN here."""
-
-    def __init__(self, *arguments: Any, poisoned: int = -1, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.left = poisoned
-        for p in self.parameters():
-            p.register_post_accumulate_grad_hook(self._average)
-
-    @staticmethod
-    def _average(p: torch.Tensor) -> None:
-        assert p.grad is not None
-        c10d.all_reduce(p.grad)
-        p.grad /= c10d.get_world_size()
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        out = super().forward(*arguments, **options)
-        if not self.training:
-            return out
-        self.left -= 1
-        loss = out.loss * float("nan") if self.left == 0 else out.loss
-        mean = loss.detach().clone()
-        c10d.all_reduce(mean)
-        return out._replace(loss=loss + (mean / c10d.get_world_size() - loss).detach())
+def _together(world: World, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    """One run directory for all, and its settings."""
+    told: list[Any] = [tempfile.mkdtemp() if world.rank == 0 else None]
+    c10d.broadcast_object_list(told)
+    data = {"batch": 8, "length": 32, "accumulate": 2}
+    recovery = {"rewind_steps": 20, "skip_batches": 30}
+    return Path(told[0]), table(told[0], **{"steps": 90, "data": data, "recovery": recovery, **changes})
 
 
-def _run(world: World, loader: Any, poisoned: int = -1, **changes: Any) -> tuple[Any, Any]:
+def _run(world: World, loader: Any, poisoned: int = 10**9) -> tuple[Any, Any]:
     """Train; every rank's events and weights, in rank order."""
-    path = Path(tempfile.mkdtemp())
-    config = table(path, **{"steps": 90, "recovery": {"rewind_steps": 20, "skip_batches": 30}, **changes})
-    model = Averaged(from_table(config).model_config(), seed=1337, poisoned=poisoned)
+    path, config = _together(world)
+    model = PoisonedGPT(from_table(config).model_config(), seed=1337, calls=poisoned)
     train(config, loader, model)
+    own = path / "events.jsonl" if world.rank == 0 else path / "ranks" / str(world.rank) / "events.jsonl"
     logs: list[Any] = [None] * world.ranks
-    c10d.all_gather_object(logs, events.read(path / "events.jsonl"))
+    c10d.all_gather_object(logs, events.read(own))
     ends: list[Any] = [None] * world.ranks
+    c10d.all_gather_object(ends, {name: p.detach() for name, p in model.named_parameters()})
     saved = checkpoint.load(path / "checkpoints")[0]
-    c10d.all_gather_object(ends, {name: t for name, t in saved.items() if name.startswith("model/")})
+    assert all(torch.equal(saved[f"model/{name}"], p) for name, p in model.named_parameters())
     return logs, ends
 
 
 def bad_data_of_one_rank(world: World) -> None:
-    """Only rank 1 is served another text; both see the mean, and decide the same."""
-    bad = range(60, 70) if world.rank == 1 else range(0)
-    logs, ends = _run(world, Corrupted(bad, seed=world.rank))
+    """Only the leaf of rank 1 is of another text; both see the mean, and decide the same."""
+    # Updates 60 to 69 have micro-batches 120 to 139, the odd ones rank 1's.
+    bad = [micro for micro in range(120, 140) if micro % 2]
+    logs, ends = _run(world, Corrupted(bad))
     assert logs[0] == logs[1]
     done = [
         (e["action"], e["from_step"], e["step"], e["skip_batches"]) for e in logs[0] if e["kind"] == "done"
@@ -72,7 +57,7 @@ def bad_data_of_one_rank(world: World) -> None:
 
 
 def nan_of_one_rank(world: World) -> None:
-    logs, ends = _run(world, TextLoader(seed=world.rank), poisoned=65 if world.rank == 1 else -1)
+    logs, ends = _run(world, TextLoader(), poisoned=65 if world.rank == 1 else 10**9)
     assert logs[0] == logs[1]
     decided = [(e["detector"], e["step"], e["to_step"]) for e in logs[0] if e["kind"] == "decided"]
     assert decided == [("non_finite", 65, 40)]
@@ -80,17 +65,12 @@ def nan_of_one_rank(world: World) -> None:
 
 
 def ranks_that_part(world: World) -> None:
-    """Rank 1 sees another loss from the third update on, as it would where gradients are not summed."""
-
-    class Parted(Averaged):
-        def forward(self, *arguments: Any, **options: Any) -> Any:
-            out = super().forward(*arguments, **options)
-            return out._replace(loss=out.loss + 1e-6) if world.rank == 1 and self.left < -3 else out
-
-    config = table(Path(tempfile.mkdtemp()), steps=20)
-    model = Parted(from_table(config).model_config(), seed=1337)
-    with pytest.raises(SpikeError, match="step 3: rank 1 has another loss than rank 0"):
-        train(config, TextLoader(seed=world.rank), model)
+    """Rank 1 was given a change of the run that rank 0 knows nothing of."""
+    changes = [{"step": 3, "lr_factor": 0.5}] if world.rank == 1 else []
+    _, config = _together(world, steps=20, changes=changes)
+    model = GPT(from_table(config).model_config(), seed=1337)
+    with pytest.raises(SpikeError, match="rank 1 has another events than rank 0"):
+        train(config, TextLoader(), model)
 
 
 CASES = {

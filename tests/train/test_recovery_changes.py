@@ -142,7 +142,7 @@ def test_sgd_takes_over_adams_mean_and_gives_it_back(tmp_path: Path) -> None:
         gradients()
         adam.step()
     kept = {p: {name: value.clone() for name, value in adam.state[p].items()} for p in model.parameters()}
-    sgd = switched(adam, config, model)
+    sgd = switched(adam, config)
     assert isinstance(sgd, SGD) and sgd.max_norm == 0.5
     decay = {p: group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
     assert sorted(set(decay.values())) == [0.0, 0.1]
@@ -157,7 +157,7 @@ def test_sgd_takes_over_adams_mean_and_gives_it_back(tmp_path: Path) -> None:
         torch.testing.assert_close(p.detach().double(), before[p] - 0.3 * mean, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(sgd.state[p]["momentum_buffer"].double(), mean, rtol=1e-5, atol=1e-9)
     means = {p: sgd.state[p]["momentum_buffer"].clone() for p in model.parameters()}
-    back = switched(sgd, config, model)
+    back = switched(sgd, config)
     assert isinstance(back, AdamW) and back.param_groups[0]["betas"] == (0.9, 0.95)
     for p in model.parameters():
         assert torch.equal(back.state[p]["exp_avg"], means[p])

@@ -1,0 +1,85 @@
+"""A run over several ranks: its optimizer, what each rank puts into a checkpoint, and takes from one that any number of
+ranks wrote at any stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptcore.checkpoint import Checkpoint, Slice
+from gptcore.checkpoint.loading import MODEL_PREFIX
+from gptcore.optim import ZeroOptimizer, zero_state
+from gptcore.optim.fused import FusedOptimizer
+from gptcore.train import processes
+from gptcore.train.config import TrainConfig
+from gptcore.train.state import OPTIMIZER_PREFIX, refuse_other_model
+
+Optimizer = FusedOptimizer | ZeroOptimizer
+
+
+def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Module) -> Optimizer:
+    """``optimizer``, or around it one for several processes, leaves to add in a fixed order, or states to divide."""
+    spec, data = config.parallel, config.data
+    adds = spec.fixed_tree and data.batch * data.accumulate > config.grain
+    if processes.member().ranks == 1 and not adds and not spec.zero:
+        return optimizer
+    return ZeroOptimizer(optimizer, stage=spec.zero, module=model, fixed_tree=spec.fixed_tree)
+
+
+def collect(
+    model: torch.nn.Module, optimizer: ZeroOptimizer
+) -> tuple[dict[str, list[Slice]], dict[str, Tensor], dict[str, Any]]:
+    """This rank's slices; what one rank saves for all; JSON state."""
+    states = zero_state.states(optimizer)
+    slices = {MODEL_PREFIX + name: parts for name, parts in zero_state.weights(optimizer).items()}
+    slices |= {OPTIMIZER_PREFIX + name: parts for name, parts in states.items()}
+    trained = optimizer.trained()
+    whole: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            tied[name] = seen[id(tensor)]
+            continue
+        seen[id(tensor)] = name
+        if tensor not in trained:
+            whole[MODEL_PREFIX + name] = tensor.detach()
+    owned = {name: [Slice(*part) for part in parts] for name, parts in slices.items()}
+    return owned, whole, {"tied": tied, "optimizer": {}}
+
+
+def restore(model: torch.nn.Module, optimizer: ZeroOptimizer, opened: Checkpoint) -> None:
+    """Read this rank's part; every rank calls it.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model; names the first difference.
+    """
+    saved = {name[len(MODEL_PREFIX) :] for name in opened.names if name.startswith(MODEL_PREFIX)}
+    kinds = {name: (opened.shape(MODEL_PREFIX + name), opened.dtype(MODEL_PREFIX + name)) for name in saved}
+    kinds |= {alias: kinds[name] for alias, name in opened.state["tied"].items()}
+    own = model.state_dict(keep_vars=True)
+    refuse_other_model(kinds, own)
+    trained = optimizer.trained()
+    with torch.no_grad():
+        for owned in optimizer.owned(whole_parts=True):
+            owned.weights.copy_(opened.read(MODEL_PREFIX + owned.name, owned.start, owned.stop))
+        for name, tensor in own.items():
+            if name in saved and tensor not in trained:
+                tensor.copy_(opened.read(MODEL_PREFIX + name))
+    optimizer.weights_changed()
+    _restore_optimizer(optimizer, opened)
+
+
+def _restore_optimizer(optimizer: ZeroOptimizer, opened: Checkpoint) -> None:
+    keys: dict[str, list[str]] = {}
+    for full in opened.names:
+        if full.startswith(OPTIMIZER_PREFIX):
+            name, _, key = full[len(OPTIMIZER_PREFIX) :].rpartition("/")
+            keys.setdefault(name, []).append(key)
+    zero_state.restore(
+        optimizer,
+        lambda name: keys.get(name, ()),
+        lambda name, start, stop: opened.read(OPTIMIZER_PREFIX + name, start, stop),
+    )
