@@ -13,8 +13,9 @@ and --zero says what else is (docs/scaling.md). The bits are those of one proces
 A run lives in its directory: checkpoints, metrics.jsonl, loss.png, config.json. The same command
 continues a run that was stopped; --resume continues it with the settings kept there.
 
-What a run does about spikes and NaN is set by --set recovery.loss=rewind and the like, and told in its events.jsonl;
---change changes a run under way, --replay makes again what a log tells. docs/recovery.md explains them.
+What a run does about spikes and NaN is set by --set recovery.loss=rewind and the like, and told in its
+events.jsonl; --change changes a run under way, --replay makes again what a log tells. docs/recovery.md
+explains them.
 
 Examples:
   gptcore train shakespeare-char shakespeare.txt --set data.tokenizer=characters
