@@ -60,8 +60,7 @@ class FlatUnit:
         self.bounds = [self._cut(self.numel * rank // member.ranks, steps) for rank in range(member.ranks)]
         self.bounds.append(self.numel)
         self.sizes = [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
-        self.flat = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-        self._move_in()
+        self._move_in(torch.zeros(self.numel, dtype=self.dtype, device=self.device))
         self._own: Tensor | None = None
         self._work: list[Any] = []
 
@@ -74,7 +73,8 @@ class FlatUnit:
         return _up(ideal, BLOCK)
 
     @torch.no_grad()
-    def _move_in(self) -> None:
+    def _move_in(self, flat: Tensor) -> None:
+        self.flat = flat
         for p, offset in zip(self.parameters, self.offsets, strict=True):
             place = self.flat[offset : offset + p.numel()].view(p.shape)
             place.copy_(p)
@@ -125,6 +125,8 @@ class FlatUnit:
         """Give the storage of all weights back but this rank's."""
         self.wait()
         self.keep_own_apart()
+        if not self.flat.untyped_storage().resizable():  # somebody has it as a NumPy array, who may keep it
+            self._move_in(torch.empty_like(self.flat))
         self.flat.untyped_storage().resize_(0)
 
     def start_gather(self) -> None:

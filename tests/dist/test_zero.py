@@ -82,6 +82,17 @@ def test_slices_cover_every_element_once_and_end_at_blocks(sizes: list[int], ran
     assert [p.shape for p in parameters] == [(size,) for size in sizes]
 
 
+def test_weights_that_numpy_has_seen_are_freed_too() -> None:
+    """NumPy's share keeps a storage from being resized: it stays NumPy's, and the unit takes another."""
+    parameter = torch.nn.Parameter(torch.arange(5.0))
+    unit = FlatUnit([parameter], Member(None, 0, 1))
+    seen = parameter.detach().numpy()
+    unit.free()
+    assert unit.freed and seen.tolist() == [0, 1, 2, 3, 4]
+    unit.gather()
+    assert parameter.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_bad_arguments_are_named() -> None:
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="'optimizer': got AdamW, expected one of gptcore.optim"):
