@@ -88,7 +88,7 @@ class Writer:
             raise ValueError(f"checkpoint.save: argument 'keep_every': got {keep_every}, expected 0 or more")
         self._directory = Path(directory)
         self._keep = Keep(keep_last, keep_every)
-        self._member = member
+        self._member = member if member is not None and member.ranks > 1 else None
         self._patience = patience
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._saving: _Saving | None = None

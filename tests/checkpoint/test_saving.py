@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gptcore import checkpoint
 from gptcore.checkpoint import CheckpointError, Slice
+from gptcore.dist import Member
 from tests.checkpoint.checkpoint_cases import STATE, assert_same, make_tensors
 
 
@@ -145,6 +146,11 @@ def test_state_must_be_json(tmp_path: Path, state: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="state"):
         checkpoint.save(tmp_path, 1, {}, state)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_group_of_one_needs_no_process_group(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, make_tensors(), {}, member=Member(None, 0, 1))
+    assert_same(checkpoint.load(path)[0], make_tensors())
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
