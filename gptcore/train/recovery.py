@@ -41,35 +41,23 @@ def guarded_update(now: Run, drops: bool) -> Outcome:
     """The next update, what was seen in it and what is to be done; a skipped one counts, but touches no weight.
 
     ``drops``: keep it from the weights whatever it is like.
+
+    Raises:
+        NonFiniteError, SpikeError: where the policy is to stop, or ranks see or decide different things.
     """
-    step, guard = now.step, now.guard
-    error: UserError | None = None
-    try:
-        now.loss = update(
-            now.config,
-            now.model,
-            now.optimizer,
-            now.loader,
-            step,
-            routing=now.routing,
-            lr=now.course.learning_rate(step),
-            batch=now.course.batch(step),
-            admit=_admission(guard, drops),
-        )
-        now.grad_norm = now.optimizer.last_grad_norm
-    except NonFiniteError as caught:
-        now.loss, now.grad_norm, error = caught.loss, caught.grad_norm, caught
-    now.step += 1
-    seen = guard.look(now.loss, now.grad_norm)
-    verdict = guard.judge(step, now.loss, now.grad_norm, seen)
-    verdict = Verdict() if drops else verdict
+    guard = now.guard
+    loss, norm, error = _updated(now, drops)
+    now.step, now.loss, now.grad_norm = now.step + 1, loss, norm
+    seen = guard.look(loss, norm)
+    verdict = guard.judge(now.step - 1, loss, norm, seen)
     for sighting in seen:
         if guard.news(sighting):
             now.events.write("seen", now.step, **sighting._asdict())
     agree_on_events(now)
-    sentence = _sentence(now, verdict, seen)
-    if verdict.action == "none":
-        return Outcome(verdict, None, None)
+    if drops or verdict.action == "none":
+        return Outcome(Verdict(), None, None)
+    sentence = _sentence(verdict, seen)
+    error = error or SpikeError(f"step {now.step}: {sentence}")
     if verdict.action != "rewind":  # which has more to tell
         now.events.write(
             "decided", now.step, detector=verdict.detector, policy=verdict.action, onset=verdict.onset + 1
@@ -77,8 +65,27 @@ def guarded_update(now: Run, drops: bool) -> Outcome:
     if verdict.action == "skip":
         now.events.write("done", now.step, action="skip")
     if verdict.action == "stop":
-        raise error or SpikeError(f"step {now.step}: {sentence}")
-    return Outcome(verdict, error or SpikeError(f"step {now.step}: {sentence}"), sentence)
+        raise error
+    return Outcome(verdict, error, sentence)
+
+
+def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | None]:
+    """Make the next update: its loss, its norm, and the error if one is not finite."""
+    try:
+        loss = update(
+            now.config,
+            now.model,
+            now.optimizer,
+            now.loader,
+            now.step,
+            routing=now.routing,
+            lr=now.course.learning_rate(now.step),
+            batch=now.course.batch(now.step),
+            admit=_admission(now.guard, drops),
+        )
+    except NonFiniteError as error:
+        return error.loss, error.grad_norm, error
+    return loss, now.optimizer.last_grad_norm, None
 
 
 def _admission(guard: Guard, drops: bool) -> Callable[[float, float], bool] | None:
@@ -90,7 +97,7 @@ def _admission(guard: Guard, drops: bool) -> Callable[[float, float], bool] | No
     return None
 
 
-def _sentence(now: Run, verdict: Verdict, seen: list[Sighting]) -> str:
+def _sentence(verdict: Verdict, seen: list[Sighting]) -> str:
     """What the detector of ``verdict`` saw."""
     for sighting in seen:
         if sighting.detector != verdict.detector:
@@ -113,7 +120,9 @@ def agree_on_events(now: Run) -> None:
     """
     if not (c10d.is_available() and c10d.is_initialized()):
         return
-    values = [math.nan if value is None else value for value in (now.loss, now.grad_norm)]
+    # One NaN for all of them, whatever its bits.
+    numbers = (now.loss, now.grad_norm)
+    values = [math.nan if x is None or math.isnan(x) else x for x in numbers]
     bits = [struct.unpack("<q", struct.pack("<d", value))[0] for value in values]
     rows = agree("train.run", member_of("train.run"), {}, own=[*bits, now.events.digest])
     for rank, row in enumerate(rows):
@@ -121,7 +130,7 @@ def agree_on_events(now: Run) -> None:
             if mine != theirs:
                 raise SpikeError(
                     f"step {now.step}: rank {rank} has another {name} than rank 0; all ranks must be given the same "
-                    "settings, the same start and the sum of all ranks' gradients"
+                    "settings, the same start and the mean of all ranks' gradients"
                 )
 
 

@@ -45,11 +45,12 @@ class Course:
         factor = 1.0
         for change in self.applied:
             if change.lr is not None:
-                factor = change.lr / self._scheduled(change)
+                factor = change.lr / self.scheduled(change)
             factor *= 1.0 if change.lr_factor is None else change.lr_factor
         return self.config.learning_rate(step) * factor
 
-    def _scheduled(self, change: Change) -> float:
+    def scheduled(self, change: Change) -> float:
+        """The schedule's own rate where ``change`` comes. Raises UserError where it is 0 and cannot be rescaled."""
         rate = self.config.learning_rate(change.step)
         if rate <= 0:
             raise UserError(f"changes: step {change.step}: lr cannot rescale the schedule, which is 0 there")
@@ -109,10 +110,10 @@ def check(config: TrainConfig) -> None:
                 f"{where}: optimizer {change.optimizer}: a run with Adam or AdamW can change to sgd and back; "
                 f"this one has {own}"
             )
-        if change.loss_scale is not None and config.dtype != "float16":
+        if change.loss_scale is not None:
             raise UserError(f"{where}: loss_scale: {config.dtype} is trained without a loss scale")
         if change.lr is not None:
-            course._scheduled(change)
+            course.scheduled(change)
 
 
 def apply_due(now: Run) -> bool:

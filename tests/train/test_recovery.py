@@ -99,11 +99,12 @@ def test_rewinds_are_bounded(tmp_path: Path) -> None:
 
 
 def test_without_a_checkpoint_a_nan_stops_and_a_spike_does_not(tmp_path: Path) -> None:
-    config = table(tmp_path / "nan", steps=60, checkpoint={"every": 0})
+    off = {"recovery": {"loss": "off"}}
+    config = table(tmp_path / "nan", steps=60, checkpoint={"every": 0}, **off)
     model = PoisonedGPT(from_table(config).model_config(), calls=50)
     with pytest.raises(NonFiniteError, match=r"the loss is nan at step 50 .*; no checkpoint to go back to"):
         train(config, model=model)
-    train(table(tmp_path / "spike", steps=60, checkpoint={"every": 0}), Corrupted(range(50, 54)))
+    train(table(tmp_path / "spike", steps=60, checkpoint={"every": 99}), Corrupted(range(50, 54)))
     decided = [(d["step"], d["policy"], d["reason"]) for d in told(tmp_path / "spike", "decided")]
     assert decided == [(53, "warn", "no checkpoint to go back to")]
 
@@ -286,3 +287,5 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             from_table(table(tmp_path, recovery=spec))
+    with pytest.raises(UserError, match="recovery.loss: rewind needs checkpoints to go back to"):
+        from_table(table(tmp_path, checkpoint={"every": 0}))

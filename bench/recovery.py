@@ -1,9 +1,11 @@
-"""What the detectors of spike recovery add to an update: ``python -m bench.recovery_overhead``.
+"""The detectors of spike recovery, their cost in an update and how often they are wrong: ``python -m bench.recovery``.
 
 Two copies of a small GPT train on the same data, one through ``gptcore.train.update`` alone, one under the guard with
 full windows. They take turns, who begins alternates, and each pair of turns gives one ratio of times, so that what
 slows the machine slows both. Printed: the median over the pairs, and its one-sided 95% upper bound by order statistics,
 of wall time and of the process's CPU time, which a busy neighbour disturbs less.
+
+False alarms are counted over values drawn from distributions without spikes.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from gptcore import backend
@@ -23,9 +26,10 @@ from gptcore.models import GPT
 from gptcore.train import TrainConfig, from_table, optimizers, update
 from gptcore.train.evaluation import Batches
 from gptcore.train.events import EventLog
-from gptcore.train.guard import Guard
+from gptcore.train.guard import Guard, Window
 from gptcore.train.recovery import guarded_update
 from gptcore.train.recovery_changes import Course
+from gptcore.train.recovery_spec import RecoverySpec
 from gptcore.train.run_directory import RunDirectory
 from gptcore.train.run_state import Run
 
@@ -125,8 +129,27 @@ def detectors_alone(updates: int = 20_000) -> dict[str, float | str]:
     return {"case": "recovery/detectors", "us": round(1e6 * (time.perf_counter() - start) / updates, 2)}
 
 
+def false_alarms(updates: int = 500_000) -> Iterator[dict[str, object]]:
+    """Outliers, and three of them in a row, among values that have none but by chance."""
+    spec, rng = RecoverySpec(), np.random.default_rng(0)
+    draws = {
+        "gaussian": rng.normal(3.0, 0.1, updates),
+        "student, 4 degrees": 3.0 + 0.1 * rng.standard_t(4, updates),
+        "lognormal, sigma 0.3": np.exp(rng.normal(0.0, 0.3, updates)),
+    }
+    for name, values in draws.items():
+        window, streak = Window(spec.window, spec.least), 0
+        outliers, spikes = 0, 0
+        for value in values.tolist():
+            streak = streak + 1 if window.outlier("", value, spec.threshold) is not None else 0
+            outliers += streak > 0
+            spikes += streak == spec.patience
+            window.add(value)
+        yield {"case": f"recovery/{name}", "updates": updates, "outliers": outliers, "spikes": spikes}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.recovery_overhead", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.recovery", description=__doc__)
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--updates", type=int, default=2, help="in each turn")
     parser.add_argument("--threads", type=int, default=1)
@@ -134,7 +157,8 @@ def main() -> None:
     if options.pairs < 30:
         parser.error("--pairs: expected 30 or more")
     backend.set_num_threads(options.threads)
-    print(json.dumps(detectors_alone()), flush=True)
+    for record in (*false_alarms(), detectors_alone()):
+        print(json.dumps(record), flush=True)
     for policy in ("rewind", "skip"):
         print(json.dumps(compare(policy, options.pairs, options.updates)), flush=True)
 
