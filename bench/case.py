@@ -25,9 +25,11 @@ PLAIN = "gptcore_plain"
 DTYPES = ("float32", "bfloat16")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Suites that train whole models: minutes, not milliseconds.
-STEP_SUITES = ("train_step", "memory", "neighbour", "shakespeare", "hf_train_step", "hf_generate")
-# What runs without --suite: all but three trainings that take many minutes, and what needs another library.
-LEFT_OUT_BY_DEFAULT = ("shakespeare", "hf_train_step", "hf_generate")
+STEP_SUITES = (
+    "train_step", "memory", "checkpointing", "neighbour", "shakespeare", "hf_train_step", "hf_generate"
+)  # fmt: skip
+# What runs without --suite: all but trainings that take many minutes, and what needs another library.
+LEFT_OUT_BY_DEFAULT = ("shakespeare", "checkpointing", "hf_train_step", "hf_generate")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore import ops
+from gptcore.models.checkpointing import Checkpointing
 from gptcore.models.config import GPTConfig
 from gptcore.models.norm import Norm
 from gptcore.models.positions import RotaryTables, alibi_slopes
@@ -153,8 +154,13 @@ class Block(nn.Module):
         self.mlp_norm = Norm(spec, config.width) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
+    @property
+    def gives_delta(self) -> bool:
+        """Whether the stream that it gives is a sum of two; post-LN's is whole."""
+        return self.placement not in ("post", "deepnorm")
+
     def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
-        if self.placement in ("post", "deepnorm"):
+        if not self.gives_delta:
             return self._normed_after(x, context), None
         y, x = self.norm1.add(x, delta)
         if self.parallel == "none":
@@ -190,13 +196,17 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = Norm(config.norm, config.width) if config.norm.has_final else None
+        self.checkpointing = Checkpointing()
 
     def forward(
         self, x: Tensor, delta: Tensor | None, context: Context, *, last_only: bool = False
     ) -> Tensor:
         """The normed output for the stream x + delta; of the last position alone if ``last_only``."""
-        for block in self.blocks:
-            x, delta = block(x, delta, context)
+        for i, block in enumerate(self.blocks):
+            if self.checkpointing.serves(i, context):
+                x, delta = self.checkpointing.run(block, x, delta, context)
+            else:
+                x, delta = block(x, delta, context)
         if last_only:
             x = x[:, -1:].contiguous()
             delta = None if delta is None else delta[:, -1:].contiguous()

@@ -15,6 +15,7 @@ from gptcore import ops
 from gptcore.errors import UserError
 from gptcore.models import accounting
 from gptcore.models.block import Context, KeyValueCache, Stack
+from gptcore.models.checkpointing import Checkpointing
 from gptcore.models.config import GPTConfig
 from gptcore.models.init import Projection, initialise
 from gptcore.models.norm import Norm
@@ -319,6 +320,26 @@ class GPT(nn.Module):
                 f"GPT: argument 'cu_seqlens': got a document of {longest} tokens, expected at most the "
                 f"context length {self.config.context_length}"
             )
+
+    def checkpoint_activations(self, kind: str = "block", *, every: int = 1) -> GPT:
+        """Trade time for memory in training: compute values of the blocks anew in backward instead of keeping them.
+
+        Gradients have the same bits; hooks on modules inside a block run twice.
+
+        Args:
+            kind: "block" keeps only what goes into a block; "selective" also the results of its products and of
+                attention, and computes norms, activations and rotations anew; "none" keeps everything.
+            every: of so many blocks the first is treated so.
+
+        Returns:
+            The model.
+
+        Raises:
+            UserError: an unknown kind.
+            ValueError: ``every`` below 1.
+        """
+        self.stack.checkpointing = Checkpointing.checked(kind, every)
+        return self
 
     def num_parameters(self, *, embeddings: bool = True, active: bool = False) -> int:
         """Number of parameters; ``embeddings`` false leaves tables and an own head out (Kaplan's N), ``active`` the

@@ -88,6 +88,19 @@ class ScheduleSpec(Spec):
 
 
 @dataclass(frozen=True)
+class MemorySpec(Spec):
+    """What is computed anew instead of kept: ``GPT.checkpoint_activations`` in every ``every``-th block."""
+
+    section: ClassVar[str] = "memory"
+
+    activation_checkpointing: Literal["none", "selective", "block"] = "none"
+    every: int = 1
+
+    def validate(self) -> None:
+        at_least("memory.", 1, every=self.every)
+
+
+@dataclass(frozen=True)
 class EvaluationSpec(Spec):
     """Held-out loss over ``batches`` batches: at step 0, every ``every`` updates, at the end (0: never)."""
 
@@ -182,6 +195,7 @@ class TrainConfig(Spec):
     data: DataSpec = field(default_factory=DataSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    memory: MemorySpec = field(default_factory=MemorySpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)
     checkpoint: CheckpointSpec = field(default_factory=CheckpointSpec)

@@ -15,6 +15,8 @@ import torch
 
 from gptcore import checkpoint
 from gptcore.dist import gather_numbers
+from gptcore.errors import UserError
+from gptcore.models import GPT
 from gptcore.models.config import GPTConfig
 from gptcore.report.progress import Progress
 from gptcore.train import optimizers, peak, processes, state
@@ -87,6 +89,7 @@ def run(
     _set_up(config)
     ceiling = peak.of(device, dtype) if measure_peak else peak.Peak(None, "not measured")
     _cast(model, device, dtype)
+    _spare_memory(model, config)
     member = processes.member()
     optimizer = sharded(config, optimizers.build(config.optimizer, model, seed=config.seed), model)
     # Dropout starts from the seed, whatever the caller drew before; a resumed run restores the generator.
@@ -169,6 +172,17 @@ def _cast(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> N
     model.to(device)
     for p in model.parameters():
         p.data = p.data.to(dtype)
+
+
+def _spare_memory(model: torch.nn.Module, config: TrainConfig) -> None:
+    kind = config.memory.activation_checkpointing
+    if kind == "none":
+        return  # a caller may have set the model's own
+    if not isinstance(model, GPT):
+        raise UserError(
+            f"memory.activation_checkpointing: got {kind}, but {type(model).__name__} is no GPT of gptcore.models"
+        )
+    model.checkpoint_activations(kind, every=config.memory.every)
 
 
 def _expert_layers(model: torch.nn.Module) -> tuple[int, ...]:

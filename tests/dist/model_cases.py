@@ -104,6 +104,21 @@ def _bf16_forward(world: World) -> None:
     assert same_bits(got, own(wanted, world))
 
 
+def _checkpointing(world: World) -> None:
+    """Blocks computed anew in backward, their exchanges of rows with them, give the same bits."""
+    found = []
+    for kind in ("none", "block", "selective"):
+        spread = dist.expert_parallel(model_of(), world.group).checkpoint_activations(kind)
+        torch.manual_seed(1)
+        rows = own(batch(0, world.ranks), world)
+        out = spread(rows[:, :-1], rows[:, 1:])
+        out.total.backward()
+        found.append([out.total.detach(), *(p.grad for p in spread.parameters())])
+    plain = found[0]
+    for other in found[1:]:
+        assert all(same_bits(a, b) for a, b in zip(plain, other, strict=True))
+
+
 def _state(world: World) -> None:
     """Whole state is the model's before it was spread, and goes into models of any number of ranks."""
     whole = model_of().state_dict()
@@ -220,6 +235,7 @@ CASES: dict[str, Case] = {
     "training": training(wrapped=False),
     "training-ddp": training(wrapped=True),
     "bf16-forward": _bf16_forward,
+    "checkpointing": _checkpointing,
     "state": _state,
     "built-without-memory": _built_without_memory,
     "gradients": _gradients,
