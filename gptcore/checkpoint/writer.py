@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
 import shutil
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +23,8 @@ from gptcore.checkpoint.manifest import CheckpointError
 from gptcore.checkpoint.shard import Owned, Shard
 from gptcore.dist import Member, agree
 
-# A lower weight than training's threads have: the writer takes what they leave, and a little more.
-_NICENESS = 10
+# By so much nicer than training's threads is the writer's: it takes what they leave, and a little more.
+_NICER = 10
 
 
 def save(
@@ -223,8 +223,9 @@ class _Saving:
         self._thread.start()
 
     def _run_aside(self, buffer: Tensor) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            own = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + _NICER))
         self.run(buffer)
 
     def fail(self, error: BaseException) -> None:
