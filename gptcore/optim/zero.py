@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,12 +10,16 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor, nn
 
-from gptcore.dist.flat_unit import BLOCK, FlatUnit, Piece
+from gptcore.dist.flat_unit import FlatUnit, Piece
 from gptcore.dist.gather_on_use import GatherOnUse, blocks_of
 from gptcore.dist.group import Member, agree, member_of
+from gptcore.dist.shard import sharded_parameters
 from gptcore.dist.unit_gradients import Leaves, UnitGradients
+from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.slices import Whole
+from gptcore.optim.zero_layout import units_of
+from gptcore.optim.zero_sums import norm_of_all
 
 
 class _Place(NamedTuple):
@@ -145,8 +148,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 own = [p for p in block.parameters() if p in rest]
                 for p in own:
                     del rest[p]
-                blocks.append((block, self._units_of(own, bucket=None)))
-        root = self._units_of(rest, bucket)
+                blocks.append((block, units_of(own, self.optimizer, self.member, None)))
+        root = units_of(rest, self.optimizer, self.member, bucket)
         self.units = [*(unit for _, units in blocks for unit in units), *root]
         self._places = {
             p: _Place(i, number)
@@ -156,19 +159,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._weights = GatherOnUse(blocks, root) if self.stage == 3 else None
         if self._weights is not None and self.module is not None:
             self.module.register_forward_pre_hook(lambda module, inputs: self._weights.forward_begins())
-
-    def _units_of(self, parameters: Any, bucket: int | None) -> list[FlatUnit]:
-        units: list[FlatUnit] = []
-        waiting: dict[Any, list[nn.Parameter]] = {}
-        filled: dict[Any, int] = {}
-        for p in parameters:
-            kind = (p.dtype, p.device)
-            if bucket is not None and filled.get(kind, 0) and filled[kind] + p.numel() > bucket:
-                units.append(FlatUnit(waiting.pop(kind), self.member))
-                filled[kind] = 0
-            waiting.setdefault(kind, []).append(p)
-            filled[kind] = filled.get(kind, 0) + p.numel()
-        return [*units, *(FlatUnit(left, self.member) for left in waiting.values())]
 
     def _hand_pieces_to_optimizer(self) -> None:
         """The wrapped optimizer has slices for parameters from now on."""
@@ -324,7 +314,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             )
         scale = grad_scale * self.member.ranks
         gradients = self._summed_gradients()
-        norm, self.found_inf = self._norm(list(gradients.values()), scale)
+        # In stage 0 every rank has all gradients.
+        owners = self.member if self.stage else Member(None, 0, 1)
+        norm, self.found_inf = norm_of_all(list(gradients.values()), scale, owners)
         self.last_grad_norm = norm
         if not self.found_inf and (admit is None or admit(norm)):
             self._update(gradients, norm, scale)
@@ -369,20 +361,6 @@ class ZeroOptimizer(torch.optim.Optimizer):
         c10d.all_reduce(flags, op=c10d.ReduceOp.MAX, group=self.member.group)
         return {p for p, flag in zip(self._places, flags.tolist(), strict=True) if flag}
 
-    def _norm(self, gradients: Sequence[Tensor], scale: float) -> tuple[float, bool]:
-        """Of all gradients together, the same bits on any number of ranks."""
-        from gptcore.ops.grad_norm import square_sums
-
-        sums, found_inf = square_sums(gradients, BLOCK)
-        terms: list[float] = [*_exact_terms(sums.tolist())]
-        if self.member.ranks > 1 and self.stage > 0:
-            own = torch.tensor([*terms, float(found_inf)], dtype=torch.float64)
-            all_ranks = own.new_empty(self.member.ranks, len(own))
-            c10d.all_gather(list(all_ranks.unbind()), own, group=self.member.group)
-            terms = all_ranks[:, :-1].reshape(-1).tolist()
-            found_inf = bool(all_ranks[:, -1].any())
-        return math.sqrt(math.fsum(terms)) / scale if not found_inf else math.nan, found_inf
-
     def _update(self, gradients: dict[Tensor, Tensor], norm: float, scale: float) -> None:
         for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
             inner.update({key: value for key, value in outer.items() if key != "params"})
@@ -400,24 +378,26 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self._begin_step()
 
 
-def _exact_terms(values: Sequence[float]) -> tuple[float, float, float]:
-    """Three numbers whose sum is that of ``values`` to more than 150 bits: what is added to it can be in any order."""
-    terms: list[float] = []
-    for _ in range(3):
-        rest = math.fsum((*values, *(-term for term in terms)))
-        terms.append(rest if math.isfinite(rest) else 0.0)
-    return terms[0], terms[1], terms[2]
-
-
 def _check(optimizer: Any, stage: int, module: Any, accumulation: int, bucket: int) -> None:
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
             f"ZeroOptimizer: argument 'optimizer': got {type(optimizer).__name__}, expected one of gptcore.optim"
         )
+    if isinstance(optimizer, Adafactor):
+        raise TypeError(
+            "ZeroOptimizer: argument 'optimizer': got Adafactor, whose statistics are of whole matrices, expected AdamW, "
+            "Adam, AdamW8bit or SGD"
+        )
     if optimizer.state:
         raise ValueError("ZeroOptimizer: argument 'optimizer': got one that has stepped, expected a new one")
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"ZeroOptimizer: argument 'stage': got {stage}, expected 0, 1, 2 or 3")
+    if module is not None and sharded_parameters(module):
+        name = next(iter(sharded_parameters(module)))
+        raise ValueError(
+            f"ZeroOptimizer: argument 'module': got a slice of '{name}', expected all of every parameter on every "
+            "rank; experts spread over ranks are not divided further"
+        )
     if stage == 3 and module is None:
         raise ValueError(
             "ZeroOptimizer: argument 'module': got None, expected the model, whose weights stage 3 divides"

@@ -6,6 +6,7 @@ where in the whole, flattened, it belongs. So what is saved knows nothing of ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def states(optimizer: ZeroOptimizer) -> Parts:
     index = _indices(optimizer)
     for owned in optimizer.owned():
         for key, value in saved["state"].get(index[owned.part], {}).items():
-            if value.dim() or owned.start == 0:
+            if owned.start == 0 or not (value.dim() == 0 or key == "col_var"):
                 parts[f"{owned.name}/{key}"] = [_part(key, value, owned)]
     return parts
 
@@ -63,7 +64,7 @@ def restore(
         for key in keys(owned.name):
             start, stop = _extent(key, owned)
             value = read(f"{owned.name}/{key}", start, stop)
-            values[key] = value.reshape(()) if key == "step" else value
+            values[key] = value.reshape(_shape_here(key, owned))
         if values:
             found[index[owned.part]] = values
     groups = optimizer.optimizer.state_dict()["param_groups"]
@@ -91,11 +92,27 @@ def _extent(key: str, owned: Owned) -> tuple[int, int]:
         return 0, 1
     if key.endswith("_scale"):
         return owned.start // _SCALED, -(-owned.stop // _SCALED)
+    columns = owned.parameter.shape[-1] if owned.parameter.dim() else 1
+    if key == "row_var":
+        return owned.start // columns, owned.stop // columns
+    if key == "col_var":  # all of it with every owner
+        return 0, math.prod(_whole_shape(key, owned))
     return owned.start, owned.stop
+
+
+def _shape_here(key: str, owned: Owned) -> tuple[int, ...]:
+    """In which the optimizer keeps what it has of a state."""
+    if key == "row_var":
+        return (-1, 1)
+    return () if key == "step" else _whole_shape(key, owned) if key == "col_var" else (-1,)
 
 
 def _whole_shape(key: str, owned: Owned) -> tuple[int, ...]:
     shape = tuple(owned.parameter.shape)
+    if key == "row_var":
+        return (*shape[:-1], 1)
+    if key == "col_var":
+        return (*shape[:-2], 1, shape[-1])
     return (-(-owned.parameter.numel() // _SCALED),) if key.endswith("_scale") else shape
 
 

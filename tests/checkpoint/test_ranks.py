@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist.processes import cases_of, verdicts
+from tests.dist.processes import cases_of, shared_verdicts
 
 MODULES = ("tests.checkpoint.rank_cases", "tests.checkpoint.dtensor_cases")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return verdicts(MODULES, 4, tmp_path_factory.mktemp("group"))
+    return shared_verdicts(MODULES, 4, tmp_path_factory, limit=200.0)
 
 
 @pytest.mark.parametrize("name", cases_of(MODULES))

@@ -6,7 +6,9 @@ A case is a function of a :class:`World`. Every case has a process group of its 
 
 from __future__ import annotations
 
+import fcntl
 import importlib
+import json
 import multiprocessing
 import os
 import time
@@ -16,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as c10d
 
@@ -74,6 +77,21 @@ def verdicts(
         if child.is_alive():
             child.kill()
     return found
+
+
+def shared_verdicts(
+    modules: Sequence[str], ranks: int, factory: pytest.TempPathFactory, *, limit: float = LIMIT
+) -> dict[str, list[str]]:
+    """``verdicts``, made once though pytest-xdist's workers may each ask for them."""
+    base = factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    place = root / f"verdicts-{modules[0]}-{ranks}.json"
+    with open(place.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            found = verdicts(modules, ranks, factory.mktemp("group"), limit=limit)
+            place.write_text(json.dumps(found))
+    return json.loads(place.read_text())
 
 
 def cases_of(modules: Sequence[str]) -> dict[str, Case]:

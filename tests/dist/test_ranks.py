@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from gptcore import dist, nn
-from tests.dist.processes import cases_of, verdicts
+from tests.dist.processes import cases_of, shared_verdicts
 
 MODULES = ("tests.dist.moe_cases", "tests.dist.model_cases")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return verdicts(MODULES, request.param, tmp_path_factory.mktemp("group"))
+    return shared_verdicts(MODULES, request.param, tmp_path_factory, limit=200.0)
 
 
 @pytest.mark.parametrize("name", cases_of(MODULES))

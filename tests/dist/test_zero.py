@@ -13,14 +13,14 @@ from gptcore.dist import Member
 from gptcore.dist.flat_unit import BLOCK, FlatUnit
 from gptcore.dist.leaf_sums import LeafSums, Node, maximal_nodes
 from gptcore.optim import AdamW, ZeroOptimizer
-from tests.dist.processes import cases_of, verdicts
+from tests.dist.processes import cases_of, shared_verdicts
 
 MODULES = ("tests.dist.zero_cases",)
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return verdicts(MODULES, request.param, tmp_path_factory.mktemp("group"), limit=200.0)
+    return shared_verdicts(MODULES, request.param, tmp_path_factory, limit=300.0)
 
 
 @pytest.mark.parametrize("name", cases_of(MODULES))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist.processes import cases_of, verdicts
+from tests.dist.processes import cases_of, shared_verdicts
 
 MODULES = ("tests.train.plan_cases",)
 
@@ -14,7 +14,7 @@ _FOUR = pytest.param(4, marks=pytest.mark.long)
 
 @pytest.fixture(scope="module", params=[2, _FOUR], ids=["2-ranks", "4-ranks"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return verdicts(MODULES, request.param, tmp_path_factory.mktemp("group"), limit=200.0)
+    return shared_verdicts(MODULES, request.param, tmp_path_factory, limit=200.0)
 
 
 @pytest.mark.parametrize("name", cases_of(MODULES))

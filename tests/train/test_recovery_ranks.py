@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from ..dist.processes import cases_of, verdicts
+from ..dist.processes import cases_of, shared_verdicts
 
 MODULES = ["tests.train.recovery_rank_cases"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    return verdicts(MODULES, 2, folder)
+    return shared_verdicts(MODULES, 2, tmp_path_factory, limit=200.0)
 
 
 @pytest.mark.parametrize("case", cases_of(MODULES))
