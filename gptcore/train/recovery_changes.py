@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gptcore.errors import UserError
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.sgd import SGD
@@ -149,7 +151,8 @@ def switched(optimizer: FusedOptimizer, config: TrainConfig) -> FusedOptimizer:
     it takes over and gives back as it is. Its weight decay is Adam's, as L2 through the same mean: lr times decay
     times the weight each update, in the long run, as AdamW's is. The second moment and Adam's step count stay in the
     state and in checkpoints, unused, and go on where they were: the count belongs to the second moment, whose bias it
-    corrects; that of the first is gone after some tens of updates. Masters are kept, split ones made whole for SGD.
+    corrects; that of the first is gone after some tens of updates. An Adam that had made no step begins as it would
+    have. Masters are kept, split ones made whole for SGD.
     """
     saved = saved_state(optimizer)  # with whole masters
     groups = [
@@ -164,5 +167,9 @@ def switched(optimizer: FusedOptimizer, config: TrainConfig) -> FusedOptimizer:
         other = SGD(groups, momentum=beta1, dampening=beta1, max_norm=optimizer.max_norm)
         names = _NAMES
     for p, values in saved.items():
-        other.state[p] = {names.get(name, name): value for name, value in values.items()}
+        state = {names.get(name, name): value for name, value in values.items()}
+        if "exp_avg" in state and "exp_avg_sq" not in state:  # SGD from the first update on
+            zeros = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+            state |= {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        other.state[p] = state
     return other

@@ -17,6 +17,7 @@ from gptcore.train.recovery_changes import switched
 from gptcore.train.recovery_replay import change_of, changes_of, replayed
 from gptcore.train.recovery_spec import Change
 
+from .test_resume import kill_and_resume
 from .toy import Toy, ToyLoader, settings
 
 CHANGES = [
@@ -83,6 +84,18 @@ def test_a_run_resumed_between_changes_has_the_same_bits(tmp_path: Path, stop: i
     assert same_end(tmp_path / "straight", tmp_path / "parts")
     logs = [events.read(tmp_path / name / "events.jsonl") for name in ("straight", "parts")]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.long
+def test_a_run_killed_between_changes_has_the_same_bits_and_the_same_log(tmp_path: Path) -> None:
+    """A change every 40 updates, so that each of three kills falls between others, some while SGD has the state."""
+    changes = [
+        {"step": 40 * n, **part}
+        for n, part in enumerate([{"optimizer": "sgd", "lr": 0.1}, {"optimizer": "adamw", "lr": 0.01}] * 5)
+    ]
+    kill_and_resume(tmp_path, 3, changes=changes)
+    logs = [events.read(tmp_path / name / "events.jsonl") for name in ("straight", "killed")]
+    assert logs[0] == logs[1] and len(logs[0]) == len(changes)
 
 
 def test_changes_made_stay_when_a_run_goes_on_without_them_in_its_settings(tmp_path: Path) -> None:
@@ -163,6 +176,17 @@ def test_sgd_takes_over_adams_mean_and_gives_it_back(tmp_path: Path) -> None:
         assert torch.equal(back.state[p]["exp_avg"], means[p])
         assert torch.equal(back.state[p]["exp_avg_sq"], kept[p]["exp_avg_sq"])
         assert back.state[p]["step"] == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adam_after_sgd_from_the_start_begins_afresh(tmp_path: Path, dtype: str) -> None:
+    """Its moments and its count are those of its own updates, the 15 after the change."""
+    changes = [{"step": 0, "optimizer": "sgd", "lr": 0.1}, {"step": 5, "optimizer": "adamw", "lr": 0.01}]
+    train(tmp_path, steps=20, dtype=dtype, changes=changes)
+    tensors = checkpoint.load(tmp_path / "checkpoints")[0]
+    assert tensors["optimizer/embedding/step"] == 15
+    assert not any(name.endswith("momentum_buffer") for name in tensors)
+    assert float(tensors["optimizer/embedding/exp_avg_sq"].max()) > 0
 
 
 @pytest.mark.parametrize(
