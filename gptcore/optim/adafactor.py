@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import Any, Literal
 
 import torch
 
 from gptcore.errors import unknown_name
+from gptcore.optim.adafactor_phases import check_complete, drive, in_step
 from gptcore.optim.fused import Call, FusedOptimizer
-from gptcore.optim.slices import Whole
+from gptcore.optim.slices import BlockSums, Whole
 
 
 class Adafactor(FusedOptimizer):
@@ -41,7 +42,8 @@ class Adafactor(FusedOptimizer):
 
     Everywhere an update is divided by ``max(1, RMS(update) / d)`` (clip_threshold for hf) before the step, and
     the moments are f32 whatever the parameter is. A bf16 parameter has an f32 master in the state, which is what
-    is updated; the parameter is its rounding, written in the same pass. Parameters are contiguous.
+    is updated; the parameter is its rounding, written in the same pass. Parameters are contiguous. Where they are
+    slices of larger ones (:mod:`gptcore.optim.slices`), sums go by fixed blocks; see :meth:`step_phases`.
 
     Args:
         params: as for torch's optimizers, named or not; groups may have settings of their own.
@@ -57,6 +59,8 @@ class Adafactor(FusedOptimizer):
         ValueError: a setting out of its range, or one that the variant does not have.
         TypeError: parameters that are neither f32 nor bf16, in ``step``.
     """
+
+    _always_in_blocks = False  # whole parameters too, for comparisons
 
     def __init__(
         self,
@@ -119,9 +123,11 @@ class Adafactor(FusedOptimizer):
             self._begin_master(p, state)
         if "step" not in state:
             state["step"] = torch.tensor(0.0)
-            if p.dim() > 1 and self.variant != "palm":
-                state["row_var"] = _zeros(p, (*p.shape[:-1], 1))
-                state["col_var"] = _zeros(p, (*p.shape[:-2], 1, p.shape[-1]))
+            shape = whole.shape
+            if len(shape) > 1 and self.variant != "palm":
+                rows = shape[:-1] if p.shape == shape else (p.numel() // max(1, shape[-1]),)
+                state["row_var"] = _zeros(p, (*rows, 1))
+                state["col_var"] = _zeros(p, (*shape[:-2], 1, shape[-1]))
             else:
                 state["variance"] = _zeros(p, p.shape)
         if group.get("beta1") is not None and "exp_avg" not in state:
@@ -132,30 +138,89 @@ class Adafactor(FusedOptimizer):
         self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
     ) -> tuple[float, bool]:
         from gptcore.ops.adafactor import adafactor_
+        from gptcore.ops.grad_norm import grad_norm as norm_of
 
+        if not self._in_blocks():
+            norm, found_inf = adafactor_(
+                **self._arguments(call), max_norm=max_norm, grad_scale=grad_scale, grad_norm=grad_norm
+            )
+        else:
+            check_complete(call)
+            norm, found_inf = norm_of(call.grads, grad_scale) if grad_norm is None else (grad_norm, False)
+            if not found_inf:
+                drive(in_step([call], [self._phases(call, grad_scale, norm)]))
+        if not found_inf:
+            torch._foreach_add_(call.list_of("step"), 1.0)
+        return norm, found_inf
+
+    def _arguments(self, call: Call) -> dict[str, Any]:
+        """The kernel's tensors and numbers but for the clip's."""
         group = dict(call.settings)
         weights, copies = call.weights()
         momentum = group.get("beta1") is not None
         numbers, decay = _numbers(self.variant, group, call.number)
-        norm, found_inf = adafactor_(
-            weights,
-            call.grads,
-            [s.get("row_var") for s in call.states],
-            [s.get("col_var") for s in call.states],
-            [s.get("variance") for s in call.states],
+        return {
             **numbers,
-            weight_decay=[w * decay for w in call.weight_decay],
-            exp_avgs=call.list_of("exp_avg") if momentum else None,
-            beta1=group["beta1"] if momentum else 0.0,
-            maximize=group.get("maximize", False),
-            copies=copies,
-            max_norm=max_norm,
+            **{name + "s": [s.get(name) for s in call.states] for name in ("row_var", "col_var", "variance")},
+            "params": weights,
+            "grads": call.grads,
+            "weight_decay": [w * decay for w in call.weight_decay],
+            "exp_avgs": call.list_of("exp_avg") if momentum else None,
+            "beta1": group["beta1"] if momentum else 0.0,
+            "maximize": group.get("maximize", False),
+            "copies": copies,
+        }
+
+    # --- slices --------------------------------------------------------------------------------------------
+
+    def _in_blocks(self) -> bool:
+        """Whether sums go by fixed blocks, whose bits no cut changes, as those of slices must."""
+        return self._always_in_blocks or any(
+            hasattr(p, "whole") for group in self.param_groups for p in group["params"]
+        )
+
+    def _phases(
+        self, call: Call, grad_scale: float, grad_norm: float
+    ) -> Generator[list[torch.Tensor], list[torch.Tensor], None]:
+        from gptcore.ops.adafactor_blocks import adafactor_blocks_
+
+        wholes = [(whole.shape, whole.start) for whole in call.wholes]
+        return adafactor_blocks_(
+            **self._arguments(call),
+            wholes=wholes,
+            max_norm=self.max_norm,
             grad_scale=grad_scale,
             grad_norm=grad_norm,
         )
-        if not found_inf:
+
+    @torch.no_grad()
+    def step_phases(
+        self, *, grad_norm: tuple[float, bool], grad_scale: float = 1.0
+    ) -> Generator[list[BlockSums], list[torch.Tensor], None]:
+        """One update of slices whose wholes have several owners, which exchange sums twice.
+
+        A generator: it yields what this optimizer's slices (parameters with ``whole``, :mod:`gptcore.optim.slices`)
+        have to tell the others, in the same order both times, and is sent for each entry the sums of all blocks of
+        its whole, (count, width). Every owner runs it, and all are sent the same; :func:`~slices.join_blocks` makes
+        it of all owners' entries. The bits are those of any other cut, and of ``step`` where one optimizer has all
+        slices. It yields nothing where found_inf is True.
+
+        Slices of matrices (..., n, m) begin and end with blocks of :func:`~slices.row_block` rows, others at multiples
+        of 1,024 elements. Their state is ``row_var``, (rows of the slice, 1), of which all owners' one below the other
+        are the whole's (..., n, 1), and ``col_var``, (..., 1, m) of the whole, equal with all owners.
+
+        Args:
+            grad_norm: ``(norm, found_inf)`` of all owners' gradients, as for ``step``.
+            grad_scale: gradients are divided by it.
+        """
+        self._check_norm(grad_norm, None)
+        self.last_grad_norm, self.found_inf = norm, found_inf = grad_norm
+        if found_inf:
+            return
+        calls = self._calls()
+        yield from in_step(calls, [self._phases(call, grad_scale, norm) for call in calls])
+        for call in calls:
             torch._foreach_add_(call.list_of("step"), 1.0)
-        return norm, found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base's; refuses what another variant saved."""

@@ -7,17 +7,14 @@ on the cut. A parameter without the attribute is whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-# Each block of rows is whole blocks of 8-bit moments.
-_ELEMENTS = 256
-_BLOCKS = 64
+from gptcore.ops.adafactor_blocks import row_block
+
+__all__ = ["BlockSums", "Whole", "join_blocks", "row_block", "whole_of"]
 
 
 @dataclass(frozen=True)
@@ -43,18 +40,45 @@ def whole_of(p: torch.Tensor, number: int) -> Whole:
     return Whole(p.numel(), tuple(p.shape), 0, number) if whole is None else whole
 
 
-def row_block(shape: Sequence[int]) -> int:
-    """Rows of a block of a matrix, or of each matrix of a batch (..., n, m); of the shape alone.
+@dataclass(frozen=True)
+class BlockSums:
+    """What an owner tells the others of its slice: sums over its blocks, in order.
 
-    At most 64 blocks to a matrix, each of a multiple of 256 elements but for the last, which may be shorter. Blocks
-    begin anew with each matrix. Slices that begin and end with blocks let :class:`gptcore.optim.Adafactor` give the
-    bits of the whole.
+    Args:
+        whole: what the slice is cut from.
+        first: the number of the slice's first block, among the whole's.
+        count: how many the whole has.
+        values: f64 of (the slice's blocks, width).
+    """
+
+    whole: Whole
+    first: int
+    count: int
+    values: torch.Tensor
+
+
+def join_blocks(blocks: Sequence[BlockSums]) -> list[torch.Tensor]:
+    """For each entry the sums of all blocks of its whole, (count, width): those of entries that share it, in order.
 
     Raises:
-        ValueError: a shape of fewer than two dimensions.
+        ValueError: blocks of a whole that nobody has, or more than one.
     """
-    if len(shape) < 2:
-        raise ValueError(f"row_block: argument 'shape': got {tuple(shape)}, expected two dimensions or more")
-    rows, cols = shape[-2:]
-    multiple = _ELEMENTS // math.gcd(cols, _ELEMENTS)
-    return max(1, -(-rows // (_BLOCKS * multiple))) * multiple
+    of_whole: dict[int, list[BlockSums]] = {}
+    for entry in blocks:
+        of_whole.setdefault(entry.whole.number, []).append(entry)
+    joined = {number: _joined(entries) for number, entries in of_whole.items()}
+    return [joined[entry.whole.number] for entry in blocks]
+
+
+def _joined(entries: list[BlockSums]) -> torch.Tensor:
+    ordered = sorted(entries, key=lambda entry: (entry.first, len(entry.values)))
+    end = 0
+    for entry in ordered:
+        if entry.first == end or not len(entry.values):
+            end += len(entry.values)
+    if end != ordered[0].count or sum(len(entry.values) for entry in ordered) != end:
+        raise ValueError(
+            f"join_blocks: argument 'blocks': got {end} in a row of the {ordered[0].count} blocks of parameter "
+            f"{ordered[0].whole.number}, expected each once"
+        )
+    return ordered[0].values if len(ordered) == 1 else torch.cat([entry.values for entry in ordered])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from gptcore import backend
+from gptcore.ops.grad_norm import grad_norm
 from gptcore.optim import Adafactor, schedule
+from gptcore.optim.slices import Whole, join_blocks
 
 SHAPES = [(130, 33), (64,), (1,), (5, 3, 2), (7, 1), ()]
 
@@ -324,3 +328,120 @@ def test_state_of_another_variant_is_refused() -> None:
     palm_state = Adafactor(params, variant="palm").state_dict()
     with pytest.raises(ValueError, match="'state_dict'.*without d|foreach.*variant 'torch'"):
         Adafactor(params).load_state_dict(palm_state)
+
+
+# --- slices with several owners ----------------------------------------------------------------------------------
+
+CUT_SHAPES = [(640, 64), (3, 96, 32), (5000,), (7, 3), ()]
+# Where slices of each may end: blocks of 48 rows, matrices, 1,024 elements.
+CUTS = [
+    [48 * 64, 240 * 64, 240 * 64],
+    [96 * 32, 160 * 32, 2 * 96 * 32],
+    [1024, 4096, 4096],
+    [21] * 3,
+    [1] * 3,
+]
+FLAT_CUTS = [[1024, 20 * 1024, 39 * 1024], [0, 1024, 8192], *CUTS[2:]]  # palm's
+
+
+def _made(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in CUT_SHAPES]
+
+
+def _owners(params: list[torch.nn.Parameter], cuts: list[list[int]]) -> list[list[torch.nn.Parameter]]:
+    """Slice o of each parameter belongs to owner o; those of no elements are left out."""
+    owned: list[list[torch.nn.Parameter]] = [[] for _ in range(4)]
+    for number, (p, inner) in enumerate(zip(params, cuts, strict=True)):
+        for own, (start, stop) in zip(owned, itertools.pairwise([0, *inner, p.numel()]), strict=True):
+            if start < stop:
+                own.append(torch.nn.Parameter(p.detach().view(-1)[start:stop].clone()))
+                own[-1].whole = Whole(p.numel(), tuple(p.shape), start, number)  # type: ignore[attr-defined]
+    return owned
+
+
+def _step_together(optimizers: list[Adafactor], grad_norm: tuple[float, bool]) -> None:
+    """What an all-gather between processes does, in one."""
+    running = [optimizer.step_phases(grad_norm=grad_norm) for optimizer in optimizers]
+    entries = [next(phases) for phases in running]
+    for last in (False, True):
+        joined = iter(join_blocks([entry for own in entries for entry in own]))
+        for o, phases in enumerate(running):
+            sent = [next(joined) for _ in entries[o]]
+            if last:
+                with pytest.raises(StopIteration):
+                    phases.send(sent)
+            else:
+                entries[o] = phases.send(sent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [
+    {"variant": "torch", "max_norm": 1.0, "weight_decay": 0.1},
+    {"variant": "paper"},
+    {"variant": "hf", "beta1": 0.9, "weight_decay": 0.1},
+    {"variant": "palm", "d": 1.0},
+])  # fmt: skip
+def test_slices_of_several_owners_have_the_bits_of_one(
+    threads: None, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """One optimizer of whole parameters, one of all slices, and four of a part of them, on 1 and 2 threads."""
+    whole = _made(dtype)
+    cuts = FLAT_CUTS if options["variant"] == "palm" else CUTS
+    owned = _owners(whole, cuts)
+    alone = [p for own in _owners(whole, cuts) for p in own]
+    one, all_slices = Adafactor(whole, **options), Adafactor(alone, **options)
+    one._always_in_blocks = True
+    several = [Adafactor(own, **options) for own in owned]
+    for step in range(1, 4):
+        backend.set_num_threads(1 + step % 2)
+        generator = torch.Generator().manual_seed(step)
+        for number, p in enumerate(whole):
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            for s in (s for s in itertools.chain(alone, *owned) if s.whole.number == number):
+                s.grad = p.grad.view(-1)[s.whole.start : s.whole.start + s.numel()].clone()
+        norm = grad_norm([p.grad for p in whole])
+        one.step(grad_norm=norm)
+        backend.set_num_threads(2 - step % 2)
+        all_slices.step(grad_norm=norm)
+        _step_together(several, norm)
+        if step == 2:  # and after a file
+            saved = [copy.deepcopy(optimizer.state_dict()) for optimizer in several]
+            several = [Adafactor(own, **options) for own in owned]
+            for optimizer, state in zip(several, saved, strict=True):
+                optimizer.load_state_dict(state)
+    for number, p in enumerate(whole):
+        for optimizers, params in (([all_slices], [alone]), (several, owned)):
+            slices = [(o, s) for o, own in zip(optimizers, params, strict=True) for s in own]
+            slices = sorted(
+                ((o, s) for o, s in slices if s.whole.number == number), key=lambda x: x[1].whole.start
+            )
+            assert torch.equal(torch.cat([s.detach() for _, s in slices]), p.detach().view(-1)), number
+            for name, value in one.state[p].items():
+                pieces = [o.state[s][name] for o, s in slices]
+                if name in ("step", "col_var"):
+                    assert all(torch.equal(piece, value) for piece in pieces)
+                else:
+                    assert torch.equal(torch.cat([piece.view(-1) for piece in pieces]), value.view(-1)), name
+
+
+def test_phases_do_nothing_where_a_gradient_is_not_finite() -> None:
+    params = make_params()
+    optimizer = Adafactor(params)
+    set_grads(params, 1)
+    before = [p.detach().clone() for p in params]
+    assert list(optimizer.step_phases(grad_norm=(math.inf, True))) == []
+    assert optimizer.found_inf and not optimizer.state
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_a_slice_alone_is_refused_before_anything_is_written() -> None:
+    p = torch.nn.Parameter(torch.ones(1024))
+    p.whole = Whole(4096, (64, 64), 1024, 3)  # type: ignore[attr-defined]
+    p.grad = torch.ones(1024)
+    optimizer = Adafactor([p])
+    with pytest.raises(
+        ValueError, match="Adafactor: .*1024 of the 4096 elements of parameter 3.*step_phases"
+    ):
+        optimizer.step()
+    assert (p == 1).all() and not optimizer.state[p]["row_var"].any()

@@ -14,7 +14,7 @@ import torch
 from gptcore import ops
 from gptcore.optim import SGD, Adafactor, Adam, AdamW, AdamW8bit
 from gptcore.optim.fused import FusedOptimizer
-from gptcore.optim.slices import Whole, row_block, whole_of
+from gptcore.optim.slices import BlockSums, Whole, join_blocks, row_block, whole_of
 
 OPTIMIZERS: dict[str, Callable[..., FusedOptimizer]] = {
     "adam": Adam,
@@ -61,8 +61,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def test_a_norm_of_more_gradients_clips_these(name: str, dtype: torch.dtype) -> None:
     """Parameters shared out between two optimizers, with the norm of all, go where one optimizer takes them."""
     alone, shared = make_params(dtype), make_params(dtype)
-    # Both are in the order of the call's tensors, which without masters is part of the rounding.
-    for number, p in enumerate(shared):
+    for number, p in enumerate(shared if name.startswith("adamw_8bit") else []):
+        # Its place in the list of all, which without masters is part of the rounding.
         p.whole = Whole(p.numel(), tuple(p.shape), 0, number)  # type: ignore[attr-defined]
     one = OPTIMIZERS[name](alone, max_norm=0.5)
     two = [OPTIMIZERS[name](shared[i::2], max_norm=0.5) for i in range(2)]
@@ -139,20 +139,38 @@ def test_a_parameter_without_the_attribute_is_whole() -> None:
     assert whole_of(p, 7) == Whole(100, (20, 5), 30, 2)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 768, 50257])
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 768, 50257])
 @pytest.mark.parametrize("cols", [0, 1, 3, 96, 256, 768, 3072])
 def test_blocks_of_rows(rows: int, cols: int) -> None:
     block = row_block((rows, cols))
-    assert block >= 1 and block * cols % 256 == 0 and -(-rows // block) <= 64
+    assert block >= 1 and block * cols % 1024 == 0 and -(-rows // block) <= 16
     assert row_block((5, rows, cols)) == block  # matrices of a batch on their own
-    # No larger than it must be: the fewest rows that make whole 256s, or so many that one less makes 65 blocks.
-    least = 256 // math.gcd(cols, 256)
-    assert block == least or -(-rows // (block - least)) > 64
+    # No larger than it must be: the fewest rows that make whole 1024s, or so many that fewer make 17 blocks.
+    least = 1024 // math.gcd(cols, 1024)
+    assert block == least or -(-rows // (block - least)) > 16
 
 
 def test_blocks_of_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="row_block: argument 'shape': got \\(7,\\)"):
         row_block((7,))
+
+
+# --- sums of blocks ------------------------------------------------------------------------------------------------
+
+
+def test_sums_of_blocks_are_joined_by_their_wholes() -> None:
+    def entry(number: int, first: int, count: int, values: list[float]) -> BlockSums:
+        whole = Whole(4096, (4096,), 1024 * first, number)
+        return BlockSums(whole, first, count, torch.tensor(values, dtype=torch.float64).view(-1, 1))
+
+    blocks = [entry(0, 2, 3, [3.0]), entry(1, 0, 1, [9.0]), entry(0, 0, 3, [1.0, 2.0]), entry(0, 2, 3, [])]
+    joined = [x.flatten().tolist() for x in join_blocks(blocks)]
+    assert joined == [[1.0, 2.0, 3.0], [9.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    for wrong in (blocks[:2], [*blocks, blocks[0]], [blocks[0], entry(0, 0, 3, [1.0])]):
+        with pytest.raises(
+            ValueError, match="join_blocks: argument 'blocks': got .* of the 3 blocks of parameter 0"
+        ):
+            join_blocks(wrong)
 
 
 # --- AdamW8bit over slices -----------------------------------------------------------------------------------------

@@ -5,47 +5,19 @@
 #include <limits>
 
 #include "core/arena.h"
-#include "core/isa.h"
-#include "core/optimizer.h"
 #include "core/tensor_lists.h"
 #include "kernels/adafactor/adafactor_body.h"
+#include "kernels/adafactor/adafactor_step.h"
 
 namespace gptcore {
-
-GPTCORE_BODIES(AdafactorBodies, adafactor_bodies)
 
 namespace {
 
 using Views = std::vector<TensorView>;
 
-// 512 KiB of f32: two such arrays stay in a core's second level of cache, and the sums of a chunk's columns are few
-// beside it. At most 128 rows add up in f32.
-constexpr int64_t kMatrixElements = 131072, kMatrixRows = 128, kMatrixCols = 4096;
 // Elements of the tensors that the last two passes take together: 16 MiB of p, which the last level of cache keeps.
 // Half and four times as many cost the same.
 constexpr int64_t kBatchElements = int64_t{4} << 20;
-// Columns of one task that turns sums into factors.
-constexpr int64_t kFactorColumns = 1024;
-
-int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-
-void check_options(const Checker& check, const AdafactorOptions& o) {
-  const auto finite = [&](double value, const char* name) {
-    check.number(value >= 0 && std::isfinite(value), name, value, "a finite number, 0 or more");
-  };
-  finite(o.step_size, "step_size");
-  finite(o.eps1, "eps[0]");
-  finite(o.eps2, "eps[1]");
-  check.number(o.beta2 >= 0 && o.beta2 < 1, "beta2", o.beta2, "a number in [0, 1)");
-  check.number(o.beta1 >= 0 && o.beta1 < 1, "beta1", o.beta1, "a number in [0, 1)");
-  check.number(o.grad_scale > 0 && std::isfinite(o.grad_scale), "grad_scale", o.grad_scale,
-               "a finite number above 0");
-  if (o.max_norm) check.number(*o.max_norm > 0, "max_norm", *o.max_norm, "a number above 0, or None");
-  if (o.grad_norm) finite(*o.grad_norm, "grad_norm");
-  if (o.clip_threshold) {
-    check.number(*o.clip_threshold > 0, "clip_threshold", *o.clip_threshold, "a number above 0, or None");
-  }
-}
 
 // The states of params[i]: one variance of its shape, or a row and a column of factors.
 void take_states(const Checker& check, const AdafactorLists& l, size_t i, AdafactorTensor* tensor) {
@@ -105,12 +77,10 @@ struct Plan {
 void cut(AdafactorTensor* tensor, int64_t index, Plan* plan) {
   AdafactorTensor& t = *tensor;
   const bool factored = t.row_var != nullptr;
-  const int64_t width = factored ? std::min(t.cols, kMatrixCols) : kMatrixElements;
-  const int64_t height =
-      factored ? std::max<int64_t>(1, std::min(kMatrixRows, kMatrixElements / std::max<int64_t>(width, 1)))
-               : 1;
+  const int64_t width = factored ? chunk_cols(t.cols) : kMatrixElements;
+  const int64_t height = factored ? chunk_rows(t.cols) : 1;
   t.row_blocks = blocks(t.rows, height);
-  t.col_blocks = blocks(t.cols, std::max<int64_t>(width, 1));
+  t.col_blocks = blocks(t.cols, width);
   if (t.slices == 0 || t.rows == 0 || t.cols == 0) return;
   for (int64_t slice = 0; slice < t.slices; ++slice) {
     for (int64_t r = 0; r < t.row_blocks; ++r) {
@@ -187,31 +157,6 @@ bool sum_from_factors(const AdafactorFactors* task, const AdafactorFactors* end,
   return std::isfinite(*sum);
 }
 
-// RMS(p) and RMS(U) into the factors of p and of g / sqrt(V); k is in the latter.
-void set_scale(const AdafactorOptions& o, double k, double weight_decay, double param_sum, double update_sum,
-               AdafactorTensor* t) {
-  const double size = static_cast<double>(t->slices * t->rows * t->cols);
-  double step = o.step_size;
-  if (o.scale_parameter) step *= std::max(o.eps2, std::sqrt(param_sum / size));
-  const double decay = o.scaled_decay ? weight_decay * step : weight_decay;
-  t->keep = static_cast<float>(1.0 - decay);
-  if (o.clip_threshold) step /= std::max(1.0, k * std::sqrt(update_sum / size) / *o.clip_threshold);
-  t->scale = static_cast<float>((o.maximize ? -step : step) * k);
-}
-
-AdafactorNumbers numbers_of(const AdafactorOptions& o, double k) {
-  AdafactorNumbers a;
-  a.beta2 = o.beta2;
-  a.rest2 = 1.0 - o.beta2;
-  a.beta1 = static_cast<float>(o.beta1);
-  a.rest1 = static_cast<float>(1.0 - o.beta1);
-  a.square_factor = k * k;
-  a.square_added = o.eps_added ? o.eps1 : 0.0;
-  a.mean_floor = o.eps_added ? 0.0 : o.eps1;
-  a.root_limit = o.eps_added ? std::numeric_limits<float>::infinity() : static_cast<float>(1.0 / o.eps1);
-  return a;
-}
-
 // The passes over the tensors of one call.
 class Step {
  public:
@@ -268,8 +213,10 @@ class Step {
     }
     for (size_t i = begin; i < end; ++i) {
       const size_t chunk = plan_.first_chunk[i], next = plan_.first_chunk[i + 1];
-      set_scale(o_, k_, weight_decay_[i], sum_of(param_sums_, chunk, next), sum_of(sums_, chunk, next),
-                &tensors_[i]);
+      AdafactorTensor& t = tensors_[i];
+      const double size = static_cast<double>(t.slices * t.rows * t.cols);
+      set_scale(o_, k_, weight_decay_[i], size, sum_of(param_sums_, chunk, next), sum_of(sums_, chunk, next),
+                &t);
     }
     bodies_.update(tensors_.data(), chunks, count, numbers_);
   }
@@ -296,17 +243,13 @@ std::pair<double, bool> adafactor(const AdafactorLists& lists, const std::vector
   const Scratch scratch(static_cast<size_t>(plan.floats) * sizeof(float));
   place_scratch(&tensors, scratch.as<float>());
   Step step(&tensors, &plan, weight_decay, o);
-  const auto factor_at = [&](double norm) {
-    const double clip = clip_factor(o.max_norm, norm);
-    return clip / o.grad_scale;
-  };
   // Without a clip, and with one whose norm is known, the squares are scaled from the start.
   const bool known = !o.max_norm || o.grad_norm;
-  step.set_factor(known ? factor_at(o.grad_norm.value_or(0.0)) : 1.0);
+  step.set_factor(known ? factor_of(o, o.grad_norm.value_or(0.0)) : 1.0);
   const double total = step.squares();
   const double norm = o.grad_norm.value_or(std::sqrt(total) / o.grad_scale);
   if (!std::isfinite(norm)) return {norm, true};
-  if (!known) step.set_factor(factor_at(norm));
+  if (!known) step.set_factor(factor_of(o, norm));
   step.factors(known);
   for (size_t b = 0; b + 1 < plan.batches.size(); ++b) step.update(plan.batches[b], plan.batches[b + 1]);
   return {norm, false};
