@@ -31,7 +31,7 @@ from gptcore.errors import UserError
 if TYPE_CHECKING:
     from gptcore.train import TrainConfig
     from gptcore.train.devices import Device
-    from gptcore.train.plan import Run
+    from gptcore.train.planned_run import Run
 
 _SEQUENCES = 512  # of an update, where a preset is planned
 _TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, where nothing else says how long the run is
@@ -113,7 +113,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 def _run_of(config: TrainConfig, args: argparse.Namespace) -> Run:
     """The config as a plan's run, with what the options change of it."""
-    from gptcore.train.plan import Run
+    from gptcore.train.planned_run import Run
 
     data, dtype = config.data, args.dtype or config.dtype
     return Run(

@@ -10,7 +10,8 @@ from gptcore.models import accounting
 from gptcore.report.progress import format_count
 from gptcore.train import devices
 from gptcore.train.metrics import FORMULA, FORMULA_CAUSAL
-from gptcore.train.plan import STAGES, Fit, Memory, Run, memory, smallest, variants, zero_bytes
+from gptcore.train.plan import STAGES, Fit, Memory, memory, smallest, variants, zero_bytes
+from gptcore.train.planned_run import Run
 from gptcore.train.traffic import traffic
 
 

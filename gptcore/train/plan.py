@@ -16,21 +16,14 @@ alive beside them; activations, buckets, weights gathered for use and what backw
 
 from __future__ import annotations
 
-import functools
-import math
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from gptcore.errors import UserError
-from gptcore.models import accounting
-from gptcore.models.activations import CHECKPOINTING, Activations, Checkpointing, Moment, activations
-from gptcore.models.config import GPTConfig
+from gptcore.models.activations import CHECKPOINTING, Moment
 from gptcore.train import partial_sums
-from gptcore.train.optimizers import OptimizerSpec
-from gptcore.train.state_size import StateSize, state_size
+from gptcore.train.planned_run import OFFLOAD, Run
 
-Offload = Literal["none", "optimizer", "parameters"]
-OFFLOAD: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 STAGES = (0, 1, 2, 3)
 
 
@@ -56,100 +49,6 @@ def zero_bytes(
         raise ValueError(f"zero_bytes: got stage {stage} and {ranks} ranks, expected 0 to 3 and 1 or more")
     divided = sum((state, gradient, weight)[:stage])
     return parameters * (weight + gradient + state - divided + divided / ranks)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is planned. An update has ``sequences`` of ``length`` tokens, in leaves of ``grain`` sequences.
-
-    ``element_bytes``: of weights and activations, 4 (f32) or 2 (bf16). ``offload``: what is in host memory between its
-    uses, "optimizer" its states, "parameters" in stage 3 each rank's weights as well. ``fixed_tree`` false adds leaves
-    as they come, in one running sum. ``bucket``: elements of gradient that are sent together, about.
-    """
-
-    model: GPTConfig
-    optimizer: OptimizerSpec
-    element_bytes: int = 2
-    sequences: int = 512
-    length: int = 1024
-    grain: int = 1
-    checkpointing: Checkpointing = "none"
-    offload: Offload = "none"
-    fixed_tree: bool = True
-    bucket: int = 8 << 20
-
-    def __post_init__(self) -> None:
-        for name in ("sequences", "length", "grain", "bucket"):
-            if getattr(self, name) < 1:
-                raise UserError(f"plan: {name}: expected 1 or more, got {getattr(self, name)}")
-        if self.sequences % self.grain:
-            raise UserError(
-                f"plan: grain: {self.grain} sequences do not divide the {self.sequences} of an update"
-            )
-        for name, known in (("checkpointing", CHECKPOINTING), ("offload", OFFLOAD)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"plan: {name}: expected one of {', '.join(known)}, got '{getattr(self, name)}'"
-                )
-        positions = self.model.position.kind
-        if self.length > self.model.context_length and positions in ("learned", "rotary"):
-            raise UserError(
-                f"plan: length: {self.length} is more than the context length {self.model.context_length}"
-            )
-
-    @property
-    def leaves(self) -> int:
-        """Of an update."""
-        return self.sequences // self.grain
-
-    @property
-    def tokens(self) -> int:
-        """Of an update."""
-        return self.sequences * self.length
-
-    def each(self, ranks: int) -> int:
-        """Leaves of a rank.
-
-        Raises:
-            UserError: fewer than 1 rank, or ranks that do not divide the leaves.
-        """
-        if ranks < 1:
-            raise UserError(f"plan: ranks: expected 1 or more, got {ranks}")
-        if self.leaves % ranks:
-            raise UserError(
-                f"plan: {ranks} ranks do not divide the {self.leaves} leaves of an update; change their number, "
-                "the batch or the grain"
-            )
-        return self.leaves // ranks
-
-    @functools.cached_property
-    def parameters(self) -> int:
-        return accounting.parameter_counts(self.model).total
-
-    @functools.cached_property
-    def state(self) -> StateSize:
-        return state_size(self.optimizer, accounting.parameter_shapes(self.model), self.element_bytes)
-
-    @functools.cached_property
-    def activations(self) -> Activations:
-        """Of one leaf."""
-        return activations(
-            self.model,
-            self.grain * self.length,
-            element_bytes=self.element_bytes,
-            checkpointing=self.checkpointing,
-        )
-
-    @functools.cached_property
-    def root(self) -> int:
-        """Parameters outside the blocks."""
-        return sum(map(math.prod, accounting.root_shapes(self.model)))
-
-    @functools.cached_property
-    def largest_block(self) -> int:
-        """Parameters of the largest block."""
-        kinds = {self.model.has_experts(layer) for layer in range(self.model.num_layers)}
-        return max(sum(map(math.prod, accounting.block_shapes(self.model, kind))) for kind in kinds)
 
 
 class Memory(NamedTuple):
@@ -190,6 +89,16 @@ class _Gradients(NamedTuple):
     summed: int
 
 
+class _Resident(NamedTuple):
+    """Bytes of what outlives a pass, ``host`` of that in host memory."""
+
+    weights: int
+    gathered: int
+    masters: int
+    moments: int
+    host: int
+
+
 def memory(run: Run, ranks: int, stage: int) -> Memory:
     """Of one of ``ranks`` ranks under ZeRO's ``stage``.
 
@@ -198,32 +107,43 @@ def memory(run: Run, ranks: int, stage: int) -> Memory:
     """
     if stage not in STAGES:
         raise UserError(f"plan: stage: expected 0 to 3, got {stage}")
-    each, e, n = run.each(ranks), run.element_bytes, run.parameters
-    sharded = stage if ranks > 1 else 0
-    masters, moments = (_share(part, ranks if sharded else 1) for part in run.state)
-    weights = e * _share(n, ranks if sharded == 3 else 1)
-    gathered = e * (run.root + 2 * run.largest_block) if sharded == 3 else 0
+    each, stage = run.each(ranks), stage if ranks > 1 else 0
+    resident, gradients, act = (
+        _resident(run, ranks, stage),
+        _gradients(run, ranks, each, stage),
+        run.activations,
+    )
+    buckets = _buckets(run, each, stage) if ranks > 1 else 0
+    moments = _moments(run, gradients)
+    growing = round(gradients.growing * run.parameters)
+    lines = Memory(
+        weights=resident.weights, gathered=resident.gathered, masters=resident.masters, moments=resident.moments,
+        gradient=gradients.leaf + growing * (stage < 2), partial_sums=gradients.partial + growing * (stage >= 2),
+        summed=gradients.summed, buckets=buckets, activations=act.kept + act.again,
+        backward=max(0, max(moment.bytes for moment in moments) - act.kept - act.again),
+        workspace=act.workspace, not_at_once=0, host=resident.host,
+    )  # fmt: skip
+    always = sum(resident) - resident.host + gradients.leaf + gradients.partial
+    passing = act.workspace + max(
+        moment.bytes
+        + round(gradients.growing * moment.parameters)
+        + (buckets if each > 1 or stage == 3 else min(buckets, _sent_by_then(run, moment)))
+        for moment in moments
+    )
+    return lines._replace(not_at_once=always + max(passing, growing + gradients.summed) - lines.total)
+
+
+def _resident(run: Run, ranks: int, stage: int) -> _Resident:
+    e = run.element_bytes
+    masters, moments = (_share(part, ranks if stage else 1) for part in run.state)
+    weights = e * _share(run.parameters, ranks if stage == 3 else 1)
+    gathered = e * (run.root + 2 * run.largest_block) if stage == 3 else 0
     host = 0
     if run.offload != "none":
         host, masters, moments = masters + moments, 0, 0
-    if run.offload == "parameters" and sharded == 3:
+    if run.offload == "parameters" and stage == 3:
         host, weights = host + weights, 0
-    gradients, act = _gradients(run, ranks, each, sharded), run.activations
-    moments_of_pass = _moments(run, gradients)
-    backward = max(moment.bytes for moment in moments_of_pass) - act.kept - act.again
-    growing = round(gradients.growing * n)
-    lines = Memory(
-        weights=weights, gathered=gathered, gradient=gradients.leaf + growing * (sharded < 2),
-        partial_sums=gradients.partial + growing * (sharded >= 2), summed=gradients.summed,
-        masters=masters, moments=moments,
-        buckets=_buckets(run, each, sharded) if ranks > 1 else 0, activations=act.kept + act.again,
-        backward=max(0, backward), workspace=act.workspace, not_at_once=0, host=host,
-    )  # fmt: skip
-    always = weights + gathered + masters + moments + gradients.leaf + gradients.partial
-    fullest = max(moment.bytes + round(gradients.growing * moment.parameters) for moment in moments_of_pass)
-    passing = always + lines.buckets + act.workspace + fullest
-    stepping = always + growing + gradients.summed
-    return lines._replace(not_at_once=max(passing, stepping) - lines.total)
+    return _Resident(weights, gathered, masters, moments, host)
 
 
 def _gradients(run: Run, ranks: int, each: int, stage: int) -> _Gradients:
@@ -254,6 +174,13 @@ def _buckets(run: Run, each: int, stage: int) -> int:
         return 2 * min(run.parameters, run.bucket) * (run.element_bytes if each == 1 else 4)
     bucket = run.largest_block if stage == 3 else min(run.parameters, run.bucket)
     return 5 * bucket * run.element_bytes
+
+
+def _sent_by_then(run: Run, moment: Moment) -> int:
+    """Most that is in buckets where no leaf before has left any: all that has been made, sent and received, but the
+    head's gradient, whose bucket waits for the embedding's. (In stage 3 a block goes as soon as backward is through it,
+    when activations have hardly fallen.)"""
+    return 2 * run.element_bytes * (moment.parameters - run.activations.moments[0].parameters)
 
 
 def _moments(run: Run, gradients: _Gradients) -> list[Moment]:

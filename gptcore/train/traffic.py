@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gptcore.train import partial_sums
-from gptcore.train.plan import Run
+from gptcore.train.planned_run import Run
 
 
 class Traffic(NamedTuple):

@@ -11,7 +11,8 @@ import torch
 from gptcore.models import GPT, presets
 from gptcore.optim import AdamW, ZeroOptimizer, decay_groups
 from gptcore.train.optimizers import OptimizerSpec
-from gptcore.train.plan import Run, memory
+from gptcore.train.plan import memory
+from gptcore.train.planned_run import Run
 from tests.allocations import allocations
 from tests.dist.processes import Case, World
 

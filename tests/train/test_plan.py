@@ -15,7 +15,8 @@ from gptcore.errors import UserError
 from gptcore.models import GPT, GPTConfig, accounting, presets
 from gptcore.train import devices, from_table, partial_sums, update
 from gptcore.train.optimizers import OptimizerSpec, build
-from gptcore.train.plan import OFFLOAD, STAGES, Run, memory, rank_counts, smallest, zero_bytes
+from gptcore.train.plan import STAGES, memory, rank_counts, smallest, zero_bytes
+from gptcore.train.planned_run import OFFLOAD, Run
 from gptcore.train.state_size import state_size
 from gptcore.train.traffic import traffic
 from tests.allocations import allocations
