@@ -29,3 +29,14 @@ def allocations(call: Callable[[], object]) -> Allocations:
         now += event.nbytes()
         peak = max(peak, now)
     return Allocations(peak, now)
+
+
+def held() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -122,10 +122,10 @@ def _run_of(config: TrainConfig, args: argparse.Namespace) -> Run:
         element_bytes=4 if dtype == "float32" else 2,
         sequences=data.batch * data.accumulate if args.batch is None else args.batch,
         length=data.length if args.length is None else args.length,
-        grain=data.batch if args.grain is None else args.grain,
+        grain=config.grain if args.grain is None else args.grain,
         checkpointing=args.checkpointing,
         offload=args.offload,
-        fixed_tree=not args.no_fixed_tree,
+        fixed_tree=config.parallel.fixed_tree and not args.no_fixed_tree,
     )
 
 

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Places(NamedTuple):
+    """``sums``: the most that wait for a sibling at a time, with the place of one that was added, which the next leaf
+    takes. ``more``: whether a leaf comes when all these are taken: it is added at once, bucket by bucket."""
+
+    sums: int
+    more: bool
 
 
 @functools.lru_cache(maxsize=256)
-def live_on_a_rank(ranks: int, each: int) -> int:
-    """The most sums that one rank has room for, of its own leaves: those that wait for a sibling, and the place of one
-    that was added, which the next leaf takes. A leaf that is added as it comes needs no more than a bucket. At most
-    ceil(log2 leaves) + 1."""
+def places_on_a_rank(ranks: int, each: int) -> Places:
+    """What one rank has room for, of its own leaves: at most ceil(log2 leaves) + 1 in all."""
     if each & (each - 1) == 0:  # whole subtrees: all ranks are alike
-        return _most_alive(range(each))
-    return max(_most_alive(range(rank * each, (rank + 1) * each)) for rank in range(ranks))
+        return _places(range(each))
+    of_ranks = [_places(range(rank * each, (rank + 1) * each)) for rank in range(ranks)]
+    return max(of_ranks, key=lambda places: places.sums + places.more)
 
 
 @functools.lru_cache(maxsize=256)
@@ -39,15 +47,16 @@ def sent_by_a_rank(ranks: int, each: int) -> int:
     return max(_left(rank * each, (rank + 1) * each) for rank in range(ranks))
 
 
-def _most_alive(leaves: Iterable[int]) -> int:
+def _places(leaves: Iterable[int]) -> Places:
     nodes = _Nodes()
-    most = 0
+    sums = with_leaf = 0
     for leaf in leaves:
         before = len(nodes)
+        with_leaf = max(with_leaf, before + 1)
         nodes.add(leaf)
         was_added = len(nodes) <= before
-        most = max(most, len(nodes) + was_added)
-    return most
+        sums = max(sums, len(nodes) + was_added)
+    return Places(sums, with_leaf > sums)
 
 
 class _Nodes:

@@ -113,7 +113,7 @@ def memory(run: Run, ranks: int, stage: int) -> Memory:
         _gradients(run, ranks, each, stage),
         run.activations,
     )
-    buckets = _buckets(run, each, stage) if ranks > 1 else 0
+    buckets = _buckets(run, ranks, each, stage)
     moments = _moments(run, gradients)
     growing = round(gradients.growing * run.parameters)
     lines = Memory(
@@ -157,23 +157,25 @@ def _gradients(run: Run, ranks: int, each: int, stage: int) -> _Gradients:
         summed = own + 4 * n * (stage == 0)
         if each == 1:  # as it was made
             return _Gradients(e * n, 0, 0, summed)
-        live = partial_sums.live_on_a_rank(ranks, each) if run.fixed_tree else 2
+        live = partial_sums.places_on_a_rank(ranks, each).sums if run.fixed_tree else 2
         return _Gradients(0, live * 4 * n, 0, summed)
     if each == 1:
         return _Gradients(0, 0, e, 0)
     if run.fixed_tree:
-        return _Gradients(0, partial_sums.live_on_a_rank(1, each) * 4 * n, 0, 0)
+        return _Gradients(0, partial_sums.places_on_a_rank(1, each).sums * 4 * n, 0, 0)
     # Autograd itself adds to the f32 gradients that are there; those of bf16 have sums beside them.
     return _Gradients(4 * n, 0, 0, 0) if e == 4 else _Gradients(0, 4 * n, e, 0)
 
 
-def _buckets(run: Run, each: int, stage: int) -> int:
+def _buckets(run: Run, ranks: int, each: int, stage: int) -> int:
     """Two exchanges are under way at a time. They arrive in buffers of their own; what is sent has one of its own from
-    stage 2 on, where one more is being filled."""
-    if stage < 2:
-        return 2 * min(run.parameters, run.bucket) * (run.element_bytes if each == 1 else 4)
+    stage 2 on, where one more is being filled, as before that for a leaf that finds no place."""
     bucket = run.largest_block if stage == 3 else min(run.parameters, run.bucket)
-    return 5 * bucket * run.element_bytes
+    if stage >= 2:
+        return 5 * bucket * run.element_bytes
+    filled = run.fixed_tree and partial_sums.places_on_a_rank(ranks, each).more
+    arriving = 2 * (run.element_bytes if each == 1 else 4) if ranks > 1 else 0
+    return bucket * (arriving + 4 * filled)
 
 
 def _sent_by_then(run: Run, moment: Moment) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import partial
 
 import pytest
@@ -13,7 +12,7 @@ from gptcore.optim import AdamW, ZeroOptimizer, decay_groups
 from gptcore.train.optimizers import OptimizerSpec
 from gptcore.train.plan import memory
 from gptcore.train.planned_run import Run
-from tests.allocations import allocations
+from tests.allocations import allocations, held
 from tests.dist.processes import Case, World
 
 CONFIG = presets.get("gpt2").merged(
@@ -22,19 +21,8 @@ CONFIG = presets.get("gpt2").merged(
 BUCKET = 200_000
 
 
-def _held() -> int:
-    """Bytes of all tensors that are alive."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
 def what_a_rank_holds(world: World, *, element_bytes: int, stage: int, each: int, fixed_tree: bool) -> None:
-    before = _held()
+    before = held()
     model = GPT(CONFIG, dtype=torch.float32 if element_bytes == 4 else torch.bfloat16)
     optimizer = ZeroOptimizer(
         AdamW(decay_groups(model, 0.1)), stage=stage, module=model, group=world.group, accumulation=each,
@@ -49,7 +37,7 @@ def what_a_rank_holds(world: World, *, element_bytes: int, stage: int, each: int
         optimizer.zero_grad()
 
     update()
-    kept = _held() - before
+    kept = held() - before
     most = kept + allocations(update).peak
     run = Run(
         CONFIG, OptimizerSpec(), element_bytes, sequences=each * world.ranks, length=256, grain=1,

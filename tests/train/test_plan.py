@@ -17,9 +17,10 @@ from gptcore.train import devices, from_table, partial_sums, update
 from gptcore.train.optimizers import OptimizerSpec, build
 from gptcore.train.plan import STAGES, memory, rank_counts, smallest, zero_bytes
 from gptcore.train.planned_run import OFFLOAD, Run
+from gptcore.train.sharding import sharded
 from gptcore.train.state_size import state_size
 from gptcore.train.traffic import traffic
-from tests.allocations import allocations
+from tests.allocations import allocations, held
 from tests.train.toy import Batch
 
 TINY = presets.get("gpt2").merged(
@@ -69,9 +70,10 @@ def test_with_one_leaf_a_rank_weights_gradients_and_states_are_those_of_zero(sta
 @given(st.integers(0, 5), st.integers(0, 7))
 def test_live_sums_are_bounded_by_the_depth_of_the_tree(ranks_log: int, each_log: int):
     ranks, each = 2**ranks_log, 2**each_log
-    # below the root of a rank's leaves one node of each level waits; the first leaf's place is free after the second
-    assert partial_sums.live_on_a_rank(ranks, each) == max(each_log, min(each, 2))
-    assert partial_sums.live_on_a_rank(ranks, each) <= math.ceil(math.log2(ranks * each)) + 1
+    places = partial_sums.places_on_a_rank(ranks, each)
+    # below the root of a rank's leaves one node of each level waits; the second leaf's place is free once it is added
+    assert places.sums == max(each_log, min(each, 2))
+    assert places.sums + places.more <= math.ceil(math.log2(ranks * each)) + 1
     assert partial_sums.sent_by_a_rank(ranks, each) == 1
 
 
@@ -84,10 +86,10 @@ def test_subtrees_that_a_rank_sends_are_few(ranks: int, each: int):
 
 def test_sums_that_are_alive_counted_by_hand():
     # leaves 3 to 5 of 6: 3, then 4 beside it, then 5, which joins 4, and its place
-    assert partial_sums.live_on_a_rank(2, 3) == 3
+    assert partial_sums.places_on_a_rank(2, 3) == (3, False)
     assert partial_sums.sent_by_a_rank(2, 3) == 2
-    # of 8 leaves in a row: the sums of 4 and of 2, and the seventh
-    assert partial_sums.live_on_a_rank(1, 8) == 3
+    # of 8 leaves in a row: the sums of 4 and of 2, and the seventh, when the eighth comes
+    assert partial_sums.places_on_a_rank(1, 8) == (3, True)
     # four ranks with two leaves each: no two first leaves are siblings
     assert partial_sums.live_in_owners(4, 2) == 4
     assert partial_sums.live_in_owners(4, 1) == 1
@@ -150,40 +152,29 @@ class _Loader:
         return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), target_bytes=512)
 
 
-@pytest.mark.parametrize("accumulate", (1, 3))
+@pytest.mark.parametrize(("accumulate", "fixed_tree"), ((1, True), (3, False), (3, True), (8, True)))
 @pytest.mark.parametrize("element_bytes", (4, 2))
 @pytest.mark.parametrize("layers", (1, 8))
-def test_an_update_takes_what_is_planned(layers: int, element_bytes: int, accumulate: int, tmp_path: Any):
+def test_an_update_takes_what_is_planned(
+    layers: int, element_bytes: int, accumulate: int, fixed_tree: bool, tmp_path: Any
+):
     """Weights, states, gradients, their sums, activations and all that passes, on one rank; scratch is not torch's."""
     config = TINY.merged({"num_layers": layers, "width": 384 if layers == 1 else 192})
-    data = {"batch": 2, "length": 256, "accumulate": accumulate}
     table = {
-        "run_dir": str(tmp_path),
-        "data": data,
-        "dtype": DTYPES[element_bytes],
-        "model": config.to_dict(),
-    }
+        "run_dir": str(tmp_path), "dtype": DTYPES[element_bytes], "model": config.to_dict(),
+        "data": {"batch": 2, "length": 256, "accumulate": accumulate}, "parallel": {"fixed_tree": fixed_tree},
+    }  # fmt: skip
     settings = from_table(table)
+    before = held()
     model = GPT(config, dtype=getattr(torch, settings.dtype))
-    optimizer = build(settings.optimizer, model)
+    optimizer = sharded(settings, build(settings.optimizer, model), model)
     update(settings, model, optimizer, _Loader(), 0)
     optimizer.zero_grad()
-    kept = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
-    kept += optimizer._sums.values()
+    kept = held() - before
     step = allocations(lambda: update(settings, model, optimizer, _Loader(), 1))
-    run = Run(
-        config,
-        settings.optimizer,
-        element_bytes,
-        sequences=2 * accumulate,
-        length=256,
-        grain=2,
-        fixed_tree=False,
-    )
-    planned = memory(run, 1, 0)
-    assert planned.total - planned.workspace == pytest.approx(
-        sum(t.nbytes for t in kept) + step.peak, rel=0.05
-    )
+    sizes = {"sequences": 2 * accumulate, "length": 256, "grain": 2}
+    planned = memory(Run(config, settings.optimizer, element_bytes, **sizes, fixed_tree=fixed_tree), 1, 0)
+    assert planned.total - planned.workspace == pytest.approx(kept + step.peak, rel=0.05)
 
 
 # --- the smallest that fits -----------------------------------------------------------------------------------
