@@ -385,8 +385,8 @@ def _check(optimizer: Any, stage: int, module: Any, accumulation: int, bucket: i
         )
     if isinstance(optimizer, Adafactor):
         raise TypeError(
-            "ZeroOptimizer: argument 'optimizer': got Adafactor, whose statistics are of whole matrices, expected AdamW, "
-            "Adam, AdamW8bit or SGD"
+            "ZeroOptimizer: argument 'optimizer': got Adafactor, whose statistics are of whole matrices, "
+            "expected AdamW, Adam, AdamW8bit or SGD"
         )
     if optimizer.state:
         raise ValueError("ZeroOptimizer: argument 'optimizer': got one that has stepped, expected a new one")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptcore.checkpoint import Checkpoint, Slice
 from gptcore.checkpoint.loading import MODEL_PREFIX
-from gptcore.optim import ZeroOptimizer, zero_state
+from gptcore.optim import Adafactor, ZeroOptimizer, zero_state
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.train import processes
 from gptcore.train.config import TrainConfig
@@ -23,7 +23,8 @@ def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Modu
     """``optimizer``, or around it one for several processes, leaves to add in a fixed order, or states to divide."""
     spec, data = config.parallel, config.data
     adds = spec.fixed_tree and data.batch * data.accumulate > config.grain
-    if processes.member().ranks == 1 and not adds and not spec.zero:
+    alone = processes.member().ranks == 1 and not spec.zero
+    if alone and (not adds or isinstance(optimizer, Adafactor)):  # which ZeroOptimizer does not take
         return optimizer
     return ZeroOptimizer(optimizer, stage=spec.zero, module=model, fixed_tree=spec.fixed_tree)
 
