@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from bench.bench_adamw import drawn, gpt2_shapes, parameters, streams
 from bench.case import Callables, Case, Cost, Target
@@ -37,11 +38,12 @@ def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
     return setup
 
 
-def _our_step(start: list, grads: list, low: bool) -> Callable[[], list]:
+def _our_step(start: list, grads: list, low: bool, in_blocks: bool = False) -> Callable[[], list]:
     import torch
 
     from gptcore.ops.adafactor import adafactor_
 
+    function = _step_in_blocks if in_blocks else adafactor_
     params = [p.clone() for p in start]
     copies = [p.bfloat16() for p in start] if low else None
     matrix = [p.ndim > 1 for p in params]
@@ -54,13 +56,41 @@ def _our_step(start: list, grads: list, low: bool) -> Callable[[], list]:
 
     def step() -> list[torch.Tensor]:
         t = next(steps)
-        adafactor_(
+        function(
             params, grads, rows, cols, variances, step_size=min(LR, t**-0.5), beta2=1 - t**-0.8, eps=EPS,
             eps_added=False, copies=copies,
         )  # fmt: skip
         return params[:8]
 
     return step
+
+
+def _setup_blocks(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
+    """The step of an owner of slices who has all of them whole, its norm by blocks, against the step of tensors."""
+
+    def setup(target: Target) -> Callables:
+        low = target.dtype != "float32"
+        start, grads = drawn(tuple(shapes), target.dtype)
+        return {
+            "gptcore": _our_step(start, grads, low, in_blocks=True),
+            "gptcore_plain": _our_step(start, grads, low),
+        }
+
+    return setup
+
+
+def _step_in_blocks(params: list, grads: list, *states: list, **options) -> None:
+    from gptcore.ops.adafactor_blocks import adafactor_blocks_
+    from gptcore.ops.grad_norm import square_sums
+
+    sums, found_inf = square_sums(grads)
+    assert not found_inf
+    wholes = [(p.shape, 0) for p in params]
+    norm = math.sqrt(sums.numpy().sum())
+    phases = adafactor_blocks_(params, grads, *states, wholes, grad_norm=norm, **options)
+    updates = phases.send(next(phases))
+    with suppress(StopIteration):
+        phases.send(updates)
 
 
 def _torch_step(params: list, grads: list, optimizer, low: bool) -> Callable[[], list]:
@@ -101,6 +131,7 @@ _FEW = [(64, 64)] * 4
 
 CASES = [
     Case("adafactor/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), repeats=7, quick="float32"),
+    Case("adafactor/gpt2_124m_in_blocks/step", _setup_blocks(_GPT2), _cost(_GPT2), repeats=7, quick=False),
     Case("adafactor/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
     Case("adafactor/4_tensors_64x64/step", _setup(_FEW), _cost(_FEW), small=True),
 ]
