@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from gptcore import backend
+from gptcore.dist import Member
 from gptcore.models import GPT
 from gptcore.train import TrainConfig, from_table, optimizers, update
 from gptcore.train.evaluation import Batches
@@ -32,6 +33,7 @@ from gptcore.train.recovery_changes import Course
 from gptcore.train.recovery_spec import RecoverySpec
 from gptcore.train.run_directory import RunDirectory
 from gptcore.train.run_state import Run
+from gptcore.train.stop import StopRequest
 
 GAUSS_95 = 1.645  # one-sided
 MODEL = {
@@ -80,11 +82,11 @@ def guarded(folder: str, policy: str) -> Callable[[], object]:
     model = GPT(config.model_config(), seed=0)
     optimizer = optimizers.build(config.optimizer, model)
     place = RunDirectory(folder)
-    now = Run(
-        config, model, optimizer, RandomLoader(), place, None, None, {}, Course(config), Guard(config.recovery)
-    )  # fmt: skip
+    course, guard, alone = Course(config), Guard(config.recovery), Member(None, 0, 1)
+    now = Run(config, model, optimizer, RandomLoader(), place, None, None, {}, course, guard, alone)
     now.events = EventLog(place.events, 0)
-    return lambda: guarded_update(now, False)
+    stop = StopRequest()
+    return lambda: guarded_update(now, False, stop)
 
 
 def turn(step: Callable[[], object], updates: int) -> tuple[float, float]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from gptcore import checkpoint
-from gptcore.dist import gather_numbers
 from gptcore.errors import UserError
 from gptcore.models import GPT
 from gptcore.models.config import GPTConfig
@@ -135,7 +134,7 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
             measure(now, metrics, progress)
         while now.step < config.steps:
             start = time.perf_counter()
-            outcome = guarded_update(now, apply_due(now))
+            outcome = guarded_update(now, apply_due(now), stop)
             now.tokens += tokens_per_update(config, now.course.batch(now.step - 1))
             now.train_seconds += time.perf_counter() - start
             watch_routing(now, metrics, progress, quiet)
@@ -150,13 +149,12 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
                 warn(now, progress, quiet, told)
                 continue
             measure(now, metrics, progress)
-            signal = int(max(gather_numbers([stop.signal or 0], now.member)))
-            if signal or now.step == config.steps or due(now.step, config.checkpoint.every):
+            if outcome.signal or now.step == config.steps or due(now.step, config.checkpoint.every):
                 save(now, metrics)
-            if signal:
+            if outcome.signal:
                 progress.close()
-                say_stopped(now, signal)
-                raise SystemExit(128 + signal)
+                say_stopped(now, outcome.signal)
+                raise SystemExit(128 + outcome.signal)
 
 
 def _set_up(config: TrainConfig) -> None:

@@ -20,6 +20,7 @@ from gptcore.train.guard import Guard, Sighting, Verdict
 from gptcore.train.processes import first_alone
 from gptcore.train.run_state import Run, opened, save, take_up
 from gptcore.train.step import NonFiniteError, update
+from gptcore.train.stop import StopRequest
 
 if TYPE_CHECKING:
     from gptcore.train.metrics import MetricsFile
@@ -30,14 +31,18 @@ class SpikeError(UserError):
 
 
 class Outcome(NamedTuple):
-    """Of an update: what is to be done, and the error that it is where it cannot be."""
+    """Of an update: what is to be done, and the error that it is where it cannot be.
+
+    ``signal``: by which a rank was asked to stop, 0 for none; the same on all ranks.
+    """
 
     verdict: Verdict
     error: UserError | None
     warning: str | None
+    signal: int
 
 
-def guarded_update(now: Run, drops: bool) -> Outcome:
+def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
     """The next update, what was seen in it and what is to be done; a skipped one counts, but touches no weight.
 
     ``drops``: keep it from the weights whatever it is like.
@@ -53,9 +58,9 @@ def guarded_update(now: Run, drops: bool) -> Outcome:
     for sighting in seen:
         if guard.news(sighting):
             now.events.write("seen", now.step, **sighting._asdict())
-    agree_on_events(now)
+    signal = agree_on_events(now, stop.signal or 0)
     if drops or verdict.action == "none":
-        return Outcome(Verdict(), None, None)
+        return Outcome(Verdict(), None, None, signal)
     sentence = _sentence(verdict, seen)
     error = error or SpikeError(f"step {now.step}: {sentence}")
     if verdict.action != "rewind":  # which has more to tell
@@ -66,7 +71,7 @@ def guarded_update(now: Run, drops: bool) -> Outcome:
         now.events.write("done", now.step, action="skip")
     if verdict.action == "stop":
         raise error
-    return Outcome(verdict, error, sentence)
+    return Outcome(verdict, error, sentence, signal)
 
 
 def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | None]:
@@ -112,26 +117,29 @@ def _sentence(verdict: Verdict, seen: list[Sighting]) -> str:
     return ""
 
 
-def agree_on_events(now: Run) -> None:
-    """Among several ranks, stop where one saw or decided something else.
+def agree_on_events(now: Run, signal: int) -> int:
+    """Among several ranks, stop where one saw or decided something else; the largest of their ``signal``.
+
+    One exchange for both, since each costs an update the time that it takes.
 
     Raises:
         SpikeError: on every rank, naming the first that differs from rank 0.
     """
     if not (c10d.is_available() and c10d.is_initialized()):
-        return
+        return signal
     # One NaN for all of them, whatever its bits.
     numbers = (now.loss, now.grad_norm)
     values = [math.nan if x is None or math.isnan(x) else x for x in numbers]
     bits = [struct.unpack("<q", struct.pack("<d", value))[0] for value in values]
-    rows = agree("train.run", member_of("train.run"), {}, own=[*bits, now.events.digest])
+    rows = agree("train.run", member_of("train.run"), {}, own=[*bits, now.events.digest, signal])
     for rank, row in enumerate(rows):
-        for name, mine, theirs in zip(("loss", "gradient norm", "events"), rows[0], row, strict=True):
+        for name, mine, theirs in zip(("loss", "gradient norm", "events"), rows[0], row, strict=False):
             if mine != theirs:
                 raise SpikeError(
                     f"step {now.step}: rank {rank} has another {name} than rank 0; all ranks must be given the same "
                     "settings, the same start and the mean of all ranks' gradients"
                 )
+    return max(row[-1] for row in rows)
 
 
 def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
