@@ -18,8 +18,11 @@ from gptcore.models.config import GPTConfig
 from gptcore.models.norm import Norm
 from gptcore.models.positions import RotaryTables, alibi_slopes
 from gptcore.nn.feed_forward import FeedForward
+from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import Linear
 from gptcore.nn.moe import MoE, MoEStatistics
+
+_attention, _attention_qkv, _rotary = in_f32(ops.attention), in_f32(ops.attention_qkv), in_f32(ops.rotary)
 
 
 class KeyValueCache(Protocol):
@@ -76,7 +79,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x)
         if self.q_norm is None and context.rotary is None and context.cache is None:
-            y = ops.attention_qkv(qkv, self.heads, self.kv_heads, **self._options(qkv, context))
+            y = _attention_qkv(qkv, self.heads, self.kv_heads, **self._options(qkv, context))
         else:
             y = self._attend(*self._queries_keys_values(qkv, context), context).flatten(-2)
         return self.out(y)
@@ -90,14 +93,14 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q.contiguous()), self.k_norm(k.contiguous())], dim=-2)
         if context.rotary is not None:
             cos, sin = context.rotary(self.layer)
-            qk = ops.rotary(qk, cos, sin, interleaved=self.interleaved, position=context.positions)
+            qk = _rotary(qk, cos, sin, interleaved=self.interleaved, position=context.positions)
         q, k = qk.split([self.heads, self.kv_heads], dim=-2)
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        return ops.attention(q, k, v, **self._options(q, context))
+        return _attention(q, k, v, **self._options(q, context))
 
     def _options(self, x: Tensor, context: Context) -> dict[str, Any]:
         # Slopes stay f32 whatever the parameters are cast to, so they are no buffer.

@@ -23,10 +23,13 @@ from gptcore.models.padding import Padding
 from gptcore.models.positions import RotaryTables, document_positions
 from gptcore.models.tied import TiedTable
 from gptcore.nn.embedding import Embedding
+from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import linear
 from gptcore.nn.moe import MoEStatistics
 
 __all__ = ["GPT", "GPTLoss", "KeyValueCache"]
+
+_linear_cross_entropy = in_f32(ops.linear_cross_entropy, rounds=False)
 
 
 class GPTLoss(NamedTuple):
@@ -56,7 +59,7 @@ class GPTLoss(NamedTuple):
 class GPT(nn.Module):
     """A language model as ``config`` describes it, with weights drawn from ``seed``.
 
-    ``dtype`` is that of every parameter, f32 or bf16 (master copies belong to the optimizer); ``device`` may
+    ``dtype`` is that of every parameter, f32, bf16 or f16 (master copies belong to the optimizer); ``device`` may
     be "meta" to count without memory. A feature that no forward path computes yet is refused here.
     """
 
@@ -260,7 +263,7 @@ class GPT(nn.Module):
     ) -> GPTLoss:
         x, shape = self._to_head(x), targets.shape
         flat, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        out = ops.linear_cross_entropy(
+        out = _linear_cross_entropy(
             flat, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
             logit_scale=self.config.logit_scale, reduction=reduction, bias=self.head_bias,
             logit_soft_cap=self.config.logit_soft_cap,

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from gptcore import ops
 from gptcore.models.config import NormSpec
+from gptcore.nn.half_precision import in_f32
+
+_rms_norm, _layer_norm = in_f32(ops.rms_norm), in_f32(ops.layer_norm)
 
 
 class Norm(nn.Module):
@@ -26,8 +29,8 @@ class Norm(nn.Module):
         """norm(x) for x (..., width)."""
         offset = self.weight_offset
         if self.kind == "rms_norm":
-            return ops.rms_norm(x, self.weight, self.eps, weight_offset=offset)
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, weight_offset=offset)
+            return _rms_norm(x, self.weight, self.eps, weight_offset=offset)
+        return _layer_norm(x, self.weight, self.bias, self.eps, weight_offset=offset)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(h), h) with h = x + residual, in one pass."""
@@ -35,5 +38,5 @@ class Norm(nn.Module):
             return self(x), x
         offset = self.weight_offset
         if self.kind == "rms_norm":
-            return ops.rms_norm(x, self.weight, self.eps, weight_offset=offset, residual=residual)
-        return ops.layer_norm(x, self.weight, self.bias, self.eps, weight_offset=offset, residual=residual)
+            return _rms_norm(x, self.weight, self.eps, weight_offset=offset, residual=residual)
+        return _layer_norm(x, self.weight, self.bias, self.eps, weight_offset=offset, residual=residual)

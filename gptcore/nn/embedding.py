@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from gptcore import backend, ops
+from gptcore.nn.half_precision import in_f32, is_half
 from gptcore.nn.support import covered
+
+_embedding = in_f32(ops.embedding)
 
 
 class Embedding(torch.nn.Embedding):
@@ -16,11 +19,11 @@ class Embedding(torch.nn.Embedding):
         if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
             backend.note_fallback("embedding", "max_norm, scale_grad_by_freq or sparse")
             return super().forward(input)
-        if not covered("embedding", self.weight):
+        if not is_half(self.weight) and not covered("embedding", self.weight):
             return super().forward(input)
         if self.padding_idx is None:
-            return ops.embedding(input, self.weight)
+            return _embedding(input, self.weight)
         # the padding row gets no gradient: its rows of the output are taken out of the graph
         padding = (input == self.padding_idx).unsqueeze(-1)
-        rows = ops.embedding(input, self.weight)
+        rows = _embedding(input, self.weight)
         return torch.where(padding, rows.detach(), rows)

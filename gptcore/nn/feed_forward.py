@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gptcore import ops
 from gptcore.errors import unknown_name
+from gptcore.nn.half_precision import in_f32, is_half
 from gptcore.nn.linear import Linear, linear
 from gptcore.nn.support import covered
 
@@ -63,6 +64,8 @@ class FeedForward(torch.nn.Module):
         self.down = Linear(hidden, width, bias, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_half(x):
+            return self.down(in_f32(activate)(self.activation, linear(x, self.up.weight), self.up.bias))
         if not covered("feed_forward", x, self.up.weight):
             return self.down(activate_reference(self.activation, self.up(x)))
         return self.down(activate(self.activation, linear(x, self.up.weight), self.up.bias))

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptcore import backend, ops
+from gptcore.nn.half_precision import in_f32, is_half
 
 # Rows up to which decoding takes the fixed-order kernel, and the size of a product's smallest dimension below
 # which the library's f32 bits move with the thread count.
@@ -35,6 +36,8 @@ _fixed_order = os.environ.get("GPTCORE_FIXED_ORDER", "1") != "0"
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for x (..., K), weight (M, K), bias (M,); see the top of the file for who computes it."""
+    if is_half(x) and is_half(weight):
+        return in_f32(linear)(x, weight, bias)
     if not _ours(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))

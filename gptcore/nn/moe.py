@@ -14,6 +14,7 @@ from gptcore.dist import Shard
 from gptcore.errors import unknown_name
 from gptcore.nn import expert_parallel, noisy_top_k
 from gptcore.nn.feed_forward import GATED, FeedForward, activate, activate_reference, known_activation
+from gptcore.nn.half_precision import in_f32, is_half
 from gptcore.nn.linear import Linear
 from gptcore.nn.noisy_top_k import NoisyLogits
 from gptcore.nn.support import covered
@@ -113,6 +114,7 @@ _KERNELS = Engine(
     ops.moe_router, ops.moe_dispatch, ops.grouped_linear,
     functools.partial(ops.grouped_linear, batch_invariant=True), activate, ops.moe_combine,
 )  # fmt: skip
+_KERNELS_IN_F32 = Engine(*map(in_f32, _KERNELS))
 _REFERENCES = Engine(
     moe_router_reference, moe_dispatch_reference, grouped_linear_reference, grouped_linear_reference,
     activate_reference, moe_combine_reference,
@@ -265,6 +267,8 @@ class MoE(torch.nn.Module):
 
     def engine(self, x: Tensor) -> Engine:
         """Who computes for x."""
+        if is_half(x):
+            return _KERNELS_IN_F32
         return _KERNELS if covered("moe", x, self.up.weight) else _REFERENCES
 
     def scores(self, engine: Engine, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,10 @@ from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.adamw import Adam, AdamW
 from gptcore.optim.adamw_8bit import AdamW8bit
 from gptcore.optim.groups import decay_groups
+from gptcore.optim.loss_scale import LossScaler
 from gptcore.optim.sgd import SGD
 from gptcore.optim.zero import ZeroOptimizer
 
-__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "AdamW8bit", "ZeroOptimizer", "decay_groups", "schedule"]
+__all__ = [
+    "SGD", "Adafactor", "Adam", "AdamW", "AdamW8bit", "LossScaler", "ZeroOptimizer", "decay_groups", "schedule",
+]  # fmt: skip

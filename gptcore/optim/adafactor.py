@@ -57,7 +57,7 @@ class Adafactor(FusedOptimizer):
 
     Raises:
         ValueError: a setting out of its range, or one that the variant does not have.
-        TypeError: parameters that are neither f32 nor bf16, in ``step``.
+        TypeError: parameters that are neither f32, bf16 nor f16, in ``step``.
     """
 
     _always_in_blocks = False  # whole parameters too, for comparisons

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptcore.ops.adamw import join_master, split_master
-from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.fused import MASTERED, Call, FusedOptimizer
 from gptcore.optim.slices import Whole
 
 
@@ -49,7 +49,7 @@ class Adam(FusedOptimizer):
 
     Raises:
         ValueError: a setting out of its range, or one that the kernel does not have.
-        TypeError: parameters that are neither f32 nor bf16, in ``step``.
+        TypeError: parameters that are neither f32, bf16 nor f16, in ``step``.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Adam(FusedOptimizer):
             state["step"] = torch.tensor(0.0)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = _zeros(p)
-        elif p.dtype == torch.bfloat16:
+        elif p.dtype in MASTERED:
             self._begin_master(p, state)  # loaded state may have none, or one of the other kind
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = _zeros(p)
@@ -143,7 +143,7 @@ class Adam(FusedOptimizer):
         from gptcore.ops.adamw import adamw_
 
         lr, beta1, beta2, eps, decoupled, maximize, amsgrad = call.settings
-        split = call.mastered and self.split_master
+        split = call.mastered and self.split_master and not call.half
         weights, copies = (call.params, None) if split else call.weights()
         return adamw_(
             weights,

@@ -45,7 +45,7 @@ class AdamW8bit(FusedOptimizer):
 
     Raises:
         ValueError: a setting out of its range.
-        TypeError: parameters that are neither f32 nor bf16, in ``step``.
+        TypeError: parameters that are neither f32, bf16 nor f16, in ``step``.
     """
 
     def __init__(

@@ -10,6 +10,9 @@ import torch
 
 from gptcore.optim.slices import Whole, whole_of
 
+# What is trained by an f32 master.
+MASTERED = (torch.bfloat16, torch.float16)
+
 
 class Call:
     """The tensors of one kernel call: their groups agree in ``settings``, they in dtype and ``number``."""
@@ -26,7 +29,14 @@ class Call:
 
     def weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """The f32 tensors to update, and the bf16 ones that are written beside them."""
-        return ([s["master"] for s in self.states], self.params) if self.mastered else (self.params, None)
+        if not self.mastered:
+            return self.params, None
+        return self.list_of("master"), None if self.half else self.params
+
+    @property
+    def half(self) -> bool:
+        """Whether the parameters are f16, which no kernel writes."""
+        return self.params[0].dtype == torch.float16
 
     def list_of(self, name: str) -> list[torch.Tensor]:
         """One tensor of each parameter's state."""
@@ -37,7 +47,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """Base of optimizers that update all parameters of equal settings in one kernel call.
 
     State is f32 whatever the parameter is. A bf16 parameter has an f32 master in the state, which is what is
-    updated; the parameter is its rounding, written in the same pass.
+    updated; the parameter is its rounding, written in the same pass, that of an f16 parameter after it.
 
     A subclass says what makes a call (``_settings``, ``_begin``) and runs it (``_update``), and gives its
     defaults under torch's names, so that saved state goes from one library to the other.
@@ -91,12 +101,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def accumulate(self) -> None:
         """Add the gradients of one micro-batch to f32 sums, which the next ``step`` uses.
 
-        Only bf16 parameters need it (their gradients are freed here): autograd itself adds up
+        Only bf16 and f16 parameters need it (their gradients are freed here): autograd itself adds up
         f32 gradients, in the order of the calls, and those are left where they are.
         """
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None or p.dtype != torch.bfloat16:
+                if p.grad is None or p.dtype not in MASTERED:
                     continue
                 if p not in self._sums:
                     self._sums[p] = torch.empty_like(p, dtype=torch.float32)
@@ -164,6 +174,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return loss
         for call in calls:
             self.last_grad_norm, self.found_inf = self._update(call, self.max_norm, grad_scale, known)
+            if call.half and not self.found_inf:
+                torch._foreach_copy_(call.params, call.list_of("master"))
         return loss
 
     def _calls(self) -> list[Call]:
@@ -185,8 +197,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 number = self._begin(p, state, group, whole)
                 call = own.get((number, p.dtype))
                 if call is None:
-                    call = own[number, p.dtype] = Call(settings, number, p.dtype == torch.bfloat16)
+                    call = own[number, p.dtype] = Call(settings, number, p.dtype in MASTERED)
                 call.params.append(p)
+                if grad.dtype == torch.float16:
+                    grad = grad.float()
                 call.grads.append(grad.contiguous())  # as torch's own gradients of contiguous parameters are
                 call.states.append(state)
                 call.wholes.append(whole)
@@ -194,12 +208,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return [call for own in calls.values() for call in own.values()]
 
     def _begin_master(self, p: torch.Tensor, state: dict[str, Any]) -> None:
-        if p.dtype == torch.bfloat16:
+        if p.dtype in MASTERED:
             if "master" not in state:
                 state["master"] = p.detach().float().contiguous()
         elif p.dtype != torch.float32:
             name = type(self).__name__
-            raise TypeError(f"{name}: argument 'params': got {p.dtype}, expected float32 or bfloat16")
+            raise TypeError(
+                f"{name}: argument 'params': got {p.dtype}, expected float32, bfloat16 or float16"
+            )
 
     # --- settings and saved state --------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class SGD(FusedOptimizer):
 
     Raises:
         ValueError: a setting out of its range, or one that the kernel does not have.
-        TypeError: parameters that are neither f32 nor bf16, in ``step``.
+        TypeError: parameters that are neither f32, bf16 nor f16, in ``step``.
     """
 
     def __init__(

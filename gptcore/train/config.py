@@ -14,6 +14,7 @@ from gptcore.errors import UserError
 from gptcore.models import presets
 from gptcore.models.config import GPTConfig
 from gptcore.models.schema import Spec, at_least
+from gptcore.optim import LossScaler
 from gptcore.optim import schedule as schedules
 from gptcore.train.optimizers import OptimizerSpec
 from gptcore.train.recovery_spec import Change, RecoverySpec
@@ -101,6 +102,33 @@ class MemorySpec(Spec):
 
 
 @dataclass(frozen=True)
+class LossScaleSpec(Spec):
+    """Of ``dtype = "float16"``: :class:`gptcore.optim.LossScaler`, whose names these are."""
+
+    section: ClassVar[str] = "loss_scale"
+
+    init_scale: float = 65536.0
+    growth_interval: int = 2000
+    minimum: float = 1.0
+    patience: int = 30
+
+    def validate(self) -> None:
+        try:
+            self.build()
+        except ValueError as error:
+            raise UserError(f"loss_scale: {error}") from error
+
+    def build(self) -> LossScaler:
+        """A scaler at its start."""
+        return LossScaler(
+            self.init_scale,
+            growth_interval=self.growth_interval,
+            minimum=self.minimum,
+            patience=self.patience,
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationSpec(Spec):
     """Held-out loss over ``batches`` batches: at step 0, every ``every`` updates, at the end (0: never)."""
 
@@ -173,11 +201,11 @@ class ParallelSpec(Spec):
 class TrainConfig(Spec):
     """Everything that decides a run. The same config gives the same bits, whatever the thread count.
 
-    ``model`` is a table of :class:`GPTConfig`, optionally over ``preset = "gpt2"``; :meth:`model_config`
-    resolves it. ``start`` names a run, checkpoint or Hugging Face directory whose weights the run begins with; a dense
-    model's go to every expert of one with experts. ``dtype`` bfloat16 trains bf16 weights with f32 masters.
-    ``threads`` 0 takes what the machine gives. ``log_every`` is in updates. ``changes`` are applied under way, each at
-    its step.
+    ``model`` is a table of :class:`GPTConfig`, optionally over ``preset = "gpt2"``; :meth:`model_config` resolves
+    it. ``start`` names a run, checkpoint or Hugging Face directory whose weights the run begins with; a dense
+    model's go to every expert of one with experts. ``dtype`` bfloat16 trains bf16 weights with f32 masters, and
+    float16 does so under a loss scale. ``threads`` 0 takes what the machine gives. ``log_every`` is in updates.
+    ``changes`` are applied under way, each at its step.
     """
 
     section: ClassVar[str] = ""
@@ -186,7 +214,7 @@ class TrainConfig(Spec):
     start: str | None = None
     steps: int = 2000
     seed: int = 1337
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int = 0
     z_loss: float = 0.0
@@ -195,6 +223,7 @@ class TrainConfig(Spec):
     data: DataSpec = field(default_factory=DataSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    loss_scale: LossScaleSpec = field(default_factory=LossScaleSpec)
     memory: MemorySpec = field(default_factory=MemorySpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     sample: SampleSpec = field(default_factory=SampleSpec)

@@ -35,7 +35,7 @@ from gptcore.train.run_state import Evaluate, Run, Sample, flops_of, resume_from
 from gptcore.train.sharding import sharded
 from gptcore.train.stop import StopRequest
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Result(NamedTuple):
@@ -86,7 +86,8 @@ def run(
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     check_changes(config)
     _set_up(config)
-    ceiling = peak.of(device, dtype) if measure_peak else peak.Peak(None, "not measured")
+    known = measure_peak and dtype != torch.float16  # which is computed in f32
+    ceiling = peak.of(device, dtype) if known else peak.Peak(None, "not measured")
     _cast(model, device, dtype)
     _spare_memory(model, config)
     member = processes.member()
@@ -102,6 +103,7 @@ def run(
         now = Run(
             config, model, optimizer, loader, directory, evaluate, sample, identity, course, guard, member
         )
+        now.scaler = config.loss_scale.build() if dtype == torch.float16 else None
         layers = _expert_layers(model)
         now.routing = RoutingWatch(layers) if layers else None
         began = time.perf_counter()

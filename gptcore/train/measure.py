@@ -24,11 +24,19 @@ def log(now: Run, metrics: MetricsFile, progress: Progress, flops: ModelFlops | 
         "seconds": now.train_seconds,
         **throughput(tokens, seconds, flops, ceiling),
         **({} if now.routing is None else now.routing.fields()),
+        **_scale_fields(now),
     }
     metrics.write("train", now.step, **fields)
     mfu = "unknown" if fields["mfu"] is None else f"{100 * fields['mfu']:.1f}%"
     rate = format_count(round(fields["tokens_per_s"]))
     progress.update(0, **{"loss": f"{now.loss:.4f}", "tok/s": rate, "MFU": mfu})
+
+
+def _scale_fields(now: Run) -> dict[str, float]:
+    """The loss scale of the next update, and the updates so far that overflowed."""
+    if now.scaler is None:
+        return {}
+    return {"loss_scale": now.scaler.get_scale(), "skipped_updates": now.scaler.skipped}
 
 
 def watch_routing(now: Run, metrics: MetricsFile, progress: Progress, quiet: bool) -> None:

@@ -87,10 +87,12 @@ def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | No
             lr=now.course.learning_rate(now.step),
             batch=now.course.batch(now.step),
             admit=_admission(now.guard, drops),
+            scaler=now.scaler,
         )
     except NonFiniteError as error:
         return error.loss, error.grad_norm, error
-    return loss, now.optimizer.last_grad_norm, None
+    overflowed = now.scaler is not None and now.optimizer.found_inf  # which a smaller scale puts right
+    return loss, None if overflowed else now.optimizer.last_grad_norm, None
 
 
 def _admission(guard: Guard, drops: bool) -> Callable[[float, float], bool] | None:

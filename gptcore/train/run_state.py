@@ -14,7 +14,7 @@ from gptcore import checkpoint
 from gptcore.dist import Member
 from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
-from gptcore.optim import ZeroOptimizer
+from gptcore.optim import LossScaler, ZeroOptimizer
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.train import checkpoints_kept, sharding, state
 from gptcore.train.config import TrainConfig
@@ -36,7 +36,7 @@ class Run:
     """What the steps of one run share.
 
     ``train_seconds`` counts updates only, over all resumed parts; ``loss`` and ``grad_norm`` are the last update's,
-    ``rewinds`` counts how often the run has gone back. ``events`` is open while it trains.
+    ``scaler`` is float16's, ``rewinds`` counts how often the run has gone back. ``events`` is open while it trains.
     """
 
     config: TrainConfig
@@ -62,6 +62,7 @@ class Run:
     grad_norm: float | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     routing: RoutingWatch | None = None
+    scaler: LossScaler | None = None
 
 
 def resume_from(now: Run, resume: bool, quiet: bool) -> bool:
@@ -106,6 +107,8 @@ def take_up(now: Run, found: checkpoint.Checkpoint) -> None:
         sharding.restore(now.model, now.optimizer, found)
     else:
         state.restore(now.model, now.optimizer, {name: found.read(name) for name in found.names}, saved)
+    if now.scaler is not None and "loss_scale" in saved:
+        now.scaler.load_state_dict(saved["loss_scale"])
     now.step = saved["step"]
     now.tokens = saved["metrics"]["tokens"]
     now.train_seconds = saved["metrics"]["seconds"]
@@ -121,6 +124,8 @@ def save(now: Run, metrics: MetricsFile) -> None:
     now.events.sync()
     tensors, values = _collected(now)
     values["metrics"] = {"tokens": now.tokens, "seconds": now.train_seconds, "evaluation": now.evaluation}
+    if now.scaler is not None:
+        values["loss_scale"] = now.scaler.state_dict()
     values["recovery"] = {
         "course": now.course.state(),
         "guard": now.guard.state(),

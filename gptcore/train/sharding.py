@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptcore.checkpoint import Checkpoint, Slice
 from gptcore.checkpoint.loading import MODEL_PREFIX
+from gptcore.errors import UserError
 from gptcore.optim import Adafactor, ZeroOptimizer, zero_state
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.train import processes
@@ -20,10 +21,20 @@ Optimizer = FusedOptimizer | ZeroOptimizer
 
 
 def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Module) -> Optimizer:
-    """``optimizer``, or around it one for several processes, leaves to add in a fixed order, or states to divide."""
+    """``optimizer``, or around it one for several processes, leaves to add in a fixed order, or states to divide.
+
+    Raises:
+        UserError: float16 in several processes or with divided states.
+    """
     spec, data = config.parallel, config.data
-    adds = spec.fixed_tree and data.batch * data.accumulate > config.grain
     alone = processes.member().ranks == 1 and not spec.zero
+    if config.dtype == "float16":
+        if not alone:
+            raise UserError(
+                "dtype: got float16, which trains in one process without parallel.zero; use bfloat16"
+            )
+        return optimizer
+    adds = spec.fixed_tree and data.batch * data.accumulate > config.grain
     if alone and (not adds or isinstance(optimizer, Adafactor)):  # which ZeroOptimizer does not take
         return optimizer
     return ZeroOptimizer(optimizer, stage=spec.zero, module=model, fixed_tree=spec.fixed_tree)

@@ -12,7 +12,7 @@ import torch
 from gptcore import checkpoint
 from gptcore.dist import Member, gather_numbers
 from gptcore.errors import UserError
-from gptcore.optim import ZeroOptimizer
+from gptcore.optim import LossScaler, ZeroOptimizer
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches, tensors_of
@@ -44,6 +44,7 @@ def update(
     lr: float | None = None,
     batch: int | None = None,
     admit: Callable[[float, float], bool] | None = None,
+    scaler: LossScaler | None = None,
 ) -> float:
     """One update, the one with zero-based index ``step``, by all ranks together; returns the mean loss of its leaves.
 
@@ -52,9 +53,12 @@ def update(
         lr: the learning rate; None: the schedule's at ``step``.
         batch: the index of the update whose data are taken, other than ``step`` once batches have been skipped.
         admit: asked with loss and gradient norm before a weight is touched; where it answers False, none is.
+        scaler: multiplies the loss for backward; where a gradient then overflows, no weight is touched, and the scale
+            falls.
 
     Raises:
         NonFiniteError: before anything was written, whether the loss or only a gradient is not finite; on all ranks.
+            With a ``scaler`` a gradient only once a smaller scale will not help.
         UserError: leaves that the ranks do not divide.
     """
     member = optimizer.member if isinstance(optimizer, ZeroOptimizer) else Member(None, 0, 1)
@@ -71,7 +75,8 @@ def update(
     for leaf in leaves:
         seed(config, step, leaf)
         out = _forward(config, model, batch_of(loader, config, batch, leaf))
-        _total(out, config).backward()
+        total = _total(out, config)
+        (total if scaler is None else scaler.scale(total)).backward()
         if routing is not None:
             routing.add(out)
         if isinstance(optimizer, FusedOptimizer) and len(leaves) > 1:
@@ -86,10 +91,15 @@ def update(
         raise _non_finite(config, step, lr, f"the loss is {loss}", loss)
     # The mean over leaves: their gradients were summed, the kernel divides in its update pass.
     optimizer.step(
-        grad_scale=float(len(leaves)), admit=None if admit is None else functools.partial(admit, loss)
+        grad_scale=len(leaves) * (1.0 if scaler is None else scaler.get_scale()),
+        admit=None if admit is None else functools.partial(admit, loss),
     )
-    if optimizer.found_inf:
-        raise _non_finite(config, step, lr, "a gradient is not finite", loss, optimizer.last_grad_norm)
+    what = "a gradient is not finite" if optimizer.found_inf else None
+    if scaler is not None:
+        scaler.update(optimizer.found_inf)
+        what = scaler.collapsed()
+    if what is not None:
+        raise _non_finite(config, step, lr, what, loss, optimizer.last_grad_norm)
     return loss
 
 
