@@ -123,8 +123,8 @@ def memory(run: Run, ranks: int, stage: int) -> Memory:
         backward=max(0, max(moment.bytes for moment in moments) - act.kept - act.again),
         workspace=act.workspace, not_at_once=0, host=resident.host,
     )  # fmt: skip
-    always = sum(resident) - resident.host + gradients.leaf + gradients.partial
-    passing = act.workspace + max(
+    always = sum(resident) - resident.host + gradients.leaf + gradients.partial + act.workspace
+    passing = max(
         moment.bytes
         + round(gradients.growing * moment.parameters)
         + (buckets if each > 1 or stage == 3 else min(buckets, _sent_by_then(run, moment)))
@@ -154,7 +154,7 @@ def _gradients(run: Run, ranks: int, each: int, stage: int) -> _Gradients:
         live = partial_sums.live_in_owners(ranks, each) if run.fixed_tree else 1
         return _Gradients(0, live * own, 0, 0)
     if ranks > 1:
-        summed = own + 4 * n * (stage == 0)
+        summed = 4 * n if stage == 0 else own
         if each == 1:  # as it was made
             return _Gradients(e * n, 0, 0, summed)
         live = partial_sums.places_on_a_rank(ranks, each).sums if run.fixed_tree else 2
