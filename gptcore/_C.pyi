@@ -271,6 +271,8 @@ def linear_cross_entropy_backward(
     class_weight: Tensor | None = None,
     logit_soft_cap: float | None = None,
     dbias: Tensor | None = None,
+    first_class: int = 0,
+    num_classes: int = 0,
 ) -> None: ...
 def linear_cross_entropy_forward(
     x: Tensor | None,
@@ -294,6 +296,8 @@ def linear_cross_entropy_forward(
     dbias: Tensor | None = None,
     entropy: Tensor | None = None,
     predicted: Tensor | None = None,
+    first_class: int = 0,
+    num_classes: int = 0,
 ) -> None: ...
 def matmul(
     a: Tensor | None,

@@ -15,10 +15,11 @@ void forward(const TensorView& x, const TensorView& weight, const TensorView& ta
              const TensorView& loss, const TensorView& z, const TensorView& logprobs, const TensorView& lse,
              const TensorView& dx, const TensorView& dweight, const TensorView& token_weight,
              const TensorView& bias, const TensorView& class_weight, std::optional<double> logit_soft_cap,
-             const TensorView& dbias, const TensorView& entropy, const TensorView& predicted) {
-  const LinearCrossEntropyOptions options{ignore_index, label_smoothing, z_loss,
-                                          logit_scale,  reduction,       token_weight,
-                                          bias,         class_weight,    logit_soft_cap};
+             const TensorView& dbias, const TensorView& entropy, const TensorView& predicted,
+             int64_t first_class, int64_t num_classes) {
+  const LinearCrossEntropyOptions options{ignore_index,   label_smoothing, z_loss,     logit_scale,
+                                          reduction,      token_weight,    bias,       class_weight,
+                                          logit_soft_cap, first_class,     num_classes};
   gptcore::linear_cross_entropy_forward(x, weight, targets, options,
                                         {loss, z, logprobs, lse, entropy, predicted}, {dx, dweight, dbias});
 }
@@ -28,10 +29,11 @@ void backward(const TensorView& grad_loss, const TensorView& grad_z, const Tenso
               int64_t ignore_index, double label_smoothing, double z_loss, double logit_scale,
               const std::string& reduction, const TensorView& dx, const TensorView& dweight, bool accumulate,
               const TensorView& token_weight, const TensorView& bias, const TensorView& class_weight,
-              std::optional<double> logit_soft_cap, const TensorView& dbias) {
-  const LinearCrossEntropyOptions options{ignore_index, label_smoothing, z_loss,
-                                          logit_scale,  reduction,       token_weight,
-                                          bias,         class_weight,    logit_soft_cap};
+              std::optional<double> logit_soft_cap, const TensorView& dbias, int64_t first_class,
+              int64_t num_classes) {
+  const LinearCrossEntropyOptions options{ignore_index,   label_smoothing, z_loss,     logit_scale,
+                                          reduction,      token_weight,    bias,       class_weight,
+                                          logit_soft_cap, first_class,     num_classes};
   gptcore::linear_cross_entropy_backward(grad_loss, grad_z, x, weight, targets, lse, options,
                                          {dx, dweight, dbias}, accumulate);
 }
@@ -46,14 +48,15 @@ void register_linear_cross_entropy(py::module_& m) {
       py::arg("dx") = py::none(), py::arg("dweight") = py::none(), py::arg("token_weight") = py::none(),
       py::arg("bias") = py::none(), py::arg("class_weight") = py::none(),
       py::arg("logit_soft_cap") = py::none(), py::arg("dbias") = py::none(), py::arg("entropy") = py::none(),
-      py::arg("predicted") = py::none(), py::call_guard<py::gil_scoped_release_simple>(),
+      py::arg("predicted") = py::none(), py::arg("first_class") = 0, py::arg("num_classes") = 0,
+      py::call_guard<py::gil_scoped_release_simple>(),
       "Cross-entropy of x weight^T without the logits in memory; dx, dweight and dbias take its gradients.");
   m.def("linear_cross_entropy_backward", &backward, py::arg("grad_loss"), py::arg("grad_z"), py::arg("x"),
         py::arg("weight"), py::arg("targets"), py::arg("lse"), py::arg("ignore_index"),
         py::arg("label_smoothing"), py::arg("z_loss"), py::arg("logit_scale"), py::arg("reduction"),
         py::arg("dx"), py::arg("dweight"), py::arg("accumulate"), py::arg("token_weight") = py::none(),
         py::arg("bias") = py::none(), py::arg("class_weight") = py::none(),
-        py::arg("logit_soft_cap") = py::none(), py::arg("dbias") = py::none(),
-        py::call_guard<py::gil_scoped_release_simple>(),
+        py::arg("logit_soft_cap") = py::none(), py::arg("dbias") = py::none(), py::arg("first_class") = 0,
+        py::arg("num_classes") = 0, py::call_guard<py::gil_scoped_release_simple>(),
         "Gradients of linear_cross_entropy_forward; dweight is overwritten or added to.");
 }

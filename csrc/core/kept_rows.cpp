@@ -88,7 +88,8 @@ void zero_matrix(const TensorView& tensor) {
   }
 }
 
-KeptRows::KeptRows(const TensorView& targets, int64_t ignore_index, int value_arrays, int64_t padding)
+KeptRows::KeptRows(const TensorView& targets, int64_t ignore_index, int value_arrays, int64_t padding,
+                   int64_t first, int64_t slice)
     : padded_((targets.size(0) + padding - 1) / padding * padding),
       room_(static_cast<size_t>(padded_ * (2 + value_arrays)) * 4) {
   rows_ = room_.as<int32_t>();
@@ -97,7 +98,9 @@ KeptRows::KeptRows(const TensorView& targets, int64_t ignore_index, int value_ar
   for (int64_t n = 0; n < targets.size(0); ++n) {
     if (target[n] == ignore_index) continue;
     rows_[count_] = static_cast<int32_t>(n);
-    classes_[count_++] = static_cast<int32_t>(target[n]);
+    const int64_t place = target[n] - first;
+    const bool elsewhere = slice > 0 && (place < 0 || place >= slice);
+    classes_[count_++] = elsewhere ? -1 : static_cast<int32_t>(place);
   }
   for (int64_t i = count_; i < padded_; ++i) rows_[i] = 0, classes_[i] = -1;
 }

@@ -42,7 +42,10 @@ void zero_matrix(const TensorView& tensor);
 // padded to a multiple of `padding` rows, so that kernels may read whole vectors.
 class KeptRows {
  public:
-  KeptRows(const TensorView& targets, int64_t ignore_index, int value_arrays, int64_t padding);
+  // Where `slice` is above 0 only that many classes from `first` on are here: classes() counts from `first`, and is
+  // -1 where a target is none of them.
+  KeptRows(const TensorView& targets, int64_t ignore_index, int value_arrays, int64_t padding,
+           int64_t first = 0, int64_t slice = 0);
 
   int64_t count() const { return count_; }
   int64_t padded() const { return padded_; }

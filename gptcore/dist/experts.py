@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.distributed as c10d
-from torch import Tensor
 
-from gptcore.dist.group import Member, member_of, refuse_difference
+from gptcore.dist.group import member_of
+from gptcore.dist.same_module import agree_on_module
 from gptcore.dist.shard import Shard, sharded_parameters
 
 
@@ -63,24 +61,12 @@ def expert_parallel(module: _Module, group: Any = None) -> _Module:
     """
     member = member_of("expert_parallel", group)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, ExpertLayer)}
-    _agree_on(module, layers, member)
+    agree_on_module("expert_parallel", module, layers, _obstacle(module, layers, member.ranks), member)
     for layer in layers.values():
         layer.shard_experts(Shard.of(layer.num_experts, member))
     wrapper = torch.nn.parallel.DistributedDataParallel
     wrapper._set_params_and_buffers_to_ignore_for_model(module, [*sharded_parameters(module)])
     return module
-
-
-def _agree_on(module: torch.nn.Module, layers: dict[str, Any], member: Member) -> None:
-    """Raise on all ranks where one of them cannot go on or has another module."""
-    sentence = _obstacle(module, layers, member.ranks)
-    facts = _description(module, layers) if sentence is None else {}
-    everyone: list[Any] = [None] * member.ranks
-    c10d.all_gather_object(everyone, (sentence, facts), group=member.group)
-    for rank, (other, _) in enumerate(everyone):
-        if other is not None:
-            raise ValueError(f"expert_parallel: argument 'module': {other} (rank {rank})")
-    refuse_difference("expert_parallel: argument 'module'", [facts for _, facts in everyone])
 
 
 def _obstacle(module: torch.nn.Module, layers: dict[str, Any], ranks: int) -> str | None:
@@ -93,25 +79,3 @@ def _obstacle(module: torch.nn.Module, layers: dict[str, Any], ranks: int) -> st
             where = f" in '{name}'" if name else ""
             return f"got {layer.num_experts} experts{where}, expected at least one for each of {ranks} ranks"
     return None
-
-
-def _description(module: torch.nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
-    """Plain facts by name that must be equal: options of the layers, shapes and contents of the parameters."""
-    facts: dict[str, Any] = {}
-    for name, layer in layers.items():
-        for key, value in vars(layer).items():
-            if not key.startswith("_") and isinstance(value, (bool, int, float, str, dict)):
-                facts[f"{name}.{key}".lstrip(".")] = value
-    for name, parameter in module.named_parameters():
-        kind = f"{parameter.dtype} on {parameter.device.type}"
-        facts[name] = f"{tuple(parameter.shape)}, {kind}, requires_grad {parameter.requires_grad}"
-    for name, parameter in module.named_parameters():
-        facts[f"contents of {name} (CRC-32)"] = _checksum(parameter)
-    return facts
-
-
-def _checksum(parameter: Tensor) -> int:
-    if parameter.device.type == "meta":
-        return 0
-    flat = parameter.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data)

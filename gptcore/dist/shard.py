@@ -1,15 +1,12 @@
-"""Who owns which slice, and whole state from slices: a checkpoint knows nothing of ranks."""
+"""Who owns which slice of the layers of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gptcore.dist.collectives import gather_rows
 from gptcore.dist.group import Member
 
 
@@ -59,37 +56,3 @@ def sharded_parameters(module: torch.nn.Module) -> dict[str, Shard]:
             for name, _ in part.named_parameters(recurse=False):
                 found[f"{prefix}.{name}" if prefix else name] = shard
     return found
-
-
-def full_state_dict(module: torch.nn.Module) -> dict[str, Tensor]:
-    """``module.state_dict()`` with whole tensors, as the model had it in one process; every rank gets all of it.
-
-    Every rank of the group calls it.
-    """
-    state = dict(module.state_dict())
-    with torch.no_grad():
-        for name, shard in sharded_parameters(module).items():
-            state[name] = gather_rows(state[name], shard.sizes, shard.member)
-    return state
-
-
-def load_full_state_dict(
-    module: torch.nn.Module, state: Mapping[str, Tensor], *, strict: bool = True
-) -> None:
-    """Load what :func:`full_state_dict` gave, or a model in one process, each rank its slices.
-
-    Raises:
-        ValueError: a tensor whose first dimension is not that of the whole; nothing is loaded then.
-        RuntimeError: as ``load_state_dict`` has it.
-    """
-    own = dict(state)
-    for name, shard in sharded_parameters(module).items():
-        if name not in own:
-            continue
-        if own[name].dim() == 0 or own[name].shape[0] != shard.total:
-            raise ValueError(
-                f"load_full_state_dict: '{name}': got shape {tuple(own[name].shape)}, expected the whole of "
-                f"{shard.total} along the first dimension"
-            )
-        own[name] = own[name][shard.start : shard.stop]
-    module.load_state_dict(own, strict=strict)

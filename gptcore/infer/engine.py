@@ -252,7 +252,7 @@ def new_cache(model: GPT, batch: int, capacity: int) -> KVCache:
     return KVCache(
         config.num_layers,
         batch,
-        config.num_kv_heads,
+        model.num_kv_heads,
         config.head_dim,
         capacity,
         dtype=weight.dtype,

@@ -21,6 +21,7 @@ from gptcore.nn.feed_forward import FeedForward
 from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import Linear
 from gptcore.nn.moe import MoE, MoEStatistics
+from gptcore.nn.tensor_parallel import TensorPass
 
 _attention, _attention_qkv, _rotary = in_f32(ops.attention), in_f32(ops.attention_qkv), in_f32(ops.rotary)
 
@@ -43,7 +44,8 @@ class Context(NamedTuple):
     """What every layer of one forward shares.
 
     ``positions`` is the number of tokens before the first, or (N,) int32 places inside packed documents;
-    ``seed`` (1,) int64 what attention drops, where it does. Layers of experts append to ``routing``.
+    ``seed`` (1,) int64 what attention drops, where it does. Layers of experts append to ``routing``. ``tensor`` is
+    there where layers are cut over ranks.
     """
 
     cu_seqlens: Tensor | None = None
@@ -52,6 +54,7 @@ class Context(NamedTuple):
     rotary: RotaryTables | None = None
     seed: Tensor | None = None
     routing: list[MoEStatistics] | None = None
+    tensor: TensorPass | None = None
 
 
 class Attention(nn.Module):
@@ -67,6 +70,7 @@ class Attention(nn.Module):
         self.softmax_scale = spec.softmax_scale or self.head_dim**-0.5
         self.soft_cap = spec.soft_cap
         self.dropout = spec.dropout
+        self.dropout_offset = layer
         self.interleaved = config.position.interleaved
         self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, spec.qkv_bias)
         self.out = Linear(self.heads * self.head_dim, config.width, spec.out_bias)
@@ -77,12 +81,12 @@ class Attention(nn.Module):
         self.slopes = alibi_slopes(self.heads) if config.position.kind == "alibi" else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = self.qkv(x)
+        qkv = self.qkv(x if context.tensor is None else context.tensor.enter(x))
         if self.q_norm is None and context.rotary is None and context.cache is None:
             y = _attention_qkv(qkv, self.heads, self.kv_heads, **self._options(qkv, context))
         else:
             y = self._attend(*self._queries_keys_values(qkv, context), context).flatten(-2)
-        return self.out(y)
+        return self.out(y) if context.tensor is None else context.tensor.leave(y, self.out)
 
     def _queries_keys_values(self, qkv: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Views into the fused projection as far as neither norm nor rotation moves the data."""
@@ -112,7 +116,7 @@ class Attention(nn.Module):
         if self.sinks is not None:
             options["sinks"] = self.sinks.float()
         if context.seed is not None:
-            options |= {"dropout_p": self.dropout, "seed": context.seed, "offset": self.layer}
+            options |= {"dropout_p": self.dropout, "seed": context.seed, "offset": self.dropout_offset}
         return options
 
 
@@ -167,29 +171,34 @@ class Block(nn.Module):
             return self._normed_after(x, context), None
         y, x = self.norm1.add(x, delta)
         if self.parallel == "none":
-            delta = self.dropout(self.attention_norm(self.attention(y, context)))
+            delta = self._drop(self.attention_norm(self.attention(y, context)), context)
             y, x = self.norm2.add(x, delta)
-            return x, self.dropout(self.mlp_norm(self._feed_forward(y, context)))
+            return x, self._drop(self.mlp_norm(self._feed_forward(y, context)), context)
         z = y if self.parallel == "shared" else self.norm2(x)
-        return x, self.dropout(self.attention(y, context) + self._feed_forward(z, context))
+        return x, self._drop(self.attention(y, context) + self._feed_forward(z, context), context)
 
     def _normed_after(self, x: Tensor, context: Context) -> Tensor:
         """norm(alpha * x + f(x)) for attention and then the feed-forward; alpha is 1 for post-LN."""
-        x = self._add_after(self.norm1, x, self.attention(x, context))
-        return self._add_after(self.norm2, x, self._feed_forward(x, context))
+        x = self._add_after(self.norm1, x, self.attention(x, context), context)
+        return self._add_after(self.norm2, x, self._feed_forward(x, context), context)
 
     def _feed_forward(self, x: Tensor, context: Context) -> Tensor:
         if not isinstance(self.mlp, MoE):
-            return self.mlp(x)
+            return self.mlp(x) if context.tensor is None else self.mlp(x, context.tensor)
+        if context.tensor is not None:
+            x = context.tensor.gather(x)
         # With a cache, a capacity over the few tokens of one step would make a text depend on those beside it.
         y, statistics = self.mlp(x, drop=context.cache is None)
         if context.routing is not None:
             context.routing.append(statistics)
-        return y
+        return y if context.tensor is None else context.tensor.part(y)
 
-    def _add_after(self, norm: Norm, x: Tensor, delta: Tensor) -> Tensor:
+    def _add_after(self, norm: Norm, x: Tensor, delta: Tensor, context: Context) -> Tensor:
         residual = self.alpha * x if self.placement == "deepnorm" else x
-        return norm.add(self.dropout(delta), residual)[0]
+        return norm.add(self._drop(delta, context), residual)[0]
+
+    def _drop(self, x: Tensor, context: Context) -> Tensor:
+        return self.dropout(x) if context.tensor is None else context.tensor.drop(x, self.dropout)
 
 
 class Stack(nn.Module):

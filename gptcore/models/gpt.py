@@ -6,14 +6,17 @@ the stream is (B, T, C).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gptcore import ops
+from gptcore.dist import TensorShard, TensorSplit
+from gptcore.dist.tensor_shard import shard_of
 from gptcore.errors import UserError
-from gptcore.models import accounting
+from gptcore.models import accounting, tensor_parallel, vocabulary_parallel
 from gptcore.models.block import Context, KeyValueCache, Stack
 from gptcore.models.checkpointing import Checkpointing
 from gptcore.models.config import GPTConfig
@@ -21,11 +24,13 @@ from gptcore.models.init import Projection, initialise
 from gptcore.models.norm import Norm
 from gptcore.models.padding import Padding
 from gptcore.models.positions import RotaryTables, document_positions
+from gptcore.models.summed_gradients import SharedGradient, summed_gradients
 from gptcore.models.tied import TiedTable
 from gptcore.nn.embedding import Embedding
 from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import linear
 from gptcore.nn.moe import MoEStatistics
+from gptcore.nn.tensor_parallel import TensorPass, gather_columns
 
 __all__ = ["GPT", "GPTLoss", "KeyValueCache"]
 
@@ -74,6 +79,8 @@ class GPT(nn.Module):
         super().__init__()
         refuse_unimplemented(config)
         self.config = config
+        self.tensor: TensorSplit | None = None
+        self._shared_gradients: list[SharedGradient] = []
         with torch.device("meta"):
             self._build(config)
         self.to(dtype)
@@ -133,6 +140,8 @@ class GPT(nn.Module):
         last_only = cache is not None and not all_logits
         if cache is not None and (targets is not None or cu_seqlens is not None):
             raise ValueError("GPT: cache goes with neither targets nor cu_seqlens, got both")
+        if cache is not None and self.tensor is not None and self.tensor.sequence_parallel:
+            raise ValueError("GPT: argument 'cache': got one with sequence_parallel, expected None")
         if mask is not None:
             if cache is not None:
                 raise ValueError("GPT: argument 'mask': got one beside a cache, expected None")
@@ -140,12 +149,13 @@ class GPT(nn.Module):
             return self._without_padding(Padding.of(tokens, mask, cu_seqlens), tokens, targets, options)
         table = self._tied_table() if targets is not None else None
         routing: list[MoEStatistics] = []
-        x = self._hidden(tokens, cu_seqlens, cache, last_only=last_only, table=table, routing=routing)
+        tensor = self._begin(tokens, targets, cu_seqlens, cache)
+        x = self._hidden(tokens, cu_seqlens, cache, tensor, last_only=last_only, table=table, routing=routing)
         if targets is not None:
             weight = self.head_weight if table is None else table.head()
-            out = self._loss(x, weight, targets, z_loss, label_smoothing, reduction)
+            out = self._loss(x, weight, targets, z_loss, label_smoothing, reduction, tensor)
             return self._with_routing(out, routing) if routing else out
-        logits = self.logits(x)
+        logits = self.logits(x if tensor is None else tensor.gather(x))
         return logits[:, 0] if last_only else logits.view(*tokens.shape, -1)
 
     def _without_padding(
@@ -168,11 +178,21 @@ class GPT(nn.Module):
         if mask is not None:
             padding = Padding.of(tokens, mask, cu_seqlens)
             return padding.put(self.hidden(padding.take(tokens), cu_seqlens=padding.cu_seqlens))
-        return self._hidden(tokens, cu_seqlens, None).view(*tokens.shape, -1)
+        tensor = self._begin(tokens, None, cu_seqlens, None)
+        x = self._hidden(tokens, cu_seqlens, None, tensor)
+        return (x if tensor is None else tensor.gather(x)).view(*tokens.shape, -1)
 
     def logits(self, x: Tensor) -> Tensor:
         """f32 logits (..., V) for hidden states x (..., C)."""
-        x, weight = self._to_head(x), self.head_weight
+        x = self._to_head(x)
+        if self.tensor is None:
+            return self._logits(x)
+        x = TensorPass(self.tensor.member, tuple(x.shape[:-1])).enter(x)
+        return gather_columns(self._logits(x), self._words.sizes, self.tensor.member)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Those of the words that are here, for what ``_to_head`` gave."""
+        weight = self.head_weight
         if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
             logits = linear(x, weight, self.head_bias).float()
         else:  # straight to f32: rounding logits to bf16 would make ties
@@ -193,21 +213,34 @@ class GPT(nn.Module):
         tokens: Tensor,
         cu_seqlens: Tensor | None,
         cache: KeyValueCache | None,
+        tensor: TensorPass | None,
+        **options: Any,
+    ) -> Tensor:
+        """Normed output of the stack: (B, T, C), packed (B·T, C), or (B, 1, C) if ``last_only``; of these a rank's
+        rows with sequence parallelism."""
+        if tensor is None:
+            return self._stream(tokens, cu_seqlens, cache, tensor, **options)
+        with summed_gradients(self._shared_gradients, tensor.member):
+            return self._stream(tokens, cu_seqlens, cache, tensor, **options)
+
+    def _stream(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: KeyValueCache | None,
+        tensor: TensorPass | None,
         *,
         last_only: bool = False,
         table: TiedTable | None = None,
         routing: list[MoEStatistics] | None = None,
     ) -> Tensor:
-        """Normed output of the stack: (B, T, C), packed (B·T, C), or (B, 1, C) if ``last_only``."""
-        before = 0 if cache is None else cache.length
-        self._check(tokens, cu_seqlens, before)
-        positions: int | Tensor = before
+        positions: int | Tensor = 0 if cache is None else cache.length
         if cu_seqlens is not None:
             tokens = tokens.reshape(-1)
             positions = document_positions(cu_seqlens, tokens.shape[0])
-        x, delta = self._embed(tokens, positions, table)
+        x, delta = self._embed(tokens, positions, table, tensor)
         seed = self._attention_seed(tokens.device)
-        context = Context(cu_seqlens, positions, cache, self.rotary, seed, routing)
+        context = Context(cu_seqlens, positions, cache, self.rotary, seed, routing, tensor)
         x = self.stack(x, delta, context, last_only=last_only)
         if cache is not None:
             cache.advance(tokens.shape[1])
@@ -226,11 +259,14 @@ class GPT(nn.Module):
         return TiedTable(embedding.weight) if ours and TiedTable.serves(embedding) else None
 
     def _embed(
-        self, tokens: Tensor, positions: int | Tensor, table: TiedTable | None
+        self, tokens: Tensor, positions: int | Tensor, table: TiedTable | None, tensor: TensorPass | None
     ) -> tuple[Tensor, Tensor | None]:
         """The stream as (token part, position part), added by the first norm where it can."""
         config = self.config
-        x = self.token_embedding(tokens) if table is None else table.rows(tokens)
+        if tensor is not None:
+            x = vocabulary_parallel.embed(tokens, self.token_embedding, table, tensor)
+        else:
+            x = self.token_embedding(tokens) if table is None else table.rows(tokens)
         if config.embedding_grad_shrink != 1.0:
             x = _ShrinkGradient.apply(x, config.embedding_grad_shrink)
         if config.embedding_scale != 1.0:
@@ -243,11 +279,12 @@ class GPT(nn.Module):
                 positions = torch.arange(positions, positions + tokens.shape[-1], device=tokens.device)
             # gathered for every token rather than broadcast: the gather's backward sums in a fixed order
             rows = (positions + config.position.offset).expand(tokens.shape).contiguous()
-            delta = self.position_embedding(rows)
+            delta = self.position_embedding(rows if tensor is None else tensor.own_rows(rows))
         if self.embedding_norm is not None:
             x, delta = self.embedding_norm.add(x, delta)[0], None
         if self.dropout is not None:
-            x, delta = self.dropout(x if delta is None else x + delta), None
+            x, delta = x if delta is None else x + delta, None
+            x = self.dropout(x) if tensor is None else tensor.drop(x, self.dropout)
         if delta is not None and config.norm.placement in ("post", "deepnorm"):
             x, delta = x + delta, None
         return x, delta
@@ -260,18 +297,24 @@ class GPT(nn.Module):
         z_loss: float,
         label_smoothing: float,
         reduction: str,
+        tensor: TensorPass | None,
     ) -> GPTLoss:
         x, shape = self._to_head(x), targets.shape
+        if tensor is not None:
+            x = tensor.enter(x)
         flat, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        if tensor is not None:
+            options = vocabulary_parallel.HeadOptions(
+                label_smoothing, z_loss, self.config.logit_scale, self.config.logit_soft_cap, reduction
+            )
+            parts = vocabulary_parallel.loss(flat, weight, self.head_bias, targets, self._words, options)
+            return _shaped(parts, shape)
         out = _linear_cross_entropy(
             flat, weight, targets, label_smoothing=label_smoothing, z_loss=z_loss,
             logit_scale=self.config.logit_scale, reduction=reduction, bias=self.head_bias,
             logit_soft_cap=self.config.logit_soft_cap,
         )  # fmt: skip
-        loss, z = out.loss, out.z_loss
-        if reduction == "none":
-            loss, z = loss.view(shape), z.view(shape)
-        return GPTLoss(loss, z, out.logprobs.view(shape))
+        return _shaped(out[:3], shape)
 
     def _with_routing(self, out: GPTLoss, routing: list[MoEStatistics]) -> GPTLoss:
         """The losses of the routers beside those of the head."""
@@ -285,7 +328,41 @@ class GPT(nn.Module):
             routing=tuple(routing),
         )
 
-    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, before: int) -> None:
+    def tensor_obstacle(self, ranks: int, sequence_parallel: bool) -> str | None:
+        """Why :func:`gptcore.dist.tensor_parallel` cannot cut it over so many ranks; None: it can."""
+        dtype = self.token_embedding.weight.dtype
+        if dtype == torch.float16:
+            return f"got one of {dtype}, expected torch.float32 or torch.bfloat16"
+        return tensor_parallel.obstacle(self.config, ranks, sequence_parallel)
+
+    def shard_tensors(self, split: TensorSplit) -> None:
+        """Keep this rank's pieces of the matrices alone: see :func:`gptcore.dist.tensor_parallel`."""
+        tensor_parallel.cut(self, split)
+        self.tensor, self._shared_gradients = split, tensor_parallel.shared_gradients(self, split)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv of a cache; that of this rank, where the model is cut over some."""
+        ranks = 1 if self.tensor is None else self.tensor.member.ranks
+        return max(self.config.num_kv_heads // ranks, 1)
+
+    @property
+    def _words(self) -> TensorShard:
+        """Who has which words of the head."""
+        return shard_of(self.token_embedding if self.head is None else self.head, "weight")
+
+    def _begin(
+        self, tokens: Tensor, targets: Tensor | None, cu_seqlens: Tensor | None, cache: KeyValueCache | None
+    ) -> TensorPass | None:
+        """Checked arguments; on all ranks together where the model is cut over some."""
+        before = 0 if cache is None else cache.length
+        if self.tensor is not None:
+            return tensor_parallel.begin(self, self.tensor, tokens, targets, cu_seqlens, before)
+        self.check(tokens, cu_seqlens, before)
+        return None
+
+    def check(self, tokens: Tensor, cu_seqlens: Tensor | None, before: int) -> None:
+        """Raises ValueError or TypeError for what ``forward`` does not take, ``before`` tokens being in the cache."""
         if tokens.dim() != 2 or tokens.numel() == 0:
             got = tuple(tokens.shape)
             raise ValueError(f"GPT: argument 'tokens': got shape {got}, expected (B, T) with B and T above 0")
@@ -360,6 +437,12 @@ class GPT(nn.Module):
         """Bytes of parameters, gradients and AdamW state in this model's dtype."""
         size = self.token_embedding.weight.element_size()
         return accounting.state_bytes(self.config, parameter_bytes=size)
+
+
+def _shaped(out: Sequence[Tensor], shape: torch.Size) -> GPTLoss:
+    """Loss and z-loss, each () or (B·T,), and logprobs, those of tokens as (B, T)."""
+    loss, z, logprobs = (one.view(shape) if one.dim() else one for one in out)
+    return GPTLoss(loss, z, logprobs)
 
 
 class _ShrinkGradient(torch.autograd.Function):

@@ -12,6 +12,7 @@ from gptcore.errors import unknown_name
 from gptcore.nn.half_precision import in_f32, is_half
 from gptcore.nn.linear import Linear, linear
 from gptcore.nn.support import covered
+from gptcore.nn.tensor_parallel import TensorPass
 
 # What makes two halves of one projection, the gate first, into one; the others act on each value alone.
 GATED = ("swiglu", "geglu", "geglu_tanh")
@@ -63,12 +64,17 @@ class FeedForward(torch.nn.Module):
         self.up = Linear(width, 2 * hidden if self.gated else hidden, bias, **factory)
         self.down = Linear(hidden, width, bias, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tensor: TensorPass | None = None) -> Tensor:
+        """``tensor``: where this rank has but some of the hidden units."""
+        if tensor is not None:
+            x = tensor.enter(x)
         if is_half(x):
-            return self.down(in_f32(activate)(self.activation, linear(x, self.up.weight), self.up.bias))
-        if not covered("feed_forward", x, self.up.weight):
-            return self.down(activate_reference(self.activation, self.up(x)))
-        return self.down(activate(self.activation, linear(x, self.up.weight), self.up.bias))
+            hidden = in_f32(activate)(self.activation, linear(x, self.up.weight), self.up.bias)
+        elif covered("feed_forward", x, self.up.weight):
+            hidden = activate(self.activation, linear(x, self.up.weight), self.up.bias)
+        else:
+            hidden = activate_reference(self.activation, self.up(x))
+        return self.down(hidden) if tensor is None else tensor.leave(hidden, self.down)
 
 
 def known_activation(name: str) -> str:

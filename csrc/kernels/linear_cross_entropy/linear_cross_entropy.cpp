@@ -25,6 +25,29 @@ const LinearCrossEntropyBodies& bodies_of(const TensorView& x, const TensorView&
   return (half ? linear_cross_entropy_bf16_bodies_table : linear_cross_entropy_f32_bodies_table).pick();
 }
 
+// All classes, of which a slice has some.
+int64_t all_classes(const LinearCrossEntropyOptions& options, const TensorView& weight) {
+  return options.num_classes > 0 ? options.num_classes : weight.size(0);
+}
+
+void check_slice(const Checker& check, const LinearCrossEntropyOptions& options, int64_t classes) {
+  if (options.first_class < 0 || options.first_class + classes > options.num_classes) {
+    check.fail(
+        "first_class",
+        std::to_string(options.first_class) + " with " + std::to_string(classes) + " classes from it on",
+        "a slice of " + std::to_string(options.num_classes));
+  }
+  if (options.reduction != "none")
+    check.fail("reduction", "'" + options.reduction + "'", "'none' of a slice");
+  if (options.class_weight) check.fail("class_weight", describe(options.class_weight), "None of a slice");
+}
+
+KeptRows kept_rows(const TensorView& targets, const TensorView& weight,
+                   const LinearCrossEntropyOptions& options, int value_arrays) {
+  const int64_t slice = options.num_classes > 0 ? weight.size(0) : 0;
+  return KeptRows(targets, options.ignore_index, value_arrays, kRowPadding, options.first_class, slice);
+}
+
 void check_inputs(const Checker& check, const TensorView& x, const TensorView& weight,
                   const TensorView& targets, const LinearCrossEntropyOptions& options) {
   check.input(x, "x", {DType::f32, DType::bf16});
@@ -52,7 +75,8 @@ void check_inputs(const Checker& check, const TensorView& x, const TensorView& w
   check_by_class(options.bias, "bias");
   check_by_class(options.class_weight, "class_weight");
   if (options.token_weight) check_row_values(check, options.token_weight, "token_weight", x.size(0));
-  check_targets(check, targets, x.size(0), weight.size(0), options.ignore_index);
+  if (options.num_classes != 0) check_slice(check, options, weight.size(0));
+  check_targets(check, targets, x.size(0), all_classes(options, weight), options.ignore_index);
 }
 
 void check_gradients(const Checker& check, const TensorView& x, const TensorView& weight,
@@ -252,7 +276,7 @@ void zero_ignored(const KeptRows& kept, int64_t rows, const LinearCrossEntropyGr
 void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyOptions& options,
                    const KeptRows& kept, const Shares& shares, int64_t rows,
                    const LinearCrossEntropyOutputs& out) {
-  const bool per_row = options.reduction == "none";
+  const bool per_row = options.reduction == "none", slice = options.num_classes > 0;
   for (const TensorView* o : {&out.logprobs, &out.lse}) {
     if (rows > 0) std::memset(o->data, 0, static_cast<size_t>(rows) * sizeof(float));
   }
@@ -266,12 +290,12 @@ void store_results(const LinearCrossEntropyForward& a, const LinearCrossEntropyO
   for (int64_t i = 0; i < kept.count(); ++i) {
     const int64_t n = kept.row(i);
     const double row_lse = a.lse[i];
-    double row_loss = shares.all(i) * row_lse - shares.target(i) * a.target_logit[i];
+    double row_loss = (slice ? 0 : shares.all(i) * row_lse) - shares.target(i) * a.target_logit[i];
     if (a.logit_sum) row_loss -= shares.even() * a.logit_sum[i];
     row_loss *= shares.of(i);
     const double row_z = shares.of(i) * options.z_loss * row_lse * row_lse;
     out.lse.as<float>()[n] = a.lse[i];
-    out.logprobs.as<float>()[n] = a.target_logit[i] - a.lse[i];
+    out.logprobs.as<float>()[n] = a.target_logit[i] - (slice ? 0 : a.lse[i]);
     if (out.entropy) out.entropy.as<float>()[n] = a.entropy[i];
     if (out.predicted) out.predicted.as<int64_t>()[n] = a.predicted[i];
     loss_sum += row_loss, z_sum += row_z;
@@ -298,8 +322,8 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
   if (at_once) check_gradients_at_once(check, x, weight, options, gradients);
 
   const bool observed = out.entropy || out.predicted;
-  const KeptRows kept(targets, options.ignore_index, observed ? 8 : 6, kRowPadding);
-  const Shares shares(kept, options, weight.size(0));
+  const KeptRows kept = kept_rows(targets, weight, options, observed ? 8 : 6);
+  const Shares shares(kept, options, all_classes(options, weight));
   const ClassValues bias(options.bias, weight.size(0), options.logit_scale);
   LinearCrossEntropyForward a{};
   fill(&a, kept, x, weight, options, bias, shares);
@@ -333,15 +357,15 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
     check.fail("dweight", describe(gradients.dweight), "f32 to accumulate into");
   }
 
-  const KeptRows kept(targets, options.ignore_index, 4, kRowPadding);
+  const KeptRows kept = kept_rows(targets, weight, options, 4);
   zero_ignored(kept, rows, gradients, accumulate);
   if (kept.count() == 0) return;
-  const Shares shares(kept, options, weight.size(0));
+  const Shares shares(kept, options, all_classes(options, weight));
   const ClassValues bias(options.bias, weight.size(0), options.logit_scale);
   LinearCrossEntropyInputs inputs{};
   fill(&inputs, kept, x, weight, options, bias, shares);
   float* row_lse = kept.values(0);
-  Factors factors(kept, 1, options, shares, weight.size(0));
+  Factors factors(kept, 1, options, shares, all_classes(options, weight));
   const bool per_row = options.reduction == "none";
   for (int64_t i = 0; i < kept.count(); ++i) {
     const int64_t n = kept.row(i);

@@ -25,6 +25,12 @@
 // Mean     no row kept: NaN with gradients of 0. Weights that add up to 0 are divided by all the same: NaN or
 //          infinity, gradients too.
 // Soft cap a number above 0 which, like its reciprocal, f32 holds without loss of digits.
+// Slice    num_classes above 0: weight and bias are those of the V classes from first_class on, of num_classes, and
+//          targets count in all of these, which are what s is spread over. Then with t in the slice or none:
+//            loss[n] = -w[n] * ((1 - s) * l[n,t] + s/num_classes * sum_v l[n,v])     logprobs[n] = l[n,t], or 0
+//          and lse, entropy, predicted and z are of the slice: over all slices losses add up to the loss without
+//          w[n] * lse[n], logprobs to l[n,t], and exp(lse) to that of all classes, which backward is given. Its
+//          gradients are those of the slice's part of the whole loss. For reduction none, without class_weight.
 // None     logit_soft_cap: no cap; bias: zeros; token_weight, class_weight: ones, and no gradient anyway;
 //          grad_loss, grad_z: zero; entropy, predicted (neither is differentiated), dx, dweight, dbias: not
 //          wanted.
@@ -60,6 +66,7 @@ struct LinearCrossEntropyOptions {
   std::string reduction;  // mean, sum or none
   TensorView token_weight, bias, class_weight;
   std::optional<double> logit_soft_cap;
+  int64_t first_class = 0, num_classes = 0;
 };
 
 struct LinearCrossEntropyOutputs {
