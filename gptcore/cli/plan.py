@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grain", type=int, metavar="N", help="sequences of a leaf (config: data.batch; preset: 1)"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and activations")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and activations"
+    )
     parser.add_argument(
         "--checkpointing",
         default="none",
@@ -94,7 +96,8 @@ def _planned(args: argparse.Namespace) -> tuple[Run, Any]:
         raise UserError(f"--gpus: expected 1 or more, got {args.gpus}")
     limit = device.memory if args.memory is None else parse_amount("--memory", args.memory)
     tokens = _tokens(config, run, args)
-    return run, Question(args.gpus, limit, device, _speed(args, device), args.mfu, tokens, args.price)
+    dtype = args.dtype or config.dtype
+    return run, Question(dtype, args.gpus, limit, device, _speed(args, device), args.mfu, tokens, args.price)
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:

@@ -16,9 +16,11 @@ from gptcore.train.traffic import traffic
 
 
 class Question(NamedTuple):
-    """What is asked: ``gpus`` (None: the fewest that fit), each with ``limit`` bytes; a ``device`` that does
-    ``speed`` FLOP/s, others ``mfu`` of their peak; ``tokens`` of the whole run; ``price`` of a GPU for an hour."""
+    """What is asked, of weights of ``dtype``: ``gpus`` (None: the fewest that fit), each with ``limit`` bytes; a
+    ``device`` that does ``speed`` FLOP/s, others ``mfu`` of their peak; ``tokens`` of the whole run; ``price`` of a GPU
+    for an hour."""
 
+    dtype: str
     gpus: int | None
     limit: float
     device: devices.Device
@@ -39,7 +41,7 @@ def facts(name: str, run: Run, asked: Question) -> dict[str, Any]:
         "config": name,
         "parameters": run.parameters,
         "active_parameters": accounting.active_parameters(run.model),
-        "dtype": "float32" if run.element_bytes == 4 else "bfloat16",
+        "dtype": asked.dtype,
         "optimizer": run.optimizer.kind,
         "update": {
             "sequences": run.sequences, "length": run.length, "tokens": run.tokens, "grain": run.grain,
