@@ -252,6 +252,21 @@ def dropout(sequence_parallel: bool) -> Case:
     return case
 
 
+def checkpointing(sequence_parallel: bool) -> Case:
+    """Gradients are the same where backward computes blocks, with their sums over ranks, anew."""
+
+    def case(world: World) -> None:
+        for kind in ("block", "selective"):
+            one = model_of(VARIANTS["palm"])
+            cut = dist.tensor_parallel(copy.deepcopy(one), world.group, sequence_parallel=sequence_parallel)
+            cut.checkpoint_activations(kind)
+            for model in (one, cut):
+                model(*batch(1)).total.backward()
+            assert_gradients(cut, one)
+
+    return case
+
+
 CASES: dict[str, Case] = {
     f"{name}{'-rows' if rows else ''}": case
     for rows in (False, True)
@@ -262,6 +277,7 @@ CASES: dict[str, Case] = {
         "bf16-llama": bf16(VARIANTS["palm"], rows),
         "dropout": dropout(rows),
         "documents": documents(rows),
+        "checkpointing": checkpointing(rows),
         **{kind: variant(kind, rows) for kind in VARIANTS if not (rows and kind == "opt")},
     }.items()
 }
