@@ -19,7 +19,7 @@ from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.slices import Whole
 from gptcore.optim.zero_layout import units_of
-from gptcore.optim.zero_sums import norm_of_all
+from gptcore.optim.zero_sums import norm_of_all, step_in_phases
 
 
 class _Place(NamedTuple):
@@ -365,7 +365,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
             inner.update({key: value for key, value in outer.items() if key != "params"})
         self.optimizer.take_gradients(gradients)
-        self.optimizer.step(grad_scale=scale, grad_norm=(norm, False))
+        if isinstance(self.optimizer, Adafactor) and self.member.ranks > 1 and self.stage > 0:
+            step_in_phases(self.optimizer, norm, scale, self.member)
+        else:
+            self.optimizer.step(grad_scale=scale, grad_norm=(norm, False))
         self.optimizer.zero_grad()
         self.weights_changed()
 
@@ -382,11 +385,6 @@ def _check(optimizer: Any, stage: int, module: Any, accumulation: int, bucket: i
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(
             f"ZeroOptimizer: argument 'optimizer': got {type(optimizer).__name__}, expected one of gptcore.optim"
-        )
-    if isinstance(optimizer, Adafactor):
-        raise TypeError(
-            "ZeroOptimizer: argument 'optimizer': got Adafactor, whose statistics are of whole matrices, "
-            "expected AdamW, Adam, AdamW8bit or SGD"
         )
     if optimizer.state:
         raise ValueError("ZeroOptimizer: argument 'optimizer': got one that has stepped, expected a new one")

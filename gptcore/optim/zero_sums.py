@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as c10d
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from gptcore.dist.flat_unit import BLOCK
 from gptcore.dist.group import Member
+from gptcore.optim.adafactor import Adafactor
+from gptcore.optim.slices import BlockSums, Whole, join_blocks
 
 
 def norm_of_all(gradients: Sequence[Tensor], scale: float, member: Member) -> tuple[float, bool]:
@@ -35,3 +39,26 @@ def _exact_terms(values: Sequence[float]) -> tuple[float, float, float]:
         rest = math.fsum((*values, *(-term for term in terms)))
         terms.append(rest if math.isfinite(rest) else 0.0)
     return terms[0], terms[1], terms[2]
+
+
+def step_in_phases(optimizer: Adafactor, norm: float, scale: float, member: Member) -> None:
+    """A step of Adafactor, whose sums over whole matrices are of several owners' blocks."""
+    phases = optimizer.step_phases(grad_norm=(norm, False), grad_scale=scale)
+    with suppress(StopIteration):
+        own = next(phases)
+        while True:
+            own = phases.send(_blocks_of_all(own, member))
+
+
+def _blocks_of_all(own: list[BlockSums], member: Member) -> list[Tensor]:
+    """For each entry the sums of all blocks of its parameter."""
+    told = [(block.whole.number, block.first, block.count, block.values) for block in own]
+    of_ranks: list[Any] = [None] * member.ranks
+    c10d.all_gather_object(of_ranks, told, group=member.group)
+    everyone = [
+        BlockSums(Whole(0, (), 0, number), first, count, values)
+        for rank in of_ranks
+        for number, first, count, values in rank
+    ]
+    before = sum(len(rank) for rank in of_ranks[: member.rank])
+    return join_blocks(everyone)[before : before + len(own)]

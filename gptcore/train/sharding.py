@@ -11,7 +11,7 @@ from torch import Tensor
 from gptcore.checkpoint import Checkpoint, Slice
 from gptcore.checkpoint.loading import MODEL_PREFIX
 from gptcore.errors import UserError
-from gptcore.optim import Adafactor, ZeroOptimizer, zero_state
+from gptcore.optim import ZeroOptimizer, zero_state
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.train import processes
 from gptcore.train.config import TrainConfig
@@ -35,7 +35,7 @@ def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Modu
             )
         return optimizer
     adds = spec.fixed_tree and data.batch * data.accumulate > config.grain
-    if alone and (not adds or isinstance(optimizer, Adafactor)):  # which ZeroOptimizer does not take
+    if alone and not adds:
         return optimizer
     return ZeroOptimizer(optimizer, stage=spec.zero, module=model, fixed_tree=spec.fixed_tree)
 

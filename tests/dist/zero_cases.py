@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gptcore.models import GPT
 from gptcore.models.config import GPTConfig
-from gptcore.optim import SGD, AdamW, AdamW8bit, ZeroOptimizer, decay_groups
+from gptcore.optim import SGD, Adafactor, AdamW, AdamW8bit, ZeroOptimizer, decay_groups
 from tests.dist.processes import World
 
 STEPS = 20
@@ -26,7 +26,7 @@ CONFIG = GPTConfig.from_dict(
 )  # fmt: skip
 
 # Updates of the cases in which slow drift would show; the others have six.
-LONG = {"adamw": STEPS, "adamw8bit": STEPS}
+LONG = {"adamw": STEPS, "adamw8bit": STEPS, "adafactor": STEPS}
 
 Make = Callable[[nn.Module], Any]
 OPTIMIZERS: dict[str, Make] = {
@@ -34,6 +34,11 @@ OPTIMIZERS: dict[str, Make] = {
     "sgd": lambda m: SGD(decay_groups(m, 0.1), lr=0.1, momentum=0.9),
     "adamw8bit": lambda m: AdamW8bit(decay_groups(m, 0.1), lr=1e-2, max_norm=0.5),
     "adamw_8bit_without_masters": lambda m: AdamW8bit(m.parameters(), lr=1e-2, master_weights=False),
+    "adafactor": lambda m: Adafactor(m.parameters(), lr=1e-2, variant="torch", max_norm=0.5),
+    "adafactor_hf": lambda m: Adafactor(
+        m.parameters(), lr=1e-2, variant="hf", relative_step=False, beta1=0.9, weight_decay=0.1
+    ),
+    "adafactor_palm": lambda m: Adafactor(m.parameters(), variant="palm"),
     "adamw_split_master": lambda m: AdamW(m.parameters(), lr=1e-2, split_master=True),
 }
 
