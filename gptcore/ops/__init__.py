@@ -11,7 +11,6 @@ from gptcore.ops.layer_norm import ...`` still reaches the module.
 """
 
 from gptcore.ops.adafactor import adafactor_
-from gptcore.ops.adafactor_blocks import adafactor_blocks_
 from gptcore.ops.adamw import adamw_
 from gptcore.ops.adamw_8bit import adamw_8bit_
 from gptcore.ops.attention import attention, attention_backward, attention_qkv, attention_qkv_backward
@@ -58,7 +57,6 @@ from gptcore.ops.sgd import sgd_
 
 __all__ = [
     "adafactor_",
-    "adafactor_blocks_",
     "adamw_",
     "adamw_8bit_",
     "attention",

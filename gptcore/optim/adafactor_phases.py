@@ -13,7 +13,7 @@ from gptcore.optim.fused import Call
 from gptcore.optim.slices import BlockSums, join_blocks
 
 Phases = Generator[list[torch.Tensor], list[torch.Tensor], None]
-"""What ``ops.adafactor_blocks_`` returns: yields sums of own blocks and is sent those of all, twice."""
+"""What ``adafactor_blocks_`` returns: yields sums of own blocks and is sent those of all, twice."""
 
 
 def in_step(calls: list[Call], running: list[Phases]) -> Generator[list[BlockSums], list[torch.Tensor], None]:

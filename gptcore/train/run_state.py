@@ -136,7 +136,15 @@ def save(now: Run, metrics: MetricsFile) -> None:
     anchored = checkpoints_kept.anchor_spacing(config) > 0
     keep = len(checkpoint.steps(directory)) + 1 if anchored else config.checkpoint.keep_last
     member = now.member if now.member.ranks > 1 else None
-    checkpoint.save(directory, now.step, tensors, {**now.identity, **values}, keep, member=member)
+    checkpoint.save(
+        directory,
+        now.step,
+        tensors,
+        {**now.identity, **values},
+        keep,
+        member=member,
+        patience=config.parallel.timeout,
+    )
     if anchored and now.member.rank == 0:
         checkpoints_kept.prune(directory, now.step, config)
 

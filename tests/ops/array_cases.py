@@ -268,6 +268,11 @@ _SHAPES = [(5, 8), (300,)]
 
 
 @_case
+def square_sums(ops: Any, a: Inputs) -> Sequence[Any]:
+    return ops.square_sums([a.real(5, 8), a.real(300)], 16)
+
+
+@_case
 def grad_norm(ops: Any, a: Inputs) -> Sequence[Any]:
     return ops.grad_norm([a.real(5, 8), a.real(300)], 2.0), ops.grad_norm([a.of([np.inf])])[1]
 

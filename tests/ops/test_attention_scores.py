@@ -212,6 +212,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_autocast_leaves_slopes_alone() -> None:
+    backend.reset_report()
     tensors, slopes = inputs(1, 9, 9, 2, 2, 16, torch.float32), _slopes(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = attention(*tensors, alibi_slopes=slopes)

@@ -122,7 +122,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cupy.empty = lambda shape, dtype: Pretender(np.empty(shape, dtype))  # type: ignore[attr-defined]
     cupy.asarray = lambda *args, **keywords: Pretender(np.asarray(*args, **keywords))  # type: ignore[attr-defined]
     cupy.ascontiguousarray = lambda x: Pretender(np.ascontiguousarray(x._array))  # type: ignore[attr-defined]
-    for dtype in ("float32", "int32", "int64"):
+    for dtype in ("float32", "float64", "int32", "int64"):
         setattr(cupy, dtype, getattr(np, dtype))
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     yield

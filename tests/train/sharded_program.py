@@ -31,6 +31,7 @@ def settings(run_dir: Path, **changes: Any) -> dict[str, Any]:
         "schedule": {"name": "constant", "warmup": 2},
         "evaluation": {"every": 0},
         "checkpoint": {"every": 2, "keep_last": 3},
+        "parallel": {"timeout": 20.0},
     }  # fmt: skip
     for name, value in changes.items():
         table[name] = {**table.get(name, {}), **value} if isinstance(value, dict) else value
