@@ -11,7 +11,19 @@ import importlib
 from types import ModuleType
 
 _SUBMODULES = frozenset(
-    {"atomic", "corpus", "dataset", "loader", "packing", "permutation", "prepare", "shards", "tokenizer"}
+    {
+        "atomic",
+        "corpus",
+        "dataset",
+        "examples",
+        "loader",
+        "packing",
+        "permutation",
+        "prepare",
+        "records",
+        "shards",
+        "tokenizer",
+    }
 )
 
 

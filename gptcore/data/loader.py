@@ -31,7 +31,8 @@ class Batch(NamedTuple):
     ``cu_seqlens``: (S + 1,) int32 over all B * T tokens, or None when documents are not told apart.
     ``target_bytes``: UTF-8 bytes of the targets, the divisor of bits per byte. ``target_count``: targets
     that count (not ``IGNORE``). ``step``: the batch's number. ``mask``: (B, T) bool, False for padding, or None
-    where there is none.
+    where there is none. ``options``: further arrays that the model takes by name. ``weight``: of its mean loss in the
+    update's (``gptcore.data.examples.leaf_weight``).
     """
 
     tokens: np.ndarray
@@ -41,6 +42,8 @@ class Batch(NamedTuple):
     target_count: int
     step: int
     mask: np.ndarray | None = None
+    options: Mapping[str, np.ndarray] = {}  # never written to
+    weight: float = 1.0
 
 
 class _Source:

@@ -13,7 +13,11 @@ class Batches(Protocol):
     """A loader as training and evaluation see it: the batch is a pure function of its index."""
 
     def batch_at(self, step: int) -> Any:
-        """``tokens`` and ``targets`` (B, T), and ``cu_seqlens`` and ``mask``, each where there is one; NumPy arrays."""
+        """``tokens`` and ``targets`` (B, T), and ``cu_seqlens`` and ``mask``, each where there is one; NumPy arrays.
+
+        ``options``, a mapping, has further arrays that the model takes by name. ``weight`` multiplies a micro-batch's
+        loss in its update (``gptcore.data.examples.leaf_weight``); 1 where a batch says none.
+        """
         ...
 
 
@@ -29,13 +33,15 @@ def tensors_of(
     batch: Any, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """tokens and targets (B, T) int64, and the model's options: what the batch has of cu_seqlens (int32) and of a
-    padding mask (B, T) (bool), on ``device``."""
+    padding mask (B, T) (bool), and with their own dtypes the arrays of its ``options``, on ``device``."""
     tokens = torch.as_tensor(batch.tokens).to(device, torch.int64)
     targets = torch.as_tensor(batch.targets).to(device, torch.int64)
     options = {}
     for name, dtype in (("cu_seqlens", torch.int32), ("mask", torch.bool)):
         if (array := getattr(batch, name, None)) is not None:
             options[name] = torch.as_tensor(array).to(device, dtype)
+    for name, array in (getattr(batch, "options", None) or {}).items():
+        options[name] = torch.as_tensor(array).to(device)
     return tokens, targets, options
 
 

@@ -74,14 +74,16 @@ def update(
     own = []
     for leaf in leaves:
         seed(config, step, leaf)
-        out = _forward(config, model, batch_of(loader, config, batch, leaf))
-        total = _total(out, config)
+        micro = batch_of(loader, config, batch, leaf)
+        out = _forward(config, model, micro)
+        weight = float(getattr(micro, "weight", 1.0))
+        total = _total(out, config, weight)
         (total if scaler is None else scaler.scale(total)).backward()
         if routing is not None:
             routing.add(out)
         if isinstance(optimizer, FusedOptimizer) and len(leaves) > 1:
             optimizer.accumulate()
-        own.append(float(out.loss.detach()))
+        own.append(weight * float(out.loss.detach()))
     # What is drawn between updates does not depend on who had which leaf.
     seed(config, step, len(leaves) * member.ranks)
     losses = gather_numbers(own, member)
@@ -109,9 +111,11 @@ def _forward(config: TrainConfig, model: torch.nn.Module, batch: Any) -> Any:
     return model(tokens, targets, **options, **z_loss)
 
 
-def _total(out: Any, config: TrainConfig) -> torch.Tensor:
-    """What is minimised: the loss with all that is added to it."""
+def _total(out: Any, config: TrainConfig, weight: float) -> torch.Tensor:
+    """What is minimised: the loss, by the batch's weight in the update, with all that is added to it."""
     total: torch.Tensor = out.loss + out.z_loss if config.z_loss else out.loss
+    if weight != 1.0:
+        total = weight * total
     if getattr(out, "balance_loss", None) is not None:
         total = total + out.balance_loss + out.router_z_loss
     return total
