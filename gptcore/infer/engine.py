@@ -172,7 +172,7 @@ def generate_batch(
         sequence.slides = int(sequence.prompt_length > context)
     end = None if ignore_end else tokenizer.eot
     results: dict[int, Generation] = {}
-    with _inference(model):
+    with inference(model):
         for group in _by_length(sequences):
             timing = Timing()
             _Run(model, params, max_new_tokens, context, tokenizer.vocab_size, end, stream, timing).group(
@@ -224,7 +224,7 @@ def _by_length(sequences: list[_Sequence]) -> Iterator[list[_Sequence]]:
 
 
 @contextmanager
-def _inference(model: GPT) -> Iterator[None]:
+def inference(model: GPT) -> Iterator[None]:
     """Without dropout and without gradients, leaving the model as it was."""
     training = model.training
     model.eval()

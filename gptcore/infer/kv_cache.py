@@ -152,8 +152,12 @@ class KVCache:
             device=keys.device,
             block_size=first.block_size,
         )
-        for row, (cache, source_row) in enumerate(sequences):
-            _copy(cache._storage, wide._storage, slice(source_row, source_row + 1), row, first.length)
+        if all(cache is first for cache, _ in sequences):  # one indexed copy a layer, however many rows
+            rows = torch.tensor([row for _, row in sequences], device=keys.device)
+            _copy(first._storage, wide._storage, rows, 0, first.length)
+        else:
+            for row, (cache, source_row) in enumerate(sequences):
+                _copy(cache._storage, wide._storage, slice(source_row, source_row + 1), row, first.length)
         wide._length = first.length
         return wide
 
@@ -195,7 +199,7 @@ class KVCache:
             self._storage.writer = weakref.ref(self)
 
 
-def _copy(source: _Storage, target: _Storage, rows: slice, row: int, length: int) -> None:
+def _copy(source: _Storage, target: _Storage, rows: slice | Tensor, row: int, length: int) -> None:
     """Copy the first ``length`` tokens of ``rows``, in every layer, to ``target`` from ``row`` on."""
     for old, new in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
         part = old[rows, :length]
