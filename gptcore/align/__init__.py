@@ -1,0 +1,1 @@
+"""Alignment: from a pretrained model to an assistant."""
