@@ -20,6 +20,7 @@ _SUBMODULES = frozenset(
         "packing",
         "permutation",
         "prepare",
+        "record_files",
         "records",
         "shards",
         "tokenizer",

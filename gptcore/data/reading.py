@@ -99,7 +99,7 @@ class FileReader:
         try:
             with open(self.path, "rb") as raw:
                 self._raw = raw
-                for document in read(_decompressed(raw, self.path)):
+                for document in read(decompressed(raw, self.path)):
                     self.position = max(self.position, raw.tell())
                     yield document
                 self.position = raw.seek(0, os.SEEK_END)
@@ -230,7 +230,7 @@ def _safe_cut(text: str) -> int:
     return max(cut, 0)
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> io.BufferedIOBase:
+def decompressed(raw: BinaryIO, path: Path) -> io.BufferedIOBase:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
