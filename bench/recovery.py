@@ -32,7 +32,7 @@ from gptcore.train.recovery import guarded_update
 from gptcore.train.recovery_changes import Course
 from gptcore.train.recovery_spec import RecoverySpec
 from gptcore.train.run_directory import RunDirectory
-from gptcore.train.run_state import Run
+from gptcore.train.run_state import Run, writer_of
 from gptcore.train.stop import StopRequest
 
 GAUSS_95 = 1.645  # one-sided
@@ -84,7 +84,7 @@ def guarded(folder: str, policy: str) -> Callable[[], object]:
     place = RunDirectory(folder)
     course, guard, alone = Course(config), Guard(config.recovery), Member(None, 0, 1)
     now = Run(config, model, optimizer, RandomLoader(), place, None, None, {}, course, guard, alone)
-    now.events = EventLog(place.events, 0)
+    now.events, now.writer = EventLog(place.events, 0), writer_of(now)
     stop = StopRequest()
     return lambda: guarded_update(now, False, stop)
 

@@ -11,19 +11,21 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from gptcore.checkpoint.directory import hidden_path, path_of, prune, publish, steps
+from gptcore.checkpoint.directory import discard, hidden_path, path_of, publish, steps
 from gptcore.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, Part, merge, versions
 from gptcore.checkpoint.shard import Shard
 
 _POLL = 0.01  # seconds between two looks for the other ranks' files: nothing beside a write and a sync
+_HURRIED = 10.0  # the most patience, in seconds, of one whose run has ended: another rank may be why
 
 
 class FailedElsewhere(Exception):
@@ -32,17 +34,20 @@ class FailedElsewhere(Exception):
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints outlive a new one: the last ``last``, it included, and all whose step ``every`` divides."""
+    """Which checkpoints outlive a new one: the last ``last``, it included, all whose step ``every`` divides, and those
+    of the steps ``spared``."""
 
     last: int = 3
     every: int = 0
+    spared: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Attempt:
     """What the ranks of one save agree on.
 
-    ``name``: 16 hexadecimal digits. ``patience``: seconds without a byte from any rank, after which rank 0 gives up.
+    ``name``: 16 hexadecimal digits. ``patience``: seconds without a byte from any rank, after which rank 0 gives up;
+    ``hurried``, set from another thread, cuts it short.
     """
 
     directory: Path
@@ -51,6 +56,7 @@ class Attempt:
     ranks: int
     keep: Keep
     patience: float
+    hurried: threading.Event = field(default_factory=threading.Event)
 
     @property
     def hidden(self) -> Path:
@@ -114,9 +120,10 @@ class Attempt:
                 size = self._size()
                 if size != seen:
                     seen, since = size, time.monotonic()
-                if time.monotonic() - since > self.patience:
+                patience = min(self.patience, _HURRIED) if self.hurried.is_set() else self.patience
+                if time.monotonic() - since > patience:
                     raise CheckpointError(
-                        self.sentence(f"rank {rank} of {self.ranks} wrote nothing for {self.patience:g} s")
+                        self.sentence(f"rank {rank} of {self.ranks} wrote nothing for {patience:g} s")
                     )
                 time.sleep(_POLL)
         return [Part.from_bytes(self._part(rank).read_bytes()) for rank in range(self.ranks)]
@@ -140,7 +147,14 @@ class Attempt:
         for rank in range(self.ranks):
             self._part(rank).unlink()
         publish(self.hidden, self.final)
-        prune(self.directory, self.step, self.keep.last, self.keep.every)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete what need not be kept of the checkpoints before this one; later ones stay."""
+        for old in [step for step in steps(self.directory) if step <= self.step][: -self.keep.last]:
+            if old not in self.keep.spared and (not self.keep.every or old % self.keep.every):
+                with contextlib.suppress(OSError):  # the new one is safe; the next save tries again
+                    discard(self.directory, old)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

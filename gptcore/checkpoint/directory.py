@@ -88,14 +88,6 @@ def discard(directory: str | os.PathLike[str], step: int) -> None:
         shutil.rmtree(hidden, ignore_errors=True)  # what is left is a leftover to clean()
 
 
-def prune(directory: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints before ``step``, all but the last ``keep_last - 1`` and multiples of ``keep_every``."""
-    for old in [s for s in steps(directory) if s <= step][:-keep_last]:
-        if not keep_every or old % keep_every:
-            with contextlib.suppress(OSError):  # the new one is safe; the next save tries again
-                discard(directory, old)
-
-
 def clean(directory: str | os.PathLike[str]) -> list[Path]:
     """Delete what killed saves and deletions left behind; returns what was deleted.
 

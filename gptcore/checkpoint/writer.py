@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
-import sys
-import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as c10d
 from torch import Tensor
 
-from gptcore.checkpoint.attempt import Attempt, FailedElsewhere, Keep
-from gptcore.checkpoint.directory import clean, lock, make_hidden, path_of
+from gptcore.checkpoint.attempt import Attempt, Keep
+from gptcore.checkpoint.directory import clean, make_hidden, path_of
 from gptcore.checkpoint.manifest import CheckpointError
+from gptcore.checkpoint.saving import Saving
 from gptcore.checkpoint.shard import Owned, Shard
 from gptcore.dist import Member, agree
-
-# By so much nicer than training's threads is the writer's: it takes what they leave, and a little more.
-_NICER = 10
 
 
 def save(
@@ -66,9 +61,10 @@ def save(
 class Writer:
     """Saves beside training: :meth:`begin` copies the tensors, a thread writes them, :meth:`wait` says how it went.
 
-    Arguments as :func:`save`. The copy is kept between saves; it is as large as this rank's part. As a context manager
-    it waits at the end of the block. Where an exception ends the block on a rank of several, this rank's part is
-    written and the other ranks are not waited for.
+    Arguments as :func:`save`, and ``asynchronous``: False writes in ``begin``, and keeps no copy. The copy is kept
+    between saves; it is as large as this rank's part. As a context manager it waits at the end of the block. Where an
+    exception ends the block on a rank of several, this rank's part is written, and rank 0 waits no more than 10 s for a
+    rank that writes nothing.
 
     A checkpoint is safe when ``wait``, or the next ``begin``, has returned.
     """
@@ -81,6 +77,7 @@ class Writer:
         keep_every: int = 0,
         member: Member | None = None,
         patience: float = 600.0,
+        asynchronous: bool = True,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"checkpoint.save: argument 'keep_last': got {keep_last}, expected 1 or more")
@@ -90,20 +87,39 @@ class Writer:
         self._keep = Keep(keep_last, keep_every)
         self._member = member if member is not None and member.ranks > 1 else None
         self._patience = patience
+        self._asynchronous = asynchronous
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._saving: _Saving | None = None
+        self._saving: Saving | None = None
 
-    def begin(self, step: int, tensors: Mapping[str, Owned], state: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        step: int,
+        tensors: Mapping[str, Owned],
+        state: Mapping[str, Any],
+        *,
+        spared: Collection[int] = (),
+    ) -> None:
         """Copy the tensors and start writing them. Waits for the save before, whose failure it raises.
+
+        ``spared``: steps of checkpoints that this save does not delete, whatever ``keep_last`` says.
 
         Every rank calls it. Raises as :func:`save` does for what is wrong with the arguments.
         """
         self.wait()
-        self._saving = saving = self._start(step, tensors, state)
-        try:
-            saving.run_in_thread(self._snapshot(saving.shard))
-        except Exception as error:  # no memory, no thread: for the others as if the disk were full
-            saving.fail(error)
+        saving = self._start(step, tensors, state, spared)
+        if self._asynchronous:
+            try:
+                saving.run_in_thread(self._snapshot(saving.shard))
+            except Exception as error:  # no memory, no thread: for the others as if the disk were full
+                saving.fail(error)
+        else:
+            saving.run_at_once()
+        self._saving = saving
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank's part of a save is through, well or not, and nobody has called ``wait`` since."""
+        return self._saving is not None and not self._saving.running
 
     def wait(self) -> Path | None:
         """The path of the checkpoint begun last, now on the disk; None where none was begun since the last wait.
@@ -114,16 +130,13 @@ class Writer:
         return None if saving is None else saving.finish()
 
     def _save(self, step: int, tensors: Mapping[str, Owned], state: Mapping[str, Any]) -> None:
-        saving = self._start(step, tensors, state)
-        try:
-            saving.run(None)
-        except BaseException as error:  # Ctrl-C
-            saving.fail(error)
-            saving.abandon()
-            raise
+        saving = self._start(step, tensors, state, ())
+        saving.run_at_once()
         saving.finish()
 
-    def _start(self, step: int, tensors: Mapping[str, Owned], state: Mapping[str, Any]) -> _Saving:
+    def _start(
+        self, step: int, tensors: Mapping[str, Owned], state: Mapping[str, Any], spared: Collection[int]
+    ) -> Saving:
         """Check the arguments, make the hidden directory, and agree on all ranks that the save begins."""
         member = self._member
         rank, ranks = (member.rank, member.ranks) if member is not None else (0, 1)
@@ -143,7 +156,7 @@ class Writer:
         if error is not None:
             raise error
         assert saving is not None
-        saving.attempt = self._attempt(step, number, ranks)
+        saving.attempt = self._attempt(step, number, ranks, replace(self._keep, spared=frozenset(spared)))
         return saving
 
     def _prepared(
@@ -154,12 +167,12 @@ class Writer:
         rank: int,
         ranks: int,
         number: int,
-    ) -> _Saving:
+    ) -> Saving:
         if step < 0:
             raise ValueError(f"checkpoint.save: argument 'step': got {step}, expected 0 or more")
         shard = Shard(tensors, rank, ranks)
-        attempt = self._attempt(step, number, ranks)
-        saving = _Saving(attempt, shard, _as_json({**state, "step": step}), self._member)
+        attempt = self._attempt(step, number, ranks, self._keep)
+        saving = Saving(attempt, shard, _as_json({**state, "step": step}), self._member)
         if rank == 0:
             try:
                 clean(self._directory)
@@ -168,8 +181,8 @@ class Writer:
                 raise CheckpointError(attempt.explain(shard, error)) from error
         return saving
 
-    def _attempt(self, step: int, number: int, ranks: int) -> Attempt:
-        return Attempt(self._directory, step, f"{number:016x}", ranks, self._keep, self._patience)
+    def _attempt(self, step: int, number: int, ranks: int, keep: Keep) -> Attempt:
+        return Attempt(self._directory, step, f"{number:016x}", ranks, keep, self._patience)
 
     def _snapshot(self, shard: Shard) -> Tensor:
         if self._buffer.numel() < shard.nbytes or (shard.on_cuda and not self._buffer.is_pinned()):
@@ -187,102 +200,7 @@ class Writer:
         if error is None or self._member is None:
             self.wait()
         elif self._saving is not None:  # the other ranks may be anywhere: no collective now
-            self._saving.join()
-
-
-class _Saving:
-    """A save under way: this rank's part of it, and how it ended."""
-
-    def __init__(
-        self, attempt: Attempt, shard: Shard, state: Mapping[str, Any], member: Member | None
-    ) -> None:
-        self.attempt, self.shard, self._state, self._member = attempt, shard, state, member
-        self.lock: int | None = None  # of the hidden directory
-        self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-
-    def run(self, buffer: Tensor | None) -> None:
-        try:
-            if self.lock is None:
-                self.lock = self._join_directory()
-            self.attempt.write(self.shard, buffer, self._state)
-        except Exception as error:
-            self.fail(error)
-
-    def _join_directory(self) -> int:
-        try:
-            return lock(self.attempt.hidden)
-        except FileNotFoundError as error:
-            who = f"rank {self.shard.index} of {self.attempt.ranks}"
-            reason = f"{who} does not find what rank 0 made there; all ranks must write to one file system"
-            raise CheckpointError(self.attempt.sentence(reason)) from error
-
-    def run_in_thread(self, buffer: Tensor) -> None:
-        # Not a daemon: a program that ends without waiting ends after the save.
-        self._thread = threading.Thread(target=self._run_aside, args=(buffer,), name="checkpoint")
-        self._thread.start()
-
-    def _run_aside(self, buffer: Tensor) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            own = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + _NICER))
-        self.run(buffer)
-
-    def fail(self, error: BaseException) -> None:
-        """This rank cannot go on, while the others do."""
-        self._error = error
-        self.attempt.mark_failed(self.shard)
-
-    def join(self) -> None:
-        """Wait for this rank's part."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def finish(self) -> Path:
-        """Wait for all ranks; the path, or the first rank's error on each of them."""
-        self.join()
-        own = self._sentence()
-        try:
-            sentences = self._gather(own)
-        except Exception:
-            if self._error is not None:
-                raise CheckpointError(own) from self._error
-            raise
-        failed = [sentence for sentence in sentences if sentence is not None]
-        if failed:
-            self.abandon()
-            sentence = next(
-                filter(None, failed), self.attempt.sentence("a rank failed and could not say why")
-            )
-            raise CheckpointError(sentence) from self._error
-        self._unlock()
-        return self.attempt.final
-
-    def abandon(self) -> None:
-        """Leave nothing of it; only when all ranks have ended."""
-        if self.shard.index == 0:
-            shutil.rmtree(self.attempt.hidden, ignore_errors=True)
-        self._unlock()
-
-    def _unlock(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-
-    def _sentence(self) -> str | None:
-        """What went wrong here; None: nothing, "": another rank knows."""
-        if self._error is None or isinstance(self._error, CheckpointError):
-            return None if self._error is None else str(self._error)
-        if isinstance(self._error, OSError):
-            return self.attempt.explain(self.shard, self._error)
-        return "" if isinstance(self._error, FailedElsewhere) else self.attempt.sentence(repr(self._error))
-
-    def _gather(self, sentence: str | None) -> list[str | None]:
-        if self._member is None:
-            return [sentence]
-        found: list[str | None] = [None] * self._member.ranks
-        c10d.all_gather_object(found, sentence, group=self._member.group)
-        return found
+            self._saving.hurry()
 
 
 def _as_json(state: Mapping[str, Any]) -> dict[str, Any]:

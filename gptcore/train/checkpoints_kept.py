@@ -20,14 +20,13 @@ def anchor_spacing(config: TrainConfig) -> int:
     return -(-reach // every) * every
 
 
-def prune(directory: Path, step: int, config: TrainConfig) -> None:
-    """Delete checkpoints before ``step`` but for the last ``keep_last`` and two to go back to."""
+def spared(directory: Path, step: int, config: TrainConfig) -> list[int]:
+    """The two checkpoints to go back to once that of ``step`` is there, which ``keep_last`` may not delete."""
     spacing = anchor_spacing(config)
-    there = [s for s in checkpoint.steps(directory) if s <= step]
-    anchors = [s for s in there if s % spacing == 0][-2:]
-    for old in there[: -config.checkpoint.keep_last]:
-        if old not in anchors:
-            checkpoint.discard(directory, old)
+    if not spacing:
+        return []
+    there = {*(earlier for earlier in checkpoint.steps(directory) if earlier < step), step}
+    return sorted(each for each in there if each % spacing == 0)[-2:]
 
 
 def before(directory: Path, onset: int, distance: int) -> Path | None:

@@ -161,15 +161,21 @@ class SampleSpec(Spec):
 
 @dataclass(frozen=True)
 class CheckpointSpec(Spec):
-    """A checkpoint every ``every`` updates (0: only the last), of which the newest ``keep_last`` stay."""
+    """A checkpoint every ``every`` updates (0: only the last).
+
+    The newest ``keep_last`` stay, and those of every ``keep_every``-th update (0: none). ``asynchronous`` writes a copy
+    while training goes on; false waits for the disk and needs no copy.
+    """
 
     section: ClassVar[str] = "checkpoint"
 
     every: int = 250
     keep_last: int = 3
+    keep_every: int = 0
+    asynchronous: bool = True
 
     def validate(self) -> None:
-        at_least("checkpoint.", 0, every=self.every)
+        at_least("checkpoint.", 0, every=self.every, keep_every=self.keep_every)
         at_least("checkpoint.", 1, keep_last=self.keep_last)
 
 

@@ -31,7 +31,16 @@ from gptcore.train.recovery_changes import Course, apply_due
 from gptcore.train.recovery_changes import check as check_changes
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_directory import RunDirectory
-from gptcore.train.run_state import Evaluate, Run, Sample, flops_of, resume_from, save, tokens_per_update
+from gptcore.train.run_state import (
+    Evaluate,
+    Run,
+    Sample,
+    flops_of,
+    resume_from,
+    save,
+    tokens_per_update,
+    writer_of,
+)
 from gptcore.train.sharding import sharded
 from gptcore.train.stop import StopRequest
 
@@ -112,9 +121,10 @@ def run(
         directory.write_config(config.to_dict())
         # Without a checkpoint nothing of an earlier attempt counts, not even its evaluation of step 0.
         metrics = MetricsFile(directory.metrics, now.step if resumed else -1)
-        now.events = EventLog(directory.events, now.event_count)
+        now.events, now.writer = EventLog(directory.events, now.event_count), writer_of(now)
         try:
-            _train(now, metrics, ceiling, quiet)
+            with now.writer:
+                _train(now, metrics, ceiling, quiet)
         finally:
             metrics.close()
             now.events.close()
@@ -143,6 +153,8 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
             if now.step == config.steps or due(now.step, config.log_every):
                 log(now, metrics, progress, flops, ceiling)
             progress.update(1)
+            if outcome.saved:
+                now.writer.wait()
             if outcome.warning is not None:
                 metrics.write("warning", now.step, text=outcome.warning)
                 warn(now, progress, quiet, outcome.warning)
@@ -154,9 +166,11 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
             if outcome.signal or now.step == config.steps or due(now.step, config.checkpoint.every):
                 save(now, metrics)
             if outcome.signal:
+                now.writer.wait()
                 progress.close()
                 say_stopped(now, outcome.signal)
                 raise SystemExit(128 + outcome.signal)
+        now.writer.wait()
 
 
 def _set_up(config: TrainConfig) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as c10d
 
+from gptcore import checkpoint
 from gptcore.dist.group import agree, member_of
 from gptcore.errors import UserError
 from gptcore.train import checkpoints_kept
@@ -33,13 +34,15 @@ class SpikeError(UserError):
 class Outcome(NamedTuple):
     """Of an update: what is to be done, and the error that it is where it cannot be.
 
-    ``signal``: by which a rank was asked to stop, 0 for none; the same on all ranks.
+    ``signal``: by which a rank was asked to stop, 0 for none; ``saved``: whether all ranks' parts of a checkpoint under
+    way are through, well or not. Both are the same on all ranks.
     """
 
     verdict: Verdict
     error: UserError | None
     warning: str | None
     signal: int
+    saved: bool
 
 
 def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
@@ -58,9 +61,9 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
     for sighting in seen:
         if guard.news(sighting):
             now.events.write("seen", now.step, **sighting._asdict())
-    signal = agree_on_events(now, stop.signal or 0)
+    signal, saved = agree_on_events(now, stop.signal or 0)
     if drops or verdict.action == "none":
-        return Outcome(Verdict(), None, None, signal)
+        return Outcome(Verdict(), None, None, signal, saved)
     sentence = _sentence(verdict, seen)
     error = error or SpikeError(f"step {now.step}: {sentence}")
     if verdict.action != "rewind":  # which has more to tell
@@ -71,7 +74,7 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
         now.events.write("done", now.step, action="skip")
     if verdict.action == "stop":
         raise error
-    return Outcome(verdict, error, sentence, signal)
+    return Outcome(verdict, error, sentence, signal, saved)
 
 
 def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | None]:
@@ -90,9 +93,18 @@ def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | No
             scaler=now.scaler,
         )
     except NonFiniteError as error:
+        now.writer.wait()  # a checkpoint under way is the last good one, if it comes to be
+        error.args = (f"{error}; {_kept(now)}",)
         return error.loss, error.grad_norm, error
     overflowed = now.scaler is not None and now.optimizer.found_inf  # which a smaller scale puts right
     return loss, None if overflowed else now.optimizer.last_grad_norm, None
+
+
+def _kept(now: Run) -> str:
+    """Which checkpoint the run may go on from."""
+    directory = now.directory.checkpoints
+    there = checkpoint.steps(directory)
+    return f"the checkpoint of step {there[-1]} in {directory} is intact" if there else "no checkpoint yet"
 
 
 def _admission(guard: Guard, drops: bool) -> Callable[[float, float], bool] | None:
@@ -119,21 +131,23 @@ def _sentence(verdict: Verdict, seen: list[Sighting]) -> str:
     return ""
 
 
-def agree_on_events(now: Run, signal: int) -> int:
-    """Among several ranks, stop where one saw or decided something else; the largest of their ``signal``.
+def agree_on_events(now: Run, signal: int) -> tuple[int, bool]:
+    """Among several ranks, stop where one saw or decided something else; the largest of their ``signal``, and whether
+    all have ended their parts of a checkpoint.
 
-    One exchange for both, since each costs an update the time that it takes.
+    One exchange for all, since each costs an update the time that it takes.
 
     Raises:
         SpikeError: on every rank, naming the first that differs from rank 0.
     """
     if not (c10d.is_available() and c10d.is_initialized()):
-        return signal
+        return signal, now.writer.ended
     # One NaN for all of them, whatever its bits.
     numbers = (now.loss, now.grad_norm)
     values = [math.nan if x is None or math.isnan(x) else x for x in numbers]
     bits = [struct.unpack("<q", struct.pack("<d", value))[0] for value in values]
-    rows = agree("train.run", member_of("train.run"), {}, own=[*bits, now.events.digest, signal])
+    own = [*bits, now.events.digest, signal, now.writer.ended]
+    rows = agree("train.run", member_of("train.run"), {}, own=own)
     for rank, row in enumerate(rows):
         for name, mine, theirs in zip(("loss", "gradient norm", "events"), rows[0], row, strict=False):
             if mine != theirs:
@@ -141,7 +155,7 @@ def agree_on_events(now: Run, signal: int) -> int:
                     f"step {now.step}: rank {rank} has another {name} than rank 0; all ranks must be given the same "
                     "settings, the same start and the mean of all ranks' gradients"
                 )
-    return max(row[-1] for row in rows)
+    return max(row[-2] for row in rows), all(row[-1] for row in rows)
 
 
 def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
@@ -158,6 +172,7 @@ def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
     """
     spec, verdict, place = now.config.recovery, outcome.verdict, now.directory.checkpoints
     assert outcome.error is not None
+    now.writer.wait()
     spent = now.rewinds >= spec.max_rewinds
     found = None
     if not spent:

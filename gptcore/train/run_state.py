@@ -36,7 +36,8 @@ class Run:
     """What the steps of one run share.
 
     ``train_seconds`` counts updates only, over all resumed parts; ``loss`` and ``grad_norm`` are the last update's,
-    ``scaler`` is float16's, ``rewinds`` counts how often the run has gone back. ``events`` is open while it trains.
+    ``scaler`` is float16's, ``rewinds`` counts how often the run has gone back. ``events`` and ``writer`` are there
+    while it trains.
     """
 
     config: TrainConfig
@@ -51,6 +52,7 @@ class Run:
     guard: Guard
     member: Member
     events: EventLog = field(init=False)
+    writer: checkpoint.Writer = field(init=False)
     event_count: int = 0
     rewinds: int = 0
     step: int = 0
@@ -118,8 +120,26 @@ def take_up(now: Run, found: checkpoint.Checkpoint) -> None:
         now.routing = RoutingWatch(now.routing.layers)
 
 
+def writer_of(now: Run) -> checkpoint.Writer:
+    """What writes the run's checkpoints as its settings say."""
+    config = now.config
+    return checkpoint.Writer(
+        now.directory.checkpoints,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        member=now.member if now.member.ranks > 1 else None,
+        patience=config.parallel.timeout,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+
+
 def save(now: Run, metrics: MetricsFile) -> None:
-    """A checkpoint of the run as it is, its metrics and events on the disk before it."""
+    """Begin a checkpoint of the run as it is, its metrics and events on the disk before it.
+
+    Raises:
+        CheckpointError: of this one or the one before, as :class:`gptcore.checkpoint.Writer` says.
+    """
+    now.writer.wait()  # what is there decides what is spared
     metrics.sync()
     now.events.sync()
     tensors, values = _collected(now)
@@ -132,21 +152,8 @@ def save(now: Run, metrics: MetricsFile) -> None:
         "rewinds": now.rewinds,
         "events": now.events.count,
     }
-    directory, config = now.directory.checkpoints, now.config
-    anchored = checkpoints_kept.anchor_spacing(config) > 0
-    keep = len(checkpoint.steps(directory)) + 1 if anchored else config.checkpoint.keep_last
-    member = now.member if now.member.ranks > 1 else None
-    checkpoint.save(
-        directory,
-        now.step,
-        tensors,
-        {**now.identity, **values},
-        keep,
-        member=member,
-        patience=config.parallel.timeout,
-    )
-    if anchored and now.member.rank == 0:
-        checkpoints_kept.prune(directory, now.step, config)
+    spared = checkpoints_kept.spared(now.directory.checkpoints, now.step, now.config)
+    now.writer.begin(now.step, tensors, {**now.identity, **values}, spared=spared)
 
 
 def _collected(now: Run) -> tuple[dict[str, Any], dict[str, Any]]:

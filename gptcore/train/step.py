@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from gptcore import checkpoint
 from gptcore.dist import Member, gather_numbers
 from gptcore.errors import UserError
 from gptcore.optim import LossScaler, ZeroOptimizer
@@ -18,7 +17,9 @@ from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches, tensors_of
 from gptcore.train.leaves import batch_of, of_rank, seed
 from gptcore.train.routing import RoutingWatch
-from gptcore.train.run_directory import RunDirectory
+
+# Where a loss or a gradient is not finite.
+_ADVICE = "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
 
 
 class NonFiniteError(UserError):
@@ -88,9 +89,10 @@ def update(
     seed(config, step, len(leaves) * member.ranks)
     losses = gather_numbers(own, member)
     loss = sum(losses) / len(losses)
+    where = f"at step {step + 1} (learning rate {lr:.3g}); {_ADVICE}"
     if not math.isfinite(loss):
         optimizer.zero_grad()
-        raise _non_finite(config, step, lr, f"the loss is {loss}", loss)
+        raise NonFiniteError(f"the loss is {loss} {where}", loss)
     # The mean over leaves: their gradients were summed, the kernel divides in its update pass.
     optimizer.step(
         grad_scale=len(leaves) * (1.0 if scaler is None else scaler.get_scale()),
@@ -101,7 +103,7 @@ def update(
         scaler.update(optimizer.found_inf)
         what = scaler.collapsed()
     if what is not None:
-        raise _non_finite(config, step, lr, what, loss, optimizer.last_grad_norm)
+        raise NonFiniteError(f"{what} {where}", loss, optimizer.last_grad_norm)
     return loss
 
 
@@ -119,16 +121,3 @@ def _total(out: Any, config: TrainConfig, weight: float) -> torch.Tensor:
     if getattr(out, "balance_loss", None) is not None:
         total = total + out.balance_loss + out.router_z_loss
     return total
-
-
-def _non_finite(
-    config: TrainConfig, step: int, lr: float, what: str, loss: float, norm: float | None = None
-) -> NonFiniteError:
-    directory = RunDirectory(config.run_dir).checkpoints
-    there = checkpoint.steps(directory)
-    kept = f"the checkpoint of step {there[-1]} in {directory} is intact" if there else "no checkpoint yet"
-    text = (
-        f"{what} at step {step + 1} (learning rate {lr:.3g}); {kept}; "
-        "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
-    )
-    return NonFiniteError(text, loss, norm)

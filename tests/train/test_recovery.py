@@ -258,8 +258,9 @@ def test_checkpoints_reach_back_far_enough(tmp_path: Path) -> None:
     assert checkpoints_kept.anchor_spacing(from_table(table(tmp_path, recovery=off))) == 0
     config = from_table(table(tmp_path))
     for step in range(20, 1000, 20):
-        checkpoint.save(tmp_path, step, {"x": torch.zeros(1)}, {}, keep_last=99)
-        checkpoints_kept.prune(tmp_path, step, config)
+        spared = checkpoints_kept.spared(tmp_path, step, config)
+        with checkpoint.Writer(tmp_path, keep_last=config.checkpoint.keep_last) as writer:
+            writer.begin(step, {"x": torch.zeros(1)}, {}, spared=spared)
         there = checkpoint.steps(tmp_path)
         assert there[-2:] == [step - 20, step][-len(there) :] and len(there) <= 4
         assert step < 200 or any(step - 200 < kept <= step - 100 for kept in there)
