@@ -182,6 +182,25 @@ class GPT(nn.Module):
         x = self._hidden(tokens, cu_seqlens, None, tensor)
         return (x if tensor is None else tensor.gather(x)).view(*tokens.shape, -1)
 
+    def hidden_and_head(
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For losses of one's own on the head's logits and on the states it reads, in one pass.
+
+        Returns:
+            ``hidden`` (B, T, C); ``rows`` (B, T, C'), what the head multiplies, which is ``hidden`` unless the table is
+            of another width; and the head's weight (V, C') for this pass, whose gradient joins the embedding's where
+            they are tied.
+        Raises:
+            UserError: the model is cut over ranks.
+        """
+        if self.tensor is not None:
+            raise UserError("hidden_and_head: the model is cut over ranks; use one that is whole")
+        self._begin(tokens, None, cu_seqlens, None)
+        table = self._tied_table()
+        hidden = self._hidden(tokens, cu_seqlens, None, None, table=table).view(*tokens.shape, -1)
+        return hidden, self._to_head(hidden), self.head_weight if table is None else table.head()
+
     def logits(self, x: Tensor) -> Tensor:
         """f32 logits (..., V) for hidden states x (..., C)."""
         x = self._to_head(x)
