@@ -13,6 +13,8 @@ from types import ModuleType
 _SUBMODULES = frozenset(
     {
         "atomic",
+        "chat",
+        "chat_template",
         "corpus",
         "dataset",
         "examples",

@@ -114,12 +114,30 @@ class BpeTokenizer(Tokenizer):
         whole = [vocabulary, merges, added, steps, bool(model.get("ignore_merges"))]
         return json.dumps(whole, sort_keys=True).encode()
 
+    def with_special_tokens(self, names: Sequence[str]) -> BpeTokenizer:
+        missing = [name for name in dict.fromkeys(names) if name not in self.special_tokens]
+        if not missing:
+            return self
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        entries = []
+        free = self.vocab_size
+        for name in missing:  # a name that the vocabulary has keeps its id, and is special from now on
+            token = self._engine.token_to_id(name)
+            entries.append({"id": free if token is None else token, "content": name, **flags})
+            free += token is None
+        kept = [entry for entry in self._added if entry["content"] not in missing]
+        content = {**self._content, "added_tokens": [*kept, *entries]}
+        return BpeTokenizer(json.dumps(content, ensure_ascii=False), eot=self._eot_name(), source="tokenizer")
+
+    def _eot_name(self) -> str | None:
+        by_id = {token: name for name, token in self.special_tokens.items()}
+        return None if self.eot is None else by_id.get(self.eot, self._engine.id_to_token(self.eot))
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, which other libraries read too."""
-        by_id = {token: name for name, token in self.special_tokens.items()}
-        eot = None if self.eot is None else by_id.get(self.eot, self._engine.id_to_token(self.eot))
+        config = json.dumps({"eos_token": self._eot_name()}, indent=1)
         write_text(Path(directory) / "tokenizer.json", self._json)
-        write_text(Path(directory) / "tokenizer_config.json", json.dumps({"eos_token": eot}, indent=1) + "\n")
+        write_text(Path(directory) / "tokenizer_config.json", config + "\n")
 
 
 def _is_byte_level(step: dict[str, Any] | None) -> bool:

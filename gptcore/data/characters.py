@@ -17,26 +17,33 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 for the end of a text. Every text has ids; nothing is learnt."""
+    """The 256 bytes of UTF-8, and 256 for the end of a text. Every text has ids; nothing is learnt.
+
+    ``added``: names of further special tokens, from 257 on.
+    """
 
     kind = "bytes"
 
-    def __init__(self) -> None:
-        self.vocab_size = 257
+    def __init__(self, *, added: Sequence[str] = ()) -> None:
+        self.added = tuple(added)
+        self.vocab_size = 257 + len(self.added)
         self.eot = 256
-        self.special_tokens = {END_OF_TEXT: 256}
+        self.special_tokens = _numbered([END_OF_TEXT, *self.added], 256)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(utf8(text, "encode")) for text in texts]
 
     def _token_table(self) -> list[bytes]:
-        return [bytes([value]) for value in range(256)] + [b""]
+        return [bytes([value]) for value in range(256)] + [b""] * (1 + len(self.added))
 
     def _identity(self) -> bytes:
-        return b"257"
+        return json.dumps([257, *self.added]).encode() if self.added else b"257"
+
+    def with_special_tokens(self, names: Sequence[str]) -> ByteTokenizer:
+        return ByteTokenizer(added=_extended(self.added, names, self.special_tokens))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        _save(directory, {"kind": self.kind})
+        _save(directory, {"kind": self.kind, **_added(self.added)})
 
 
 class CharacterTokenizer(Tokenizer):
@@ -44,12 +51,15 @@ class CharacterTokenizer(Tokenizer):
 
     ``characters``: the vocabulary, each once. ``eot``: whether an end-of-text id follows them.
     ``replace_unknown``: characters outside the vocabulary become U+FFFD, which must be inside; otherwise
-    they are an error that names the character and where it stands.
+    they are an error that names the character and where it stands. ``added``: names of further special tokens, which
+    come last.
     """
 
     kind = "characters"
 
-    def __init__(self, characters: str, *, eot: bool = True, replace_unknown: bool = False) -> None:
+    def __init__(
+        self, characters: str, *, eot: bool = True, replace_unknown: bool = False, added: Sequence[str] = ()
+    ) -> None:
         utf8(characters, "characters")
         self.characters = "".join(sorted(set(characters)))
         if len(self.characters) != len(characters):
@@ -61,9 +71,10 @@ class CharacterTokenizer(Tokenizer):
                 "replace_unknown: U+FFFD must be in the vocabulary to stand for unknown characters"
             )
         self.replace_unknown = replace_unknown
-        self.vocab_size = len(self.characters) + eot
+        self.added = tuple(added)
+        self.vocab_size = len(self.characters) + eot + len(self.added)
         self.eot = len(self.characters) if eot else None
-        self.special_tokens = {END_OF_TEXT: len(self.characters)} if eot else {}
+        self.special_tokens = _numbered([*[END_OF_TEXT] * eot, *self.added], len(self.characters))
         self._ids = {character: token for token, character in enumerate(self.characters)}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -88,10 +99,18 @@ class CharacterTokenizer(Tokenizer):
 
     def _token_table(self) -> list[bytes]:
         table = [character.encode() for character in self.characters]
-        return table if self.eot is None else [*table, b""]
+        return table + [b""] * len(self.special_tokens)
 
     def _identity(self) -> bytes:
-        return json.dumps([self.characters, self.eot, self.replace_unknown]).encode()
+        return json.dumps([self.characters, self.eot, self.replace_unknown, *self.added]).encode()
+
+    def with_special_tokens(self, names: Sequence[str]) -> CharacterTokenizer:
+        return CharacterTokenizer(
+            self.characters,
+            eot=self.eot is not None,
+            replace_unknown=self.replace_unknown,
+            added=_extended(self.added, names, self.special_tokens),
+        )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         content = {
@@ -99,6 +118,7 @@ class CharacterTokenizer(Tokenizer):
             "characters": self.characters,
             "eot": self.eot is not None,
             "replace_unknown": self.replace_unknown,
+            **_added(self.added),
         }
         _save(directory, content)
 
@@ -125,6 +145,18 @@ def train_characters(
     return CharacterTokenizer("".join([*kept, REPLACEMENT]), eot=eot, replace_unknown=True)
 
 
+def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
+    return {name: first + place for place, name in enumerate(names)}
+
+
+def _extended(added: Sequence[str], names: Sequence[str], known: dict[str, int]) -> tuple[str, ...]:
+    return (*added, *dict.fromkeys(name for name in names if name not in known))
+
+
+def _added(names: Sequence[str]) -> dict[str, Any]:
+    return {"added": list(names)} if names else {}
+
+
 def _save(directory: str | os.PathLike[str], content: dict[str, Any]) -> None:
     text = json.dumps({"gptcore_tokenizer": 1, **content}, ensure_ascii=False, indent=1)
     write_text(Path(directory) / "tokenizer.json", text + "\n")
@@ -135,9 +167,12 @@ def from_content(content: dict[str, Any], source: Path) -> Tokenizer:
     if content.get("gptcore_tokenizer") != 1:
         version = content.get("gptcore_tokenizer")
         raise UserError(f"{source}: got tokenizer format {version!r}, this version of gptcore reads format 1")
+    added = content.get("added", [])
+    if not isinstance(added, list) or not all(isinstance(name, str) and name for name in added):
+        raise UserError(f"{source}: added: got {added!r}, expected names of special tokens")
     if content.get("kind") == ByteTokenizer.kind:
-        return ByteTokenizer()
+        return ByteTokenizer(added=added)
     characters, eot, replace = (content.get(key) for key in ("characters", "eot", "replace_unknown"))
     if content.get("kind") != CharacterTokenizer.kind or not isinstance(characters, str):
         raise UserError(f"{source}: not a tokenizer that gptcore wrote, or damaged")
-    return CharacterTokenizer(characters, eot=bool(eot), replace_unknown=bool(replace))
+    return CharacterTokenizer(characters, eot=bool(eot), replace_unknown=bool(replace), added=added)

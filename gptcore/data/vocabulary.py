@@ -50,6 +50,13 @@ class Tokenizer(ABC):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write what ``gptcore.data.tokenizer.load(directory)`` reads; each file appears whole."""
 
+    @abstractmethod
+    def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer, with a special token of the next free id for each of ``names`` that it has not yet.
+
+        Text is encoded as before; ``eot`` stays. The fingerprint is another one where a token was added.
+        """
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``."""
         return self.encode_batch([text])[0]
