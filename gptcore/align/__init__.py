@@ -1,1 +1,26 @@
-"""Alignment: from a pretrained model to an assistant."""
+"""Alignment: from a pretrained model to an assistant.
+
+| module | what it holds |
+|---|---|
+| ``losses`` | every loss and advantage as a pure function |
+| ``policy``, ``kept_logits`` | responses' log-probabilities in training, of the distribution sampled from |
+| ``verifier``, ``sandbox`` | rewards by running what a model wrote, where it can do no harm |
+
+Nothing is imported before it is asked for: ``gptcore.align.losses`` loads that module and what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __dir__():
+        return importlib.import_module(f"gptcore.align.{name}")
+    raise AttributeError(f"module 'gptcore.align' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
