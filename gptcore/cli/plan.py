@@ -119,6 +119,10 @@ def _run_of(config: TrainConfig, args: argparse.Namespace) -> Run:
     from gptcore.train.planned_run import Run
 
     data, dtype = config.data, args.dtype or config.dtype
+    if config.parallel.strategy != "zero":
+        raise UserError(
+            f"parallel.strategy: plan counts zero, got {config.parallel.strategy}; set it to zero"
+        )
     return Run(
         model=config.model_config(),
         optimizer=config.optimizer,
@@ -128,7 +132,7 @@ def _run_of(config: TrainConfig, args: argparse.Namespace) -> Run:
         grain=config.grain if args.grain is None else args.grain,
         checkpointing=args.checkpointing,
         offload=args.offload,
-        fixed_tree=config.parallel.fixed_tree and not args.no_fixed_tree,
+        fixed_tree=config.parallel.in_fixed_tree and not args.no_fixed_tree,
     )
 
 

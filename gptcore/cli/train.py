@@ -5,7 +5,8 @@ that 'gptcore prepare' made, or 'builtin', text found on this machine. Settings 
 from --config, then from the other options, then from --set; docs/training.md explains them.
 
 Under torchrun the processes share each update: its data.accumulate micro-batches are divided among them,
-and --zero says what else is (docs/scaling.md). The bits are those of one process.
+and --zero says what else is (docs/scaling.md). The bits are those of one process; --strategy ddp and fsdp2
+are torch's ways, and its rounding.
 
 --start begins with the weights of a trained model instead of random ones. With
 --set model.moe.num_experts=8 the feed-forward layers of a dense model become experts, all copies at first.
@@ -75,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replay", metavar="FILE", help="decide what this events.jsonl tells, and nothing else"
     )
     parser.add_argument(
+        "--strategy",
+        choices=("zero", "ddp", "fsdp2"),
+        help="how torchrun's processes share an update: zero, with the bits of one process, or torch's own (zero)",
+    )
+    parser.add_argument(
         "--zero",
         type=int,
         choices=(0, 1, 2, 3),
@@ -94,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.no_fixed_tree:
         args.set.insert(0, "parallel.fixed_tree=false")
+    if args.strategy is not None:
+        args.set.insert(0, f"parallel.strategy={args.strategy}")
     if args.zero is not None:
         args.set.insert(0, f"parallel.zero={args.zero}")
     config = _replayed(args, _continued(args) if args.resume else _configured(args))

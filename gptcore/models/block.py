@@ -20,7 +20,7 @@ from gptcore.models.positions import RotaryTables, alibi_slopes
 from gptcore.nn.feed_forward import FeedForward
 from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import Linear
-from gptcore.nn.moe import MoE, MoEStatistics
+from gptcore.nn.moe import MoE, RoutingStatistics
 from gptcore.nn.tensor_parallel import TensorPass
 
 _attention, _attention_qkv, _rotary = in_f32(ops.attention), in_f32(ops.attention_qkv), in_f32(ops.rotary)
@@ -53,7 +53,7 @@ class Context(NamedTuple):
     cache: KeyValueCache | None = None
     rotary: RotaryTables | None = None
     seed: Tensor | None = None
-    routing: list[MoEStatistics] | None = None
+    routing: RoutingStatistics | None = None
     tensor: TensorPass | None = None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gptcore.errors import unknown_name
-from gptcore.nn.moe import MoE, MoEStatistics
+from gptcore.nn.moe import MoE, MoEStatistics, RoutingStatistics
 
 if TYPE_CHECKING:
     from gptcore.models.block import Context
@@ -67,9 +67,9 @@ class Checkpointing(NamedTuple):
 
         def forward(x: Tensor, delta: Tensor | None) -> tuple[Tensor, ...]:
             # A list of its own: backward runs this a second time, whose statistics nobody wants.
-            routing: list[MoEStatistics] = []
+            routing = RoutingStatistics()
             y, after = block(x, delta, context._replace(routing=routing))
-            return (y, *(() if after is None else (after,)), *(t for one in routing for t in one))
+            return (y, *(() if after is None else (after,)), *(t for one in routing.layers for t in one))
 
         options: dict[str, Any] = {"context_fn": _selective} if self.kind == "selective" else {}
         y, *rest = checkpoint(forward, x, delta, use_reentrant=False, preserve_rng_state=True, **options)

@@ -29,7 +29,7 @@ from gptcore.models.tied import TiedTable
 from gptcore.nn.embedding import Embedding
 from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import linear
-from gptcore.nn.moe import MoEStatistics
+from gptcore.nn.moe import MoEStatistics, RoutingStatistics
 from gptcore.nn.tensor_parallel import TensorPass, gather_columns
 
 __all__ = ["GPT", "GPTLoss", "KeyValueCache"]
@@ -148,13 +148,13 @@ class GPT(nn.Module):
             options = {"z_loss": z_loss, "label_smoothing": label_smoothing, "reduction": reduction}
             return self._without_padding(Padding.of(tokens, mask, cu_seqlens), tokens, targets, options)
         table = self._tied_table() if targets is not None else None
-        routing: list[MoEStatistics] = []
+        routing = RoutingStatistics()
         tensor = self._begin(tokens, targets, cu_seqlens, cache)
         x = self._hidden(tokens, cu_seqlens, cache, tensor, last_only=last_only, table=table, routing=routing)
         if targets is not None:
             weight = self.head_weight if table is None else table.head()
             out = self._loss(x, weight, targets, z_loss, label_smoothing, reduction, tensor)
-            return self._with_routing(out, routing) if routing else out
+            return self._with_routing(out, routing.layers) if routing.layers else out
         logits = self.logits(x if tensor is None else tensor.gather(x))
         return logits[:, 0] if last_only else logits.view(*tokens.shape, -1)
 
@@ -251,7 +251,7 @@ class GPT(nn.Module):
         *,
         last_only: bool = False,
         table: TiedTable | None = None,
-        routing: list[MoEStatistics] | None = None,
+        routing: RoutingStatistics | None = None,
     ) -> Tensor:
         positions: int | Tensor = 0 if cache is None else cache.length
         if cu_seqlens is not None:

@@ -44,6 +44,17 @@ class MoEStatistics(NamedTuple):
     share: Tensor
 
 
+class RoutingStatistics:
+    """What layers of experts append to in a forward pass: no list, of which FSDP2's hooks pass on a copy."""
+
+    def __init__(self) -> None:
+        self.layers: list[MoEStatistics] = []
+
+    def append(self, layer: MoEStatistics) -> None:
+        """The next layer's."""
+        self.layers.append(layer)
+
+
 class MoEOutput(NamedTuple):
     """``output`` like the input, and the statistics of the call."""
 

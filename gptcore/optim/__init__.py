@@ -7,11 +7,13 @@ from gptcore.optim import schedule
 from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.adamw import Adam, AdamW
 from gptcore.optim.adamw_8bit import AdamW8bit
+from gptcore.optim.fsdp import FSDPOptimizer
 from gptcore.optim.groups import decay_groups
 from gptcore.optim.loss_scale import LossScaler
 from gptcore.optim.sgd import SGD
 from gptcore.optim.zero import ZeroOptimizer
 
 __all__ = [
-    "SGD", "Adafactor", "Adam", "AdamW", "AdamW8bit", "LossScaler", "ZeroOptimizer", "decay_groups", "schedule",
+    "SGD", "Adafactor", "Adam", "AdamW", "AdamW8bit", "FSDPOptimizer", "LossScaler", "ZeroOptimizer", "decay_groups",
+    "schedule",
 ]  # fmt: skip

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gptcore.optim.fsdp import FSDPOptimizer
 from gptcore.optim.zero import Owned, ZeroOptimizer
+
+Divided = ZeroOptimizer | FSDPOptimizer  # among ranks, each with slices of parameters
 
 
 class Part(NamedTuple):
@@ -26,7 +29,7 @@ class Part(NamedTuple):
 Parts = dict[str, list[Part]]
 
 
-def weights(optimizer: ZeroOptimizer) -> Parts:
+def weights(optimizer: Divided) -> Parts:
     """This rank's share of the trained parameters; each element is one rank's."""
     return {
         owned.name: [Part(owned.weights, owned.start, tuple(owned.parameter.shape))]
@@ -34,7 +37,7 @@ def weights(optimizer: ZeroOptimizer) -> Parts:
     }
 
 
-def states(optimizer: ZeroOptimizer) -> Parts:
+def states(optimizer: Divided) -> Parts:
     """This rank's share of the states."""
     parts: Parts = {}
     saved = optimizer.optimizer.state_dict()
@@ -47,7 +50,7 @@ def states(optimizer: ZeroOptimizer) -> Parts:
 
 
 def restore(
-    optimizer: ZeroOptimizer,
+    optimizer: Divided,
     keys: Callable[[str], Iterable[str]],
     read: Callable[[str, int, int], Tensor],
 ) -> None:
@@ -71,7 +74,7 @@ def restore(
     optimizer.optimizer.load_state_dict({"state": found, "param_groups": groups})
 
 
-def _indices(optimizer: ZeroOptimizer) -> dict[Tensor, int]:
+def _indices(optimizer: Divided) -> dict[Tensor, int]:
     """The numbers by which the wrapped optimizer's ``state_dict`` calls its parameters."""
     parts = (p for group in optimizer.optimizer.param_groups for p in group["params"])
     return {p: i for i, p in enumerate(parts)}

@@ -183,17 +183,20 @@ class CheckpointSpec(Spec):
 class ParallelSpec(Spec):
     """How an update is divided over processes, and the order in which its gradients are added.
 
-    An update's sequences are cut into leaves of ``grain`` sequences (0: ``data.batch``, or what a resumed run has),
-    whose gradients are added in a fixed tree, so that any number of processes that divides the leaves gives the same
-    bits; ``fixed_tree`` false adds them as they come. ``zero``: what :class:`gptcore.optim.ZeroOptimizer` divides.
+    An update's sequences are cut into leaves of ``grain`` sequences (0: ``data.batch``, or what a resumed run has).
+    With ``strategy`` ``zero`` their gradients are added in a fixed tree, so that any number of processes that divides
+    the leaves gives the same bits; ``fixed_tree`` false adds them as they come. ``zero``: what
+    :class:`gptcore.optim.ZeroOptimizer` divides. ``ddp`` and ``fsdp2`` are torch's ``DistributedDataParallel`` and
+    ``fully_shard``, which add as they do and give one process's numbers up to rounding.
     ``timeout``: seconds after which a process that waits for another gives up; one that ended is noticed at once.
     """
 
     section: ClassVar[str] = "parallel"
 
+    strategy: Literal["zero", "ddp", "fsdp2"] = "zero"
     zero: int = 0
     grain: int = 0
-    fixed_tree: bool = True
+    fixed_tree: bool | None = None
     timeout: float = 1800.0
 
     def validate(self) -> None:
@@ -201,6 +204,17 @@ class ParallelSpec(Spec):
         at_least("parallel.", 1.0, timeout=self.timeout)
         if self.zero > 3:
             raise UserError(f"parallel.zero: expected 0, 1, 2 or 3, got {self.zero}")
+        for name, given in (("zero", self.zero > 0), ("fixed_tree", self.fixed_tree)):
+            if given and self.strategy != "zero":
+                raise UserError(
+                    f"parallel.{name}: only strategy zero has it, got {getattr(self, name)} with {self.strategy}; "
+                    "leave it out"
+                )
+
+    @property
+    def in_fixed_tree(self) -> bool:
+        """Whether leaves are added in the order that no number of processes changes; ``zero`` does so unless told."""
+        return self.strategy == "zero" and self.fixed_tree is not False
 
 
 @dataclass(frozen=True)
@@ -248,6 +262,11 @@ class TrainConfig(Spec):
                 raise UserError(
                     f"recovery.{name}: rewind needs checkpoints to go back to; set checkpoint.every"
                 )
+        if self.parallel.strategy == "fsdp2" and self.optimizer.name in ("adafactor", "adamw_8bit"):
+            raise UserError(
+                f"parallel.strategy: fsdp2 cuts weights anywhere between rows, and {self.optimizer.name} has "
+                "statistics of more than one element; use strategy zero or ddp, or adamw, adam or sgd"
+            )
         if self.data.batch * self.data.accumulate % self.grain:
             raise UserError(
                 f"parallel.grain: {self.grain} sequences do not divide the {self.data.batch * self.data.accumulate} of "

@@ -18,7 +18,7 @@ from gptcore.errors import UserError
 from gptcore.models import GPT
 from gptcore.models.config import GPTConfig
 from gptcore.report.progress import Progress
-from gptcore.train import optimizers, peak, processes, state
+from gptcore.train import peak, processes, state, strategies
 from gptcore.train.announce import draw_curves, headline, say_stopped
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
@@ -41,7 +41,6 @@ from gptcore.train.run_state import (
     tokens_per_update,
     writer_of,
 )
-from gptcore.train.sharding import sharded
 from gptcore.train.stop import StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -100,7 +99,7 @@ def run(
     _cast(model, device, dtype)
     _spare_memory(model, config)
     member = processes.member()
-    optimizer = sharded(config, optimizers.build(config.optimizer, model, seed=config.seed), model)
+    called, optimizer = strategies.prepare(config, model)
     # Dropout starts from the seed, whatever the caller drew before; a resumed run restores the generator.
     torch.manual_seed(config.seed)
     with (
@@ -112,6 +111,7 @@ def run(
         now = Run(
             config, model, optimizer, loader, directory, evaluate, sample, identity, course, guard, member
         )
+        now.called = called
         now.scaler = config.loss_scale.build() if dtype == torch.float16 else None
         layers = _expert_layers(model)
         now.routing = RoutingWatch(layers) if layers else None

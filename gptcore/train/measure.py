@@ -7,6 +7,7 @@ import sys
 import torch
 
 from gptcore.report.progress import Progress, format_count
+from gptcore.train import strategies
 from gptcore.train.metrics import MetricsFile, ModelFlops, throughput
 from gptcore.train.peak import Peak
 from gptcore.train.run_state import Run
@@ -60,7 +61,7 @@ def measure(now: Run, metrics: MetricsFile, progress: Progress) -> None:
     Neither may change the run, so the generators are put back and nothing has gradients.
     """
     config, last = now.config, now.step == now.config.steps
-    if now.member.rank and config.parallel.zero < 3:
+    if now.member.rank and not strategies.is_spread(config):
         return  # rank 0's weights are whole, and it alone is asked
     evaluates = config.evaluation.every > 0 and (last or due(now.step, config.evaluation.every))
     samples = config.sample.every > 0 and now.step > 0 and (last or due(now.step, config.sample.every))
@@ -77,6 +78,7 @@ def measure(now: Run, metrics: MetricsFile, progress: Progress) -> None:
             metrics.write("sample", now.step, text=text)
             progress.message(f"step {now.step}  sample: {text}")
         now.model.train()
+    strategies.let_go(now.model)
 
 
 def due(step: int, every: int) -> bool:

@@ -82,7 +82,7 @@ def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | No
     try:
         loss = update(
             now.config,
-            now.model,
+            now.called,
             now.optimizer,
             now.loader,
             now.step,

@@ -10,7 +10,7 @@ import torch
 from gptcore.errors import UserError
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.sgd import SGD
-from gptcore.optim.zero import ZeroOptimizer
+from gptcore.optim.zero_state import Divided
 from gptcore.train.config import TrainConfig
 from gptcore.train.recovery_spec import Change
 from gptcore.train.state import saved_state
@@ -134,10 +134,10 @@ def apply_due(now: Run) -> bool:
 
 def adjust(now: Run) -> None:
     """Give the run the optimizer and the clip that its course has come to."""
-    inner = now.optimizer.optimizer if isinstance(now.optimizer, ZeroOptimizer) else now.optimizer
+    inner = now.optimizer.optimizer if isinstance(now.optimizer, Divided) else now.optimizer
     if (now.course.optimizer == "sgd") != isinstance(inner, SGD):
         inner = switched(inner, now.config)
-        if isinstance(now.optimizer, ZeroOptimizer):
+        if isinstance(now.optimizer, Divided):
             now.optimizer.exchange(inner)
         else:
             now.optimizer = inner

@@ -14,8 +14,8 @@ from gptcore import checkpoint
 from gptcore.dist import Member
 from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
-from gptcore.optim import LossScaler, ZeroOptimizer
-from gptcore.optim.fused import FusedOptimizer
+from gptcore.optim import LossScaler
+from gptcore.optim.zero_state import Divided
 from gptcore.train import checkpoints_kept, sharding, state
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
@@ -35,14 +35,14 @@ Sample = Callable[[torch.nn.Module], str]
 class Run:
     """What the steps of one run share.
 
-    ``train_seconds`` counts updates only, over all resumed parts; ``loss`` and ``grad_norm`` are the last update's,
-    ``scaler`` is float16's, ``rewinds`` counts how often the run has gone back. ``events`` and ``writer`` are there
-    while it trains.
+    ``called`` is the model, or what it is wrapped in to train. ``train_seconds`` counts updates only, over all resumed
+    parts; ``loss`` and ``grad_norm`` are the last update's, ``scaler`` is float16's, ``rewinds`` counts how often the
+    run has gone back. ``events`` and ``writer`` are there while it trains.
     """
 
     config: TrainConfig
     model: torch.nn.Module
-    optimizer: FusedOptimizer | ZeroOptimizer
+    optimizer: sharding.Optimizer
     loader: Batches
     directory: RunDirectory
     evaluate: Evaluate | None
@@ -65,6 +65,7 @@ class Run:
     evaluation: dict[str, float] = field(default_factory=dict)
     routing: RoutingWatch | None = None
     scaler: LossScaler | None = None
+    called: torch.nn.Module = field(init=False)
 
 
 def resume_from(now: Run, resume: bool, quiet: bool) -> bool:
@@ -105,7 +106,7 @@ def take_up(now: Run, found: checkpoint.Checkpoint) -> None:
     now.course.restore(saved["recovery"]["course"], saved["step"])
     now.guard.restore(saved["recovery"]["guard"])
     adjust(now)
-    if isinstance(now.optimizer, ZeroOptimizer):
+    if isinstance(now.optimizer, Divided):
         sharding.restore(now.model, now.optimizer, found)
     else:
         state.restore(now.model, now.optimizer, {name: found.read(name) for name in found.names}, saved)
@@ -158,8 +159,9 @@ def save(now: Run, metrics: MetricsFile) -> None:
 
 def _collected(now: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """What this rank has to save."""
-    if not isinstance(now.optimizer, ZeroOptimizer):
-        return state.collect(now.model, now.optimizer)
+    if not isinstance(now.optimizer, Divided):
+        tensors, values = state.collect(now.model, now.optimizer)
+        return (tensors if now.member.rank == 0 else {}), values
     slices, whole, values = sharding.collect(now.model, now.optimizer)
     if now.member.rank == 0:
         whole |= state.generators()

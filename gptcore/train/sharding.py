@@ -13,11 +13,12 @@ from gptcore.checkpoint.loading import MODEL_PREFIX
 from gptcore.errors import UserError
 from gptcore.optim import ZeroOptimizer, zero_state
 from gptcore.optim.fused import FusedOptimizer
+from gptcore.optim.zero_state import Divided
 from gptcore.train import processes
 from gptcore.train.config import TrainConfig
 from gptcore.train.state import OPTIMIZER_PREFIX, refuse_other_model
 
-Optimizer = FusedOptimizer | ZeroOptimizer
+Optimizer = FusedOptimizer | Divided
 
 
 def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Module) -> Optimizer:
@@ -34,14 +35,14 @@ def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Modu
                 "dtype: got float16, which trains in one process without parallel.zero; use bfloat16"
             )
         return optimizer
-    adds = spec.fixed_tree and data.batch * data.accumulate > config.grain
+    adds = spec.in_fixed_tree and data.batch * data.accumulate > config.grain
     if alone and not adds:
         return optimizer
-    return ZeroOptimizer(optimizer, stage=spec.zero, module=model, fixed_tree=spec.fixed_tree)
+    return ZeroOptimizer(optimizer, stage=spec.zero, module=model, fixed_tree=spec.in_fixed_tree)
 
 
 def collect(
-    model: torch.nn.Module, optimizer: ZeroOptimizer
+    model: torch.nn.Module, optimizer: Divided
 ) -> tuple[dict[str, list[Slice]], dict[str, Tensor], dict[str, Any]]:
     """This rank's slices; what one rank saves for all; JSON state."""
     states = zero_state.states(optimizer)
@@ -62,7 +63,7 @@ def collect(
     return owned, whole, {"tied": tied, "optimizer": {}}
 
 
-def restore(model: torch.nn.Module, optimizer: ZeroOptimizer, opened: Checkpoint) -> None:
+def restore(model: torch.nn.Module, optimizer: Divided, opened: Checkpoint) -> None:
     """Read this rank's part; every rank calls it.
 
     Raises:
@@ -84,7 +85,7 @@ def restore(model: torch.nn.Module, optimizer: ZeroOptimizer, opened: Checkpoint
     _restore_optimizer(optimizer, opened)
 
 
-def _restore_optimizer(optimizer: ZeroOptimizer, opened: Checkpoint) -> None:
+def _restore_optimizer(optimizer: Divided, opened: Checkpoint) -> None:
     keys: dict[str, list[str]] = {}
     for full in opened.names:
         if full.startswith(OPTIMIZER_PREFIX):

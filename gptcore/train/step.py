@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from gptcore.dist import Member, gather_numbers
+from gptcore.dist import gather_numbers
 from gptcore.errors import UserError
 from gptcore.optim import LossScaler, ZeroOptimizer
-from gptcore.optim.fused import FusedOptimizer
+from gptcore.train import strategies
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches, tensors_of
 from gptcore.train.leaves import batch_of, of_rank, seed
 from gptcore.train.routing import RoutingWatch
+from gptcore.train.sharding import Optimizer
 
 # Where a loss or a gradient is not finite.
 _ADVICE = "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
@@ -37,7 +38,7 @@ class NonFiniteError(UserError):
 def update(
     config: TrainConfig,
     model: torch.nn.Module,
-    optimizer: FusedOptimizer | ZeroOptimizer,
+    optimizer: Optimizer,
     loader: Batches,
     step: int,
     *,
@@ -50,6 +51,7 @@ def update(
     """One update, the one with zero-based index ``step``, by all ranks together; returns the mean loss of its leaves.
 
     Args:
+        model, optimizer: as ``strategies.prepare`` gives them, or a model and one of our optimizers over it.
         routing: told what the layers of experts did in this rank's leaves.
         lr: the learning rate; None: the schedule's at ``step``.
         batch: the index of the update whose data are taken, other than ``step`` once batches have been skipped.
@@ -62,7 +64,7 @@ def update(
             With a ``scaler`` a gradient only once a smaller scale will not help.
         UserError: leaves that the ranks do not divide.
     """
-    member = optimizer.member if isinstance(optimizer, ZeroOptimizer) else Member(None, 0, 1)
+    member = strategies.place_of(model, optimizer)
     batch = step if batch is None else batch
     leaves = of_rank(config, batch, member)
     lr = config.learning_rate(step) if lr is None else lr
@@ -76,13 +78,14 @@ def update(
     for leaf in leaves:
         seed(config, step, leaf)
         micro = batch_of(loader, config, batch, leaf)
-        out = _forward(config, model, micro)
         weight = float(getattr(micro, "weight", 1.0))
-        total = _total(out, config, weight)
-        (total if scaler is None else scaler.scale(total)).backward()
+        with strategies.leaf(model, leaf == leaves[-1]):
+            out = _forward(config, model, micro)
+            total = _total(out, config, weight)
+            (total if scaler is None else scaler.scale(total)).backward()
         if routing is not None:
             routing.add(out)
-        if isinstance(optimizer, FusedOptimizer) and len(leaves) > 1:
+        if not isinstance(optimizer, ZeroOptimizer) and len(leaves) > 1:
             optimizer.accumulate()
         own.append(weight * float(out.loss.detach()))
     # What is drawn between updates does not depend on who had which leaf.

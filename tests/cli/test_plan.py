@@ -90,6 +90,7 @@ def test_a_config_file_is_planned_as_it_says(config, capsys):
         (["gpt2", "--offload", "disk"], "offload: expected one of none, optimizer, parameters, got 'disk'"),
         (["gpt2", "--length", "2048"], "length: 2048 is more than the context length 1024"),
         (["gpt2", "--set", "optimizer.nam=sgd"], "optimizer.nam"),
+        (["gpt2", "--set", "parallel.strategy=ddp"], "parallel.strategy: plan counts zero, got ddp"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, capsys, monkeypatch):
