@@ -101,6 +101,20 @@ class LossScaler:
         self._at_minimum = self._scale <= self.minimum
         self._scale = max(self._scale * self.backoff_factor, self.minimum)
 
+    def restart(self, scale: float) -> None:
+        """Go on from ``scale`` with the counts up to the last update forgotten; ``skipped`` goes on.
+
+        Raises:
+            ValueError: a scale below ``minimum``, or not finite.
+        """
+        if not self.minimum <= scale < math.inf:
+            raise ValueError(
+                f"LossScaler: argument 'scale': got {scale}, expected {self.minimum} (minimum) or more"
+            )
+        self._scale = float(scale)
+        self._growth_tracker = self.overflows = 0
+        self._at_minimum = False
+
     def collapsed(self) -> str | None:
         """Why a smaller scale will not help, None while it may: gradients that overflow at the least scale, or
         ``patience`` updates one after the other, are not finite for another reason."""

@@ -257,7 +257,7 @@ class TrainConfig(Spec):
         at_least("", 0, seed=self.seed, threads=self.threads, z_loss=self.z_loss)
         if not self.run_dir:
             raise UserError("run_dir: expected a directory, got an empty string")
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "loss_scale"):
             if getattr(self.recovery, name) == "rewind" and self.checkpoint.every == 0:
                 raise UserError(
                     f"recovery.{name}: rewind needs checkpoints to go back to; set checkpoint.every"

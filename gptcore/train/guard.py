@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptcore.train.recovery_spec import RecoverySpec
@@ -24,12 +24,13 @@ _GRAVITY = ("none", "warn", "skip", "rewind", "stop")
 
 
 class Sighting(NamedTuple):
-    """A value out of line. ``median`` and ``z`` are None for one that is not finite."""
+    """A value out of line. ``median``, ``z``: of an outlier; ``usual``: what a loss scale has fallen from."""
 
     detector: str
     value: float
     median: float | None = None
     z: float | None = None
+    usual: float | None = None
 
 
 class Verdict(NamedTuple):
@@ -90,12 +91,39 @@ class Window:
         self._sorted = sorted(self._values)
 
 
+class Scales:
+    """The loss scales at which the last ``size`` updates without overflow were made."""
+
+    def __init__(self, size: int) -> None:
+        self._applied: deque[tuple[int, float]] = deque(maxlen=size)
+
+    def add(self, step: int, scale: float) -> None:
+        """The update of index ``step`` did not overflow at ``scale``; the oldest goes."""
+        self._applied.append((step, scale))
+
+    def highest(self) -> tuple[int, float] | None:
+        """The highest, with the last update that was made at it; None before the first."""
+        return max(self._applied, key=lambda entry: (entry[1], entry[0]), default=None)
+
+    def state(self) -> list[list[float]]:
+        return [list(entry) for entry in self._applied]
+
+    def restore(self, entries: Iterable[Sequence[float]]) -> None:
+        """Take over what :meth:`state` gave, the newest that fit."""
+        self._applied.clear()
+        self._applied.extend((int(step), scale) for step, scale in entries)
+
+
 class Guard:
-    """The detectors of a run: ``look`` before an update's weights are touched, ``judge`` after it."""
+    """The detectors of a run: ``look`` before an update's weights are touched, ``look_at_scale`` and ``judge`` after
+    it."""
 
     def __init__(self, spec: RecoverySpec) -> None:
         self.spec = spec
-        self.policies = {"non_finite": spec.non_finite, "loss": spec.loss, "grad_norm": spec.grad_norm}
+        self.policies = {
+            "non_finite": spec.non_finite, "loss": spec.loss, "grad_norm": spec.grad_norm,
+            "loss_scale": spec.loss_scale,
+        }  # fmt: skip
         self._windows = {
             name: Window(spec.window, spec.least)
             for name in ("loss", "grad_norm")
@@ -103,6 +131,7 @@ class Guard:
         }
         self._streaks = dict.fromkeys(self.policies, 0)  # updates out of line, up to the last
         self._skips = 0  # updates skipped, up to the last
+        self.scales = Scales(spec.window)
 
     @property
     def decides_before(self) -> bool:
@@ -122,12 +151,26 @@ class Guard:
         )
         return [sighting for sighting in found if sighting is not None]
 
+    def look_at_scale(self, step: int, used: float, following: float, overflowed: bool) -> list[Sighting]:
+        """Whether the loss scale has collapsed with the update of index ``step``, made at ``used``: takes that in.
+
+        Overflows at a scale that the run has never been able to use, as when it begins too high, are none.
+        """
+        if not overflowed:
+            self.scales.add(step, used)
+        highest = self.scales.highest()
+        if highest is None or self.policies["loss_scale"] == "off":
+            return []
+        usual = highest[1]
+        fallen = following * self.spec.scale_fall <= usual
+        return [Sighting("loss_scale", following, usual=usual)] if fallen else []
+
     def skips(self, seen: list[Sighting]) -> bool:
         """Whether an update with these sightings is not to be applied."""
         return self._skips < self.spec.max_skips and any(self.policies[s.detector] == "skip" for s in seen)
 
     def judge(self, step: int, loss: float, norm: float | None, seen: list[Sighting]) -> Verdict:
-        """What to do after the update of index ``step``, in which ``look`` gave ``seen``; takes its values in."""
+        """What to do after the update of index ``step``, of which all sightings are ``seen``; takes its values in."""
         named = {sighting.detector for sighting in seen}
         for name in self._streaks:
             self._streaks[name] = self._streaks[name] + 1 if name in named else 0
@@ -144,18 +187,29 @@ class Guard:
         onset = step + 1 - streak
         if policy == "skip":
             return Verdict("skip" if skipped else "rewind", name, onset)
-        due = streak == self.spec.patience or name == "non_finite"  # an outlier once, however long it lasts
+        if name == "loss_scale":
+            highest = self.scales.highest()
+            assert highest is not None
+            onset = highest[0] + 1
+        # An outlier once, however long it lasts.
+        due = streak == self._patience(name) or name == "non_finite"
         return Verdict(policy, name, onset) if due else Verdict("none", name, onset)
 
     def news(self, sighting: Sighting) -> bool:
         """Whether a sighting that ``judge`` has taken in says more than that the spike goes on."""
         name = sighting.detector
-        return self.policies[name] == "skip" or self._streaks[name] <= self.spec.patience
+        return self.policies[name] == "skip" or self._streaks[name] <= self._patience(name)
+
+    def _patience(self, name: str) -> int:
+        """Sightings in a row that make a spike: a scale that has fallen so far took many updates for it."""
+        return 1 if name == "loss_scale" else self.spec.patience
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: JSON."""
         windows = {name: window.state() for name, window in self._windows.items()}
-        return {"windows": windows, "streaks": dict(self._streaks), "skips": self._skips}
+        return {
+            "windows": windows, "streaks": dict(self._streaks), "skips": self._skips, "scales": self.scales.state(),
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken, whatever of it this guard's settings still watch."""
@@ -163,3 +217,4 @@ class Guard:
             window.restore(state["windows"].get(name, []))
         self._streaks.update({name: n for name, n in state["streaks"].items() if name in self._streaks})
         self._skips = state["skips"]
+        self.scales.restore(state.get("scales", ()))

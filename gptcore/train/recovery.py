@@ -54,9 +54,13 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
         NonFiniteError, SpikeError: where the policy is to stop, or ranks see or decide different things.
     """
     guard = now.guard
+    scale = now.scaler.get_scale() if now.scaler is not None else 1.0
     loss, norm, error = _updated(now, drops)
     now.step, now.loss, now.grad_norm = now.step + 1, loss, norm
     seen = guard.look(loss, norm)
+    if now.scaler is not None:
+        overflowed = error is not None or now.optimizer.found_inf
+        seen += guard.look_at_scale(now.step - 1, scale, now.scaler.get_scale(), overflowed)
     verdict = guard.judge(now.step - 1, loss, norm, seen)
     for sighting in seen:
         if guard.news(sighting):
@@ -121,6 +125,8 @@ def _sentence(verdict: Verdict, seen: list[Sighting]) -> str:
     for sighting in seen:
         if sighting.detector != verdict.detector:
             continue
+        if sighting.detector == "loss_scale":
+            return f"the loss scale has fallen to {sighting.value:g}, from {sighting.usual:g} not long ago"
         if sighting.z is None:
             return "the loss or a gradient is not finite"
         name = {"loss": "the loss", "grad_norm": "the gradient's norm"}[sighting.detector]

@@ -113,9 +113,18 @@ def check(config: TrainConfig) -> None:
                 f"this one has {own}"
             )
         if change.loss_scale is not None:
-            raise UserError(f"{where}: loss_scale: {config.dtype} is trained without a loss scale")
+            _check_scale(where, change.loss_scale, config)
         if change.lr is not None:
             course.scheduled(change)
+
+
+def _check_scale(where: str, scale: float, config: TrainConfig) -> None:
+    if config.dtype != "float16":
+        raise UserError(f"{where}: loss_scale: {config.dtype} is trained without a loss scale")
+    try:
+        config.loss_scale.build().restart(scale)
+    except ValueError as error:
+        raise UserError(f"{where}: loss_scale: {error}") from error
 
 
 def apply_due(now: Run) -> bool:
@@ -125,6 +134,9 @@ def apply_due(now: Run) -> bool:
         now.course.applied.append(change)
         if change.skip_batches is not None:
             now.course.skipped.append((now.step, change.skip_batches))
+        if change.loss_scale is not None and now.scaler is not None:
+            now.scaler.restart(change.loss_scale)
+            now.guard.scales.restore(())  # what was usual before says nothing now
         drops = drops or bool(change.drop_update)
         now.events.write("done", now.step, action="change", **change.parts())
     if due:

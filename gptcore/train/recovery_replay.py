@@ -82,5 +82,5 @@ def replayed(
     changes = list(config.changes) if log is None else changes_of(log)
     table: dict[str, Any] = {"changes": [change.to_dict() for change in [*changes, *more]]}
     if log is not None:
-        table["recovery"] = {"non_finite": "stop", "loss": "off", "grad_norm": "off"}
+        table["recovery"] = {"non_finite": "stop", "loss": "off", "grad_norm": "off", "loss_scale": "off"}
     return config.merged(table)
