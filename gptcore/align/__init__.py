@@ -3,6 +3,7 @@
 | module | what it holds |
 |---|---|
 | ``losses`` | every loss and advantage as a pure function |
+| ``decision_process`` | the token-level Markov decision process and its exact solutions, the oracle of the rest |
 | ``policy``, ``kept_logits`` | responses' log-probabilities in training, of the distribution sampled from |
 | ``verifier``, ``sandbox`` | rewards by running what a model wrote, where it can do no harm |
 
