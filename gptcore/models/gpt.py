@@ -124,6 +124,7 @@ class GPT(nn.Module):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
+        weights: Tensor | None = None,
     ) -> Any:
         """The loss on ``targets``, or f32 logits.
 
@@ -132,11 +133,16 @@ class GPT(nn.Module):
         ``mask`` (B, T) bool is False for padding, anywhere in a row (or document): it meets no layer, positions
         count the tokens that are left, and what is given for it is 0.
         With targets: ``GPTLoss``. Without: logits (B, T, V). With ``cache``: keys and values are appended to
-        it, and the logits are those of the last position (B, V) unless ``all_logits``.
+        it, and the logits are those of the last position (B, V) unless ``all_logits``. ``weights`` (B, T) f32 are
+        those of the targets in the mean.
         """
         if targets is not None and targets.shape != tokens.shape:
             got, expected = tuple(targets.shape), tuple(tokens.shape)
             raise ValueError(f"GPT: argument 'targets': got shape {got}, expected {expected}")
+        if weights is not None:
+            return self._weighted(
+                weights, reduction, mask, tokens, targets, cu_seqlens, z_loss, label_smoothing
+            )
         last_only = cache is not None and not all_logits
         if cache is not None and (targets is not None or cu_seqlens is not None):
             raise ValueError("GPT: cache goes with neither targets nor cu_seqlens, got both")
@@ -157,6 +163,29 @@ class GPT(nn.Module):
             return self._with_routing(out, routing.layers) if routing.layers else out
         logits = self.logits(x if tensor is None else tensor.gather(x))
         return logits[:, 0] if last_only else logits.view(*tokens.shape, -1)
+
+    def _weighted(
+        self,
+        weights: Tensor,
+        reduction: str,
+        mask: Tensor | None,
+        tokens: Tensor,
+        targets: Tensor | None,
+        cu_seqlens: Tensor | None,
+        z_loss: float,
+        label_smoothing: float,
+    ) -> GPTLoss:
+        """``forward`` with a mean in which each target has its weight."""
+        if targets is None or weights.shape != targets.shape or reduction != "mean":
+            raise ValueError(
+                f"GPT: argument 'weights': got shape {tuple(weights.shape)} with reduction '{reduction}', expected "
+                f"targets, as many weights {tuple(tokens.shape)}, and 'mean'"
+            )
+        options: dict[str, Any] = {"z_loss": z_loss, "label_smoothing": label_smoothing, "reduction": "none"}
+        out = self.forward(tokens, targets, mask=mask, cu_seqlens=cu_seqlens, **options)
+        weights = weights * (targets >= 0) if mask is None else weights * ((targets >= 0) & mask)
+        share = weights / weights.sum()
+        return out._replace(loss=(share * out.loss).sum(), z_loss=(share * out.z_loss).sum())  # type: ignore[no-any-return]
 
     def _without_padding(
         self, padding: Padding, tokens: Tensor, targets: Tensor | None, options: dict[str, Any]
