@@ -118,7 +118,7 @@ def normalise(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
 
 
-def _files(suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+def library_files(suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Name (with slashes) and text of the library's files, in the order of names."""
     root = sysconfig.get_path("stdlib")
     found = []
@@ -145,7 +145,7 @@ def _topics() -> Iterator[str]:
 def _docstrings() -> Iterator[str]:
     """Of every module one document with its functions, and one for each of its classes."""
     told: set[str] = set()
-    for name, source in _files((".py",)):
+    for name, source in library_files((".py",)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old escapes in old modules
@@ -217,13 +217,13 @@ def _c_entry(value: Any, told: set[str]) -> str:
 
 
 def _text_files() -> Iterator[str]:
-    for _, text in _files((".txt", ".rst")):
+    for _, text in library_files((".txt", ".rst")):
         yield text
 
 
 def _comments() -> Iterator[str]:
     """The comments of three lines and more, one document per file."""
-    for name, source in _files((".py",)):
+    for name, source in library_files((".py",)):
         blocks = []
         for block in _COMMENTS.findall(source):
             lines = [line.strip().lstrip("#").removeprefix(" ").rstrip() for line in block.splitlines()]
@@ -235,5 +235,5 @@ def _comments() -> Iterator[str]:
 
 
 def _code() -> Iterator[str]:
-    for _, source in _files((".py",)):
+    for _, source in library_files((".py",)):
         yield source
