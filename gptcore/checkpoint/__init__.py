@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import gptcore.torch_required  # noqa: F401 - first, for its sentence where there is none
+from gptcore.checkpoint.attempt import SilentRankError
 from gptcore.checkpoint.directory import clean, discard, is_checkpoint, path_of, steps
 from gptcore.checkpoint.exporting import to_safetensors
 from gptcore.checkpoint.huggingface import from_hf, to_hf
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 open = Checkpoint  # checkpoint.open(path) reads as what it does
 
 __all__ = [
-    "MODEL_PREFIX", "Checkpoint", "CheckpointError", "Loaded", "Slice", "Writer", "clean", "discard", "from_dcp",
-    "from_hf", "is_checkpoint", "latest", "load", "load_latest", "model_tensors", "open", "path_of", "read_state",
-    "reshard", "save", "steps", "to_dcp", "to_hf", "to_safetensors",
+    "MODEL_PREFIX", "Checkpoint", "CheckpointError", "Loaded", "SilentRankError", "Slice", "Writer", "clean", "discard",
+    "from_dcp", "from_hf", "is_checkpoint", "latest", "load", "load_latest", "model_tensors", "open", "path_of",
+    "read_state", "reshard", "save", "steps", "to_dcp", "to_hf", "to_safetensors",
 ]  # fmt: skip
 
 

@@ -28,6 +28,10 @@ _POLL = 0.01  # seconds between two looks for the other ranks' files: nothing be
 _HURRIED = 10.0  # the most patience, in seconds, of one whose run has ended: another rank may be why
 
 
+class SilentRankError(CheckpointError):
+    """Another rank has written nothing of its part for too long; finished checkpoints are intact."""
+
+
 class FailedElsewhere(Exception):
     """Another rank's failure ended this rank's part; that rank's sentence says why."""
 
@@ -71,7 +75,8 @@ class Attempt:
 
         Raises:
             FailedElsewhere: on rank 0, when another rank failed.
-            CheckpointError: on rank 0, when the ranks' pieces do not make whole tensors, or one of them is silent.
+            CheckpointError: on rank 0, when the ranks' pieces do not make whole tensors.
+        SilentRankError: on rank 0.
             OSError: from the disk.
         """
         part = self._write_shard(shard, buffer)
@@ -122,7 +127,7 @@ class Attempt:
                     seen, since = size, time.monotonic()
                 patience = min(self.patience, _HURRIED) if self.hurried.is_set() else self.patience
                 if time.monotonic() - since > patience:
-                    raise CheckpointError(
+                    raise SilentRankError(
                         self.sentence(f"rank {rank} of {self.ranks} wrote nothing for {patience:g} s")
                     )
                 time.sleep(_POLL)

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as c10d
 from torch import Tensor
 
-from gptcore.checkpoint.attempt import Attempt, FailedElsewhere
+from gptcore.checkpoint.attempt import Attempt, FailedElsewhere, SilentRankError
 from gptcore.checkpoint.directory import lock
 from gptcore.checkpoint.manifest import CheckpointError
 from gptcore.checkpoint.shard import Shard
@@ -96,7 +96,9 @@ class Saving:
         try:
             sentences = self._gather(own)
         except Exception:
-            if self._error is not None:
+            if isinstance(self._error, SilentRankError):
+                raise self._error from None
+            if own:
                 raise CheckpointError(own) from self._error
             raise
         failed = [sentence for sentence in sentences if sentence is not None]

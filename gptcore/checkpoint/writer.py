@@ -49,8 +49,9 @@ def save(
         patience: seconds without a new byte from any rank after which rank 0 gives up; longer than a sync takes.
 
     Raises:
-        CheckpointError: on all ranks alike: full disk, missing permission, a rank that is silent, elements that no
-            rank passed or two did. The checkpoints that were there are still there.
+        CheckpointError: on all ranks alike: full disk, missing permission, elements that no rank passed or two did. The
+            checkpoints that were there are still there.
+        SilentRankError: a CheckpointError; on rank 0, where another rank wrote nothing for ``patience`` seconds.
         ValueError: negative step, keep_last < 1, a state that is not JSON, a tensor that cannot be saved.
     """
     writer = Writer(directory, keep_last=keep_last, keep_every=keep_every, member=member, patience=patience)

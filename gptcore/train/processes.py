@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as c10d
 
+from gptcore.checkpoint import SilentRankError
 from gptcore.dist import Member, member_of
 from gptcore.errors import UserError
 
@@ -75,11 +76,11 @@ def from_first(place: Member, value: Any) -> Any:
 
 @contextlib.contextmanager
 def naming_lost_ranks(place: Member, run_dir: Path) -> Iterator[None]:
-    """A sentence in place of the backend's error when another process has gone."""
+    """:class:`LostRankError` when another process has gone, whether an exchange or a checkpoint's files showed it."""
     try:
         yield
-    except (RuntimeError, c10d.DistError) as error:
-        if place.ranks == 1 or not _is_of_backend(error):
+    except (RuntimeError, c10d.DistError, SilentRankError) as error:
+        if place.ranks == 1 or not (isinstance(error, SilentRankError) or _is_of_backend(error)):
             raise
         raise LostRankError(
             f"rank {place.rank} of {place.ranks} stops: another process of the run ended or went silent "

@@ -194,6 +194,7 @@ TWO_RANKS = """
             writer.wait()
         except checkpoint.CheckpointError as error:
             print(error)
+            print(type(error).__name__, file=sys.stderr)
 """
 
 
@@ -236,6 +237,7 @@ def test_a_rank_that_dies_while_it_writes_is_named(tmp_path: Path) -> None:
     first, second = two_ranks(tmp_path, REFUSED_BY_DEATH="1")
     assert second.returncode == -signal.SIGKILL
     assert "rank 1 of 2 wrote nothing for 3 s; the last good one is step 1" in first.stdout, first.stderr
+    assert "SilentRankError" in first.stderr.split()
     assert_same(checkpoint.load(tmp_path / "run")[0], {f"w{rank}": torch.ones(100_000) for rank in range(2)})
     checkpoint.clean(tmp_path / "run")
     assert os.listdir(tmp_path / "run") == ["step-00000001"]
