@@ -16,34 +16,41 @@ from __future__ import annotations
 
 import torch
 
-from gptcore.align.losses.arguments import check_range, computed, same_shape
+from gptcore.align.losses.arguments import check_mask, check_range, computed, same_shape
+from gptcore.align.losses.layout import kept
 from gptcore.errors import unknown_name
 
 ESTIMATORS = ("k1", "k2", "k3")
 
 
-def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
-    """``log p - log p_ref`` of the sampled tokens, any shape."""
-    same_shape("k1", logprobs=logprobs, ref_logprobs=ref_logprobs)
+def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """``log p - log p_ref`` of the sampled tokens, any shape; 0 where ``mask`` is False, in the gradient too, even if
+    NaN or infinity stands there (a mask that is multiplied on later keeps NaN)."""
+    same_shape("k1", logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
+    if mask is not None:
+        check_mask("k1", mask)
+        logprobs, ref_logprobs = kept(logprobs, mask), kept(ref_logprobs, mask)
     return computed(logprobs) - computed(ref_logprobs)
 
 
-def k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+def k2(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Half the square of :func:`k1`."""
-    return 0.5 * k1(logprobs, ref_logprobs).square()
+    return 0.5 * k1(logprobs, ref_logprobs, mask).square()
 
 
-def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """``exp(-d) - 1 + d``, with expm1: near d = 0 the plain form loses every digit and can turn negative."""
-    d = k1(logprobs, ref_logprobs)
+    d = k1(logprobs, ref_logprobs, mask)
     return torch.expm1(-d) + d
 
 
-def estimate(kind: str, logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+def estimate(
+    kind: str, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """The estimator of that name, "k1", "k2" or "k3"."""
     if kind not in ESTIMATORS:
         raise unknown_name("KL estimator", kind, ESTIMATORS)
-    return {"k1": k1, "k2": k2, "k3": k3}[kind](logprobs, ref_logprobs)
+    return {"k1": k1, "k2": k2, "k3": k3}[kind](logprobs, ref_logprobs, mask)
 
 
 def exact(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:

@@ -130,8 +130,8 @@ def grpo(
 
     Args:
         advantages: of :func:`~gptcore.align.losses.advantages.group_relative`, flattened to one for each sequence.
-        kl: (B, T) or packed with its gradient: ``kl.k3(logprobs, ref_logprobs)`` as published, whose gradient is that
-            of KL(ref || p); ``kl.k2`` or ``kl.exact``, with the gradient of KL(p || ref).
+        kl: (B, T) or packed with its gradient: ``kl.k3(logprobs, ref_logprobs, mask)`` as published, whose gradient is
+            that of KL(ref || p); ``kl.k2`` or ``kl.exact``, with the gradient of KL(p || ref).
         how: "grpo" (mean over each sequence, then over sequences) unless told otherwise; "dapo", "dr_grpo".
     """
     how.setdefault("aggregation", "grpo")
