@@ -4,11 +4,15 @@ The text goes to standard output, everything else to standard error. Without --p
 standard input; an empty one starts at the beginning of a document. When the model's context is full, the
 older half of it is forgotten and generation goes on.
 
+--chat puts the prompt, as what a user says, into the chat template kept with the model, and prints the answer
+alone; the answer ends where the template ends one.
+
 Examples:
   gptcore generate runs/quickstart --prompt "The function returns"
   gptcore generate runs/quickstart --prompt "def main" --temperature 0 --max-new-tokens 50
   gptcore generate runs/quickstart --prompt "A list" --samples 3 --seed 7 --stop "."
   gptcore generate runs/quickstart/checkpoints/step-00000500 < prompt.txt
+  gptcore generate runs/sft/best --chat --prompt "What is the capital of France?"
   gptcore generate models/gpt2 --prompt "In 1905"          a directory with config.json, weights, tokenizer
 """
 
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING
 from gptcore.errors import UserError
 
 if TYPE_CHECKING:
+    from gptcore.data.vocabulary import Tokenizer
     from gptcore.infer import Generation
 
 
@@ -43,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end at TEXT; may be given again"
     )
+    parser.add_argument(
+        "--chat", action="store_true", help="ask by the model's chat template, print the answer"
+    )
     parser.add_argument("--ignore-end", action="store_true", help="go on after the end of a document")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one kept with the run")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: what the machine gives")
@@ -58,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
         backend.set_num_threads(args.threads)
     model, tokenizer = load(args.model, args.tokenizer)
     single = args.samples == 1
-    if single and not args.quiet:
-        _print(prompt)
+    asked, end_ids = _asked(args, prompt, tokenizer) if args.chat else (prompt, None)
+    shown = "" if args.quiet or args.chat else prompt
+    if single:
+        _print(shown)
     results = generate_batch(
         model,
         tokenizer,
-        [prompt],
+        [asked],
         num_samples=args.samples,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -72,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
         ignore_end=args.ignore_end,
+        end_ids=end_ids,
         overflow="slide",
         stream=(lambda _, piece: _print(piece)) if single else None,
     )
@@ -79,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         print()
     else:
         for number, result in enumerate(results, 1):
-            print(f"--- sample {number} ---\n{'' if args.quiet else prompt}{result.text}")
+            print(f"--- sample {number} ---\n{shown}{result.text}")
     if not args.quiet:
         print(f"gptcore: {_summary(results)}", file=sys.stderr)
     return 0
@@ -99,6 +110,20 @@ def _prompt(args: argparse.Namespace) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}") from None
     return text.removesuffix("\n")
+
+
+def _asked(args: argparse.Namespace, prompt: str, tokenizer: Tokenizer) -> tuple[list[int], tuple[int, ...]]:
+    """The prompt in the template of the model, and the tokens that end an answer."""
+    from gptcore.data import chat, chat_template
+    from gptcore.infer.trained import tokenizer_place
+
+    place = tokenizer_place(args.model)
+    if not chat_template.is_there(place):
+        raise UserError(
+            f"--chat: {place} holds no chat template; leave --chat out, or fine-tune the model with one ('gptcore sft')"
+        )
+    found = chat.chat_for(tokenizer, place)
+    return found.prompt_ids(prompt), found.stop_ids
 
 
 def _print(piece: str) -> None:

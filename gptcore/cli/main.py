@@ -22,6 +22,7 @@ VERBS = {
     "quickstart": "train a small GPT on text found on this machine, in two minutes",
     "prepare": "turn text into a tokenizer and token shards",
     "train": "train a GPT, or continue a run",
+    "sft": "fine-tune a trained GPT on demonstrations",
     "generate": "continue a text with a trained GPT",
     "convert": "turn a Hugging Face model into a run, or a run into one",
     "checkpoint": "verify, show, reshard, export and import checkpoints",

@@ -91,7 +91,7 @@ class _Sequence:
 def generate(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.8,
@@ -100,6 +100,7 @@ def generate(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     ignore_end: bool = False,
+    end_ids: Sequence[int] | None = None,
     overflow: Literal["error", "slide"] = "error",
     stream: Callable[[str], None] | None = None,
 ) -> Generation:
@@ -119,6 +120,7 @@ def generate(
         seed=seed,
         stop=stop,
         ignore_end=ignore_end,
+        end_ids=end_ids,
         overflow=overflow,
         stream=None if stream is None else lambda _, piece: stream(piece),
     )[0]
@@ -127,7 +129,7 @@ def generate(
 def generate_batch(
     model: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     num_samples: int = 1,
     max_new_tokens: int = 256,
@@ -137,17 +139,20 @@ def generate_batch(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     ignore_end: bool = False,
+    end_ids: Sequence[int] | None = None,
     overflow: Literal["error", "slide"] = "error",
     stream: Stream | None = None,
 ) -> list[Generation]:
     """Continue each of ``prompts`` with ``model``, ``num_samples`` times.
 
-    prompts: an empty one starts at the tokenizer's end-of-text token.
+    prompts: texts, of which an empty one starts at the tokenizer's end-of-text token, or token ids, as chat templates
+        give them.
     num_samples: samples per prompt, which share one prefill. Default 1.
     max_new_tokens: at most this many, at least 0. Default 256.
     temperature, top_k, top_p, seed: see ``SamplingParams``; temperature 0 is greedy.
     stop: strings at which the text ends; they may span tokens. Default none.
     ignore_end: go on after the end-of-text token. Default false.
+    end_ids: the tokens that end a text. Default: the tokenizer's end-of-text token.
     overflow: what to do when prompt and max_new_tokens exceed the model's context: "error" refuses before
         anything is computed, "slide" drops the older half of a full context and goes on. Default "error".
     stream: called as stream(i, piece) with each new piece of text of result i, whole characters only.
@@ -170,7 +175,8 @@ def generate_batch(
         if overflow == "error":
             _check_fits(sequence.prompt_length, max_new_tokens, context)
         sequence.slides = int(sequence.prompt_length > context)
-    end = None if ignore_end else tokenizer.eot
+    default = () if tokenizer.eot is None else (tokenizer.eot,)
+    end = frozenset(() if ignore_end else default if end_ids is None else end_ids)
     results: dict[int, Generation] = {}
     with inference(model):
         for group in _by_length(sequences):
@@ -196,8 +202,13 @@ def _check(model: GPT, tokenizer: Tokenizer, max_new_tokens: int, num_samples: i
         )
 
 
-def _start(tokenizer: Tokenizer, prompt: str, stops: list[str], index: int, number: int) -> _Sequence:
-    ids = list(tokenizer.encode(prompt))
+def _start(
+    tokenizer: Tokenizer, prompt: str | Sequence[int], stops: list[str], index: int, number: int
+) -> _Sequence:
+    if isinstance(prompt, str):
+        ids = list(tokenizer.encode(prompt))
+    else:
+        ids, prompt = [int(token) for token in prompt], tokenizer.decode(prompt)
     if not ids:
         if tokenizer.eot is None:
             raise UserError("the prompt is empty and the tokenizer has no end-of-text token; give a prompt")
@@ -283,7 +294,7 @@ class _Run:
     max_new_tokens: int
     context: int
     vocab_size: int  # of the tokenizer; a model's vocabulary may be padded beyond it
-    end: int | None
+    end: frozenset[int]
     stream: Stream | None
     timing: Timing
 
@@ -341,7 +352,7 @@ class _Run:
 
     def _show(self, sequence: _Sequence, token: int) -> None:
         """Add the text that ``token`` completes, and decide whether the sequence ends with it."""
-        if token == self.end:
+        if token in self.end:
             sequence.finish_reason = "end"
         else:
             self._emit(sequence, sequence.stops.push(sequence.decoder.push(token)))

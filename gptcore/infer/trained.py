@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 TOKENIZER_DIRECTORY = "tokenizer"
 _CHECKPOINT_DIRECTORY = "checkpoints"
+_BEST_DIRECTORY = "best"  # of a run that kept the best by a number of its evaluations
 
 
 def load(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
 ) -> tuple[GPT, Tokenizer]:
-    """The newest good model of run ``path``, or that of a checkpoint or Hugging Face directory, and its tokenizer.
+    """The newest good model of run ``path`` (``path/best``: the best one it kept), or that of a checkpoint or Hugging
+    Face directory, and its tokenizer.
 
     tokenizer: what ``gptcore.data.tokenizer.load`` takes; default the one kept with the model.
 
@@ -38,7 +40,7 @@ def tokenizer_place(path: str | os.PathLike[str]) -> Path:
     place = Path(path)
     if checkpoint.is_checkpoint(place):
         return place.resolve().parent.parent / TOKENIZER_DIRECTORY
-    if place.name == _CHECKPOINT_DIRECTORY:
+    if place.name in (_CHECKPOINT_DIRECTORY, _BEST_DIRECTORY):
         return place.parent / TOKENIZER_DIRECTORY
     return place / TOKENIZER_DIRECTORY if (place / _CHECKPOINT_DIRECTORY).is_dir() else place
 
@@ -55,8 +57,9 @@ def _read(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         return path.resolve().parent.parent, *checkpoint.load(path, only=checkpoint.MODEL_PREFIX)
     if not path.is_dir():
         raise UserError(f"no run or checkpoint at {path}")
-    run = path.parent if path.name == _CHECKPOINT_DIRECTORY else path
-    found = checkpoint.load_latest(run / _CHECKPOINT_DIRECTORY, only=checkpoint.MODEL_PREFIX)
+    inside = path.name in (_CHECKPOINT_DIRECTORY, _BEST_DIRECTORY)
+    run, place = (path.parent, path) if inside else (path, path / _CHECKPOINT_DIRECTORY)
+    found = checkpoint.load_latest(place, only=checkpoint.MODEL_PREFIX)
     if found is None:
         raise UserError(f"{path} holds no checkpoint; give the directory of a run that 'gptcore train' made")
     return run, found.tensors, found.state

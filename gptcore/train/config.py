@@ -164,7 +164,8 @@ class CheckpointSpec(Spec):
     """A checkpoint every ``every`` updates (0: only the last).
 
     The newest ``keep_last`` stay, and those of every ``keep_every``-th update (0: none). ``asynchronous`` writes a copy
-    while training goes on; false waits for the disk and needs no copy.
+    while training goes on; false waits for the disk and needs no copy. ``best`` names a number of the evaluations, such
+    as ``val_loss``: the checkpoint with the smallest one (``best_mode`` "max": the largest) is kept too, in ``best/``.
     """
 
     section: ClassVar[str] = "checkpoint"
@@ -173,6 +174,8 @@ class CheckpointSpec(Spec):
     keep_last: int = 3
     keep_every: int = 0
     asynchronous: bool = True
+    best: str = ""
+    best_mode: Literal["min", "max"] = "min"
 
     def validate(self) -> None:
         at_least("checkpoint.", 0, every=self.every, keep_every=self.keep_every)
@@ -272,6 +275,8 @@ class TrainConfig(Spec):
                 f"parallel.grain: {self.grain} sequences do not divide the {self.data.batch * self.data.accumulate} of "
                 "an update (data.batch times data.accumulate)"
             )
+        if self.checkpoint.best and not self.evaluation.every:
+            raise UserError("checkpoint.best: needs evaluations to choose by; set evaluation.every")
         model = self.model_config()
         if model.position.kind == "learned" and self.data.length > model.context_length:
             raise UserError(
@@ -331,7 +336,7 @@ class TrainConfig(Spec):
         """A copy with ``key.sub=value`` settings laid over it; values are TOML, or else plain strings."""
         config = self
         for text in overrides:
-            config = config.merged(_override(text))
+            config = config.merged(override(text))
         return config
 
 
@@ -358,7 +363,7 @@ def from_table(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> Train
     """As :func:`load`, from nested plain values."""
     merged: dict[str, Any] = dict(table)
     for text in overrides:
-        merged = merge(merged, _override(text))
+        merged = merge(merged, override(text))
     return TrainConfig.from_dict(merged)
 
 
@@ -372,7 +377,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _override(text: str) -> dict[str, Any]:
+def override(text: str) -> dict[str, Any]:
+    """The table that ``key.sub=value`` stands for; the value is TOML, or else a plain string."""
     key, equals, value = text.partition("=")
     names = key.strip().split(".")
     if not equals or not all(names):

@@ -18,7 +18,7 @@ from gptcore.errors import UserError
 from gptcore.models import GPT
 from gptcore.models.config import GPTConfig
 from gptcore.report.progress import Progress
-from gptcore.train import peak, processes, state, strategies
+from gptcore.train import best, peak, processes, state, strategies
 from gptcore.train.announce import draw_curves, headline, say_stopped
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
@@ -47,7 +47,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Result(NamedTuple):
-    """Where a run ended: updates done, last training loss (nats per token), the last evaluation, files."""
+    """Where a run ended: updates done, last training loss (nats per token), the last evaluation, files.
+
+    ``best``: the checkpoint that ``config.checkpoint.best`` chose, None where it names nothing.
+    """
 
     step: int
     loss: float | None
@@ -55,6 +58,7 @@ class Result(NamedTuple):
     checkpoint: Path
     curve: Path | None
     seconds: float
+    best: Path | None = None
 
 
 def run(
@@ -130,7 +134,8 @@ def run(
             now.events.close()
         curve = draw_curves(now) if member.rank == 0 else None
         path = checkpoint.path_of(directory.checkpoints, now.step)
-        return Result(now.step, now.loss, now.evaluation, path, curve, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Result(now.step, now.loss, now.evaluation, path, curve, seconds, best.path_of(now))
 
 
 def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> None:
@@ -163,6 +168,7 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
                 warn(now, progress, quiet, told)
                 continue
             measure(now, metrics, progress)
+            best.keep(now, metrics)
             if outcome.signal or now.step == config.steps or due(now.step, config.checkpoint.every):
                 save(now, metrics)
             if outcome.signal:

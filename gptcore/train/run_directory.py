@@ -27,6 +27,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike[str], rank: int = 0) -> None:
         self.path = Path(path) / "ranks" / str(rank) if rank else Path(path)
         self.checkpoints = Path(path) / "checkpoints"
+        self.best = Path(path) / "best"
         self.metrics = self.path / "metrics.jsonl"
         self.events = self.path / "events.jsonl"
         self.config = self.path / "config.json"

@@ -65,6 +65,7 @@ class Run:
     evaluation: dict[str, float] = field(default_factory=dict)
     routing: RoutingWatch | None = None
     scaler: LossScaler | None = None
+    best: dict[str, float] | None = None  # step and value of the best evaluation so far
     called: torch.nn.Module = field(init=False)
 
 
@@ -117,6 +118,7 @@ def take_up(now: Run, found: checkpoint.Checkpoint) -> None:
     now.train_seconds = saved["metrics"]["seconds"]
     now.logged_tokens, now.logged_seconds = now.tokens, now.train_seconds
     now.evaluation = saved["metrics"]["evaluation"]
+    now.best = saved["metrics"].get("best")
     if now.routing is not None:
         now.routing = RoutingWatch(now.routing.layers)
 
@@ -141,10 +143,19 @@ def save(now: Run, metrics: MetricsFile) -> None:
         CheckpointError: of this one or the one before, as :class:`gptcore.checkpoint.Writer` says.
     """
     now.writer.wait()  # what is there decides what is spared
+    tensors, values = snapshot(now, metrics)
+    spared = checkpoints_kept.spared(now.directory.checkpoints, now.step, now.config)
+    now.writer.begin(now.step, tensors, values, spared=spared)
+
+
+def snapshot(now: Run, metrics: MetricsFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What this rank has to save, and the state of the run, its metrics and events on the disk before it."""
     metrics.sync()
     now.events.sync()
     tensors, values = _collected(now)
     values["metrics"] = {"tokens": now.tokens, "seconds": now.train_seconds, "evaluation": now.evaluation}
+    if now.best is not None:
+        values["metrics"]["best"] = now.best
     if now.scaler is not None:
         values["loss_scale"] = now.scaler.state_dict()
     values["recovery"] = {
@@ -153,8 +164,7 @@ def save(now: Run, metrics: MetricsFile) -> None:
         "rewinds": now.rewinds,
         "events": now.events.count,
     }
-    spared = checkpoints_kept.spared(now.directory.checkpoints, now.step, now.config)
-    now.writer.begin(now.step, tensors, {**now.identity, **values}, spared=spared)
+    return tensors, {**now.identity, **values}
 
 
 def _collected(now: Run) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,11 +10,15 @@ SURFACE = {
     ],
     "train": [
         "WHAT...", "--change", "--config", "--no-fixed-tree", "--out", "--quiet", "--replay", "--resume", "--set",
-        "--start", "--steps", "--zero",
+        "--start", "--steps", "--strategy", "--zero",
+    ],
+    "sft": [
+        "DATA...", "--config", "--epochs", "--out", "--quiet", "--resume", "--set", "--start", "--steps", "--template",
+        "--zero",
     ],
     "generate": [
-        "MODEL", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples", "--seed",
-        "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",
+        "MODEL", "--chat", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples",
+        "--seed", "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",
     ],
     "convert": ["SOURCE", "TARGET", "--dtype", "--family", "--tokenizer"],
     "checkpoint": [

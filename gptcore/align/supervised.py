@@ -1,0 +1,184 @@
+"""Supervised fine-tuning: a pretrained model learns the responses of demonstrations.
+
+The loop is that of training, so a run resumes exactly, keeps checkpoints, recovers and is shared by processes. The
+mean of an update is over its response tokens, however it is cut into micro-batches and whoever computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptcore.align.demonstrations import corpus_of, served_by, shares_of, tokenised
+from gptcore.align.neftune import EmbeddingNoise
+from gptcore.align.supervised_spec import SFTSpec, with_lengths
+from gptcore.data import chat as chats
+from gptcore.data import chat_template
+from gptcore.data.chat import Chat
+from gptcore.data.example_loader import ExampleEvaluation, ExampleLoader
+from gptcore.data.records import Demonstration
+from gptcore.errors import UserError
+from gptcore.infer import generate, trained
+from gptcore.models import GPT
+from gptcore.models.vocabulary_growth import grow_vocabulary
+from gptcore.train import Result, TrainConfig, held_out, run
+from gptcore.train.config import merge
+
+Score = Callable[[GPT, Chat], Mapping[str, float]]
+_LONGEST_ROW = 512  # tokens of a row by default, or the model's context where that is shorter
+_SHOWN = 2  # held-out prompts that a sample answers
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is ready to run: settings, model with its chat, batches, and what was left out."""
+
+    config: TrainConfig
+    spec: SFTSpec
+    model: GPT
+    chat: Chat
+    loader: ExampleLoader
+    evaluation: ExampleEvaluation
+    shown: tuple[Demonstration, ...]
+    skipped: Mapping[str, int]
+
+
+def prepare(table: Mapping[str, Any], spec: SFTSpec) -> Stage:
+    """Build what the settings name; nothing is written.
+
+    Args:
+        table: settings of training, as TOML has them, of which ``start`` names the model to begin with. What is not
+            set follows from the model and the size of the data.
+
+    Raises:
+        UserError: no model, a tokenizer that is not the model's, data that cannot be read or do not fit.
+    """
+    model, chat = started(table, spec.template)
+    length = min(_LONGEST_ROW, model.config.context_length)
+    table = merge({"data": {"length": length}}, {**table, "model": model.config.to_dict()})
+    settings = with_lengths(table, spec, 1)
+    corpus = corpus_of(spec, settings.data.held_out, settings.seed)
+    tasks, skipped = {}, corpus.skipped
+    for name, records in corpus.learnt.items():
+        tasks[name], _, left_out = tokenised(records, chat, spec, settings.data.length)
+        skipped += left_out
+        if not tasks[name]:
+            raise UserError(f"task {name}: no example is left of {len(records)}: {dict(left_out)}")
+    rest, shown, left_out = tokenised(corpus.held_out, chat, spec, settings.data.length)
+    served = served_by(chat)
+    loader = ExampleLoader(
+        tasks,
+        served,
+        batch=settings.data.batch,
+        length=settings.data.length,
+        accumulate=settings.data.accumulate,
+        seed=settings.seed,
+        packing=spec.packing,
+        shares=shares_of(spec, {name: len(examples) for name, examples in tasks.items()}),
+    )
+    config = with_lengths(table, spec, loader.rows_per_epoch)
+    tokens = config.data.batch * config.data.length
+    evaluation = ExampleEvaluation(rest, served, tokens=tokens, limit=config.evaluation.batches)
+    return Stage(config, spec, model, chat, loader, evaluation, tuple(shown[:_SHOWN]), skipped + left_out)
+
+
+def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
+    """The model at ``table["start"]`` with the chat of ``template``, its vocabulary grown where that needs tokens.
+
+    Raises:
+        UserError: no ``start``, no model there, a tokenizer other than the one it was trained with.
+    """
+    start = table.get("start")
+    if not isinstance(start, str):
+        raise UserError(
+            "start: expected the run, checkpoint or Hugging Face directory of the model to begin with"
+        )
+    data = table.get("data", {})
+    model, tokenizer = trained.load(start, data.get("tokenizer") if isinstance(data, Mapping) else None)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"vocabulary mismatch: the tokenizer has {tokenizer.vocab_size} tokens, the model at {start} "
+            f"{model.config.vocab_size}; use the tokenizer that it was trained with"
+        )
+    if template == "auto":
+        place = trained.tokenizer_place(start)
+        template = str(place) if chat_template.is_there(place) else "chatml"
+    chat = chats.chat_for(tokenizer, template)
+    if chat.tokenizer.vocab_size > tokenizer.vocab_size:
+        model = grow_vocabulary(model, tokenizer.vocab_size, chat.tokenizer.vocab_size)
+    return model, chat
+
+
+def train(stage: Stage, *, score: Score | None = None, quiet: bool = False, writes: bool = True) -> Result:
+    """Run a stage, or continue it.
+
+    Args:
+        score: further numbers of an evaluation, such as a reward model's mean score on the model's answers, for
+            ``checkpoint.best`` to choose by.
+        writes: keep tokenizer and template with the run; of several processes the first one does.
+
+    Raises:
+        as :func:`gptcore.train.run`.
+    """
+    if writes:
+        chats.save(stage.chat, Path(stage.config.run_dir) / trained.TOKENIZER_DIRECTORY)
+    with EmbeddingNoise(stage.model, stage.spec.neftune_alpha):
+        return run(
+            stage.config,
+            model=stage.model,
+            loader=stage.loader,
+            evaluate=_evaluate(stage, score),
+            sample=_sample(stage),
+            tokenizer=stage.chat.tokenizer,
+            measure_peak=not quiet,
+            quiet=quiet,
+        )
+
+
+def fine_tune(table: Mapping[str, Any], *, score: Score | None = None, quiet: bool = False) -> Result:
+    """:func:`prepare` and :func:`train` in one: ``table`` has the settings of training and, in ``sft``, ours."""
+    table = dict(table)
+    spec = SFTSpec.from_dict(table.pop("sft", {}))
+    return train(prepare(table, spec), score=score, quiet=quiet)
+
+
+def _evaluate(stage: Stage, score: Score | None) -> Callable[[torch.nn.Module], dict[str, float]]:
+    """Held-out loss in nats per response token, bits per byte of the responses, and the scores."""
+    loss = held_out(stage.evaluation, len(stage.evaluation))
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        found = loss(model)
+        return found if score is None else {**found, **score(model, stage.chat)}  # type: ignore[arg-type]
+
+    return evaluate
+
+
+def _sample(stage: Stage) -> Callable[[torch.nn.Module], str]:
+    """Answers to the first held-out prompts, or to the one of ``sample.prompt``."""
+    spec = stage.config.sample
+    own = spec.prompt.strip()
+    prompts = [own] if own else [record.prompt for record in stage.shown]
+
+    def sample(model: torch.nn.Module) -> str:
+        texts = []
+        for prompt in prompts:
+            result = generate(
+                model,  # type: ignore[arg-type]
+                stage.chat.tokenizer,
+                stage.chat.prompt_ids(prompt),
+                max_new_tokens=spec.tokens,
+                temperature=spec.temperature,
+                top_k=spec.top_k,
+                seed=stage.config.seed,
+                end_ids=stage.chat.stop_ids,
+                overflow="slide",
+            )
+            asked = prompt if isinstance(prompt, str) else prompt[-1].content
+            texts.append(f"{asked.strip()}\n-> {result.text.strip()}")
+        return "\n".join(texts)
+
+    return sample
