@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from gptcore import checkpoint
 from gptcore.align.demonstrations import corpus_of, served_by, shares_of, tokenised
 from gptcore.align.neftune import EmbeddingNoise
 from gptcore.align.supervised_spec import SFTSpec, with_lengths
 from gptcore.data import chat as chats
 from gptcore.data import chat_template
+from gptcore.data.atomic import write_text
 from gptcore.data.chat import Chat
 from gptcore.data.example_loader import ExampleEvaluation, ExampleLoader
 from gptcore.data.records import Demonstration
@@ -122,9 +124,11 @@ def train(stage: Stage, *, score: Score | None = None, quiet: bool = False, writ
         writes: keep tokenizer and template with the run; of several processes the first one does.
 
     Raises:
-        as :func:`gptcore.train.run`.
+        UserError: a run to continue that was begun with other examples. Otherwise as :func:`gptcore.train.run`.
     """
+    _refuse_other_examples(stage)
     if writes:
+        write_text(_digest_place(stage), stage.loader.state()["examples"] + "\n")
         chats.save(stage.chat, Path(stage.config.run_dir) / trained.TOKENIZER_DIRECTORY)
     with EmbeddingNoise(stage.model, stage.spec.neftune_alpha):
         return run(
@@ -137,6 +141,22 @@ def train(stage: Stage, *, score: Score | None = None, quiet: bool = False, writ
             measure_peak=not quiet,
             quiet=quiet,
         )
+
+
+def _refuse_other_examples(stage: Stage) -> None:
+    """A run goes on with the examples that it began with: bit for bit, whatever file or template has changed."""
+    place = _digest_place(stage)
+    if not checkpoint.steps(place.parent / "checkpoints") or not place.is_file():
+        return
+    if place.read_text().strip() != stage.loader.state()["examples"]:
+        raise UserError(
+            f"{stage.config.run_dir} was begun with other examples: a file, the template or its date has changed; "
+            "restore it, or choose another run_dir"
+        )
+
+
+def _digest_place(stage: Stage) -> Path:
+    return Path(stage.config.run_dir) / "examples.digest"
 
 
 def fine_tune(table: Mapping[str, Any], *, score: Score | None = None, quiet: bool = False) -> Result:

@@ -101,6 +101,17 @@ def test_a_run_that_was_stopped_equals_one_that_was_not(
     assert not torch.equal(weights(tmp_path / "plain", 12), weights(tmp_path / "whole", 12))
 
 
+def test_a_run_goes_on_with_the_examples_it_began_with(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data.jsonl", copying(40))
+    table = table_of(tmp_path / "run", base, data, steps=2)
+    fine_tune(table, quiet=True)
+    write_rows(data, copying(40, seed=1))
+    with pytest.raises(UserError, match="was begun with other examples"):
+        fine_tune({**table, "steps": 3}, quiet=True)
+    write_rows(data, copying(40))
+    assert fine_tune({**table, "steps": 3}, quiet=True).step == 3
+
+
 def test_an_update_does_not_depend_on_how_it_is_cut(base: Path, data: Path, tmp_path: Path) -> None:
     """Four rows as 1, 2 and 4 micro-batches, whose responses are of very different lengths: the same step of SGD."""
     found = []
