@@ -26,6 +26,7 @@ from gptcore.data.records import Demonstration
 from gptcore.errors import UserError
 from gptcore.infer import generate, trained
 from gptcore.models import GPT
+from gptcore.models.upcycling import copy_weights
 from gptcore.models.vocabulary_growth import grow_vocabulary
 from gptcore.train import Result, TrainConfig, held_out, run
 from gptcore.train.config import merge
@@ -91,8 +92,11 @@ def prepare(table: Mapping[str, Any], spec: SFTSpec) -> Stage:
 def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
     """The model at ``table["start"]`` with the chat of ``template``, its vocabulary grown where that needs tokens.
 
+    What ``table["model"]`` has goes before the model's own settings: ``dropout``, say (InstructGPT: 0.2).
+
     Raises:
-        UserError: no ``start``, no model there, a tokenizer other than the one it was trained with.
+        UserError: no ``start``, no model there, settings that its weights do not fit, a tokenizer other than the one
+            that it was trained with.
     """
     start = table.get("start")
     if not isinstance(start, str):
@@ -110,9 +114,21 @@ def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
         place = trained.tokenizer_place(start)
         template = str(place) if chat_template.is_there(place) else "chatml"
     chat = chats.chat_for(tokenizer, template)
+    model = _changed(model, table.get("model", {}))
     if chat.tokenizer.vocab_size > tokenizer.vocab_size:
         model = grow_vocabulary(model, tokenizer.vocab_size, chat.tokenizer.vocab_size)
     return model, chat
+
+
+def _changed(model: GPT, settings: Mapping[str, Any]) -> GPT:
+    """``model`` with some of its settings changed, and its weights."""
+    config = model.config.merged({"vocab_size": model.config.vocab_size, **settings})
+    if config == model.config:
+        return model
+    weight = model.token_embedding.weight
+    changed = GPT(config, dtype=weight.dtype, device=weight.device).train(model.training)
+    copy_weights(model, changed)
+    return changed
 
 
 def train(stage: Stage, *, score: Score | None = None, quiet: bool = False, writes: bool = True) -> Result:

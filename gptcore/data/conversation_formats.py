@@ -23,6 +23,7 @@ A format is a function from a row to records. Which one a row has is seen from i
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -333,9 +334,21 @@ def _of_row(row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {"origin": row.place}
     if isinstance(row.values.get("weight"), (int, float)):
         found["weight"] = row.values["weight"]
-    if isinstance(row.values.get("tools"), Sequence) and not isinstance(row.values["tools"], str):
-        found["tools"] = tuple(row.values["tools"])
+    if row.values.get("tools"):
+        found["tools"] = _tools(row.values["tools"])
     return found
+
+
+def _tools(value: Any) -> tuple[Any, ...]:
+    """Tools as a list, or as one written in JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"key 'tools': not JSON: {error}") from None
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"key 'tools': got {_named(value)}, expected a list of tools")
+    return tuple(value)
 
 
 def _joined(instruction: str, given: str) -> str:

@@ -293,6 +293,20 @@ def test_a_tokenizer_that_is_not_the_checkpoint_s(base: Path, data: Path, tmp_pa
         kept(tmp_path, "sft")
 
 
+def test_settings_of_the_model_may_change_where_its_weights_still_fit(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    table = table_of(tmp_path, base, data, model={"dropout": 0.2})
+    stage = stage_of(table)
+    assert stage.model.config.dropout == 0.2 and stage.config.model["dropout"] == 0.2
+    original, _ = trained.load(base)
+    assert torch.equal(stage.model.head_weight, original.head_weight)
+    with pytest.raises(UserError):
+        stage_of({**table, "model": {"width": 96}})
+    with pytest.raises(UserError, match="did you mean 'model.dropout'"):
+        stage_of({**table, "model": {"dropot": 0.2}})
+
+
 def test_gsm8k_at_toy_size(shared_data: Path, tmp_path: Path) -> None:
     path = shared_data / "gsm8k_train.jsonl.gz"
     long = base_run(tmp_path / "long", context_length=2048)

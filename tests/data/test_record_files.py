@@ -94,6 +94,15 @@ def test_pairs(tmp_path: Path, row: Any, prompt: Any, answers: Any) -> None:
     assert (record.prompt, record.answers, record.ranks) == (prompt, answers, (0.0, 1.0))
 
 
+def test_tools_as_a_list_or_as_json(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [{"messages": [U, A], "tools": tools}, {"messages": [U, A], "tools": json.dumps(tools)}]
+    assert [list(record.tools) for record in read(file_of(tmp_path, *rows), Demonstration)] == [tools, tools]
+    for bad in ("{", "7"):
+        with pytest.raises(UserError, match="line 1: key 'tools'"):
+            read(file_of(tmp_path, {"messages": [U, A], "tools": bad}), Demonstration)
+
+
 def test_ranked_answers(tmp_path: Path) -> None:
     answers = [{"answer": "5", "rank": 2.0}, {"answer": "4", "rank": 1.0}, {"answer": "6", "rank": 2.0}]
     rows = [
