@@ -23,6 +23,7 @@ VERBS = {
     "prepare": "turn text into a tokenizer and token shards",
     "train": "train a GPT, or continue a run",
     "sft": "fine-tune a trained GPT on demonstrations",
+    "constitution": "criticise and revise a model's answers by written principles",
     "generate": "continue a text with a trained GPT",
     "convert": "turn a Hugging Face model into a run, or a run into one",
     "checkpoint": "verify, show, reshard, export and import checkpoints",
