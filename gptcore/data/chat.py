@@ -238,10 +238,12 @@ def save(chat: Chat, directory: str | os.PathLike[str]) -> None:
 
 
 def _refuse_dropped(rendered: Rendered, messages: Sequence[Message], origin: str) -> None:
-    """Every message's words must be in the text, in their order."""
+    """Every message's words must be in the text, in their order; what was thought before an earlier answer need not."""
     text, place = rendered.plain(), 0
     for number, message in enumerate(messages):
         said = message.content.strip()
+        if message.role == "assistant" and number < len(messages) - 1:
+            said = said.rpartition("</think>")[2].strip()
         forms = (said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
         found = [(at, form) for form in forms if (at := text.find(form, place)) >= 0]
         if not found:

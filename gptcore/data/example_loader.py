@@ -97,6 +97,12 @@ class ExampleLoader:
         epoch = bisect.bisect_right(self._starts, number) - 1
         return self._epoch(epoch)[number - self._starts[epoch]]
 
+    def tokens_of_update(self, update: int) -> int:
+        """Input tokens of the update with zero-based index ``update``."""
+        each = self.batch * self.accumulate
+        places = [place for row in range(update * each, (update + 1) * each) for place in self.row(row)]
+        return int(sum(self._lengths[name][number] for name, number in places))
+
     def state(self) -> dict[str, Any]:
         """What the order depends on, fit for JSON."""
         return {

@@ -16,7 +16,8 @@ class Batches(Protocol):
         """``tokens`` and ``targets`` (B, T), and ``cu_seqlens`` and ``mask``, each where there is one; NumPy arrays.
 
         ``options``, a mapping, has further arrays that the model takes by name. ``weight`` multiplies a micro-batch's
-        loss in its update (``gptcore.data.examples.leaf_weight``); 1 where a batch says none.
+        loss in its update (``gptcore.data.examples.leaf_weight``); 1 where a batch says none. A loader whose rows are
+        not all full may have ``tokens_of_update(step)``, for the speed that is told.
         """
         ...
 

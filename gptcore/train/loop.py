@@ -38,7 +38,7 @@ from gptcore.train.run_state import (
     flops_of,
     resume_from,
     save,
-    tokens_per_update,
+    tokens_served,
     writer_of,
 )
 from gptcore.train.stop import StopRequest
@@ -152,7 +152,7 @@ def _train(now: Run, metrics: MetricsFile, ceiling: peak.Peak, quiet: bool) -> N
         while now.step < config.steps:
             start = time.perf_counter()
             outcome = guarded_update(now, apply_due(now), stop)
-            now.tokens += tokens_per_update(config, now.course.batch(now.step - 1))
+            now.tokens += tokens_served(now, now.course.batch(now.step - 1))
             now.train_seconds += time.perf_counter() - start
             watch_routing(now, metrics, progress, quiet)
             if now.step == config.steps or due(now.step, config.log_every):

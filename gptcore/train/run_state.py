@@ -178,8 +178,14 @@ def _collected(now: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**slices, **(whole if now.member.rank == 0 else {})}, values
 
 
+def tokens_served(now: Run, step: int) -> int:
+    """Tokens of the update with zero-based index ``step``, as its loader tells where its rows are not all full."""
+    tell = getattr(now.loader, "tokens_of_update", None)
+    return tokens_per_update(now.config, step) if tell is None else int(tell(step))
+
+
 def tokens_per_update(config: TrainConfig, step: int) -> int:
-    """Of the update with zero-based index ``step``."""
+    """Of the update with zero-based index ``step``, in full rows."""
     return config.data.batch * config.data.length * len(config.micro_batches(step))
 
 

@@ -64,6 +64,8 @@ def test_it_learns_to_answer_and_to_stop(base: Path, data: Path, tmp_path: Path)
         made = generate(model, tokenizer, ids, max_new_tokens=12, temperature=0.0, end_ids=chat.stop_ids)
         right += made.text == row["completion"] and made.finish_reason == "end"
     assert right >= 32, "four in five of answers not seen in training, each ended by the stop token"
+    trained_on = [line["tokens"] for line in read(tmp_path / "metrics.jsonl") if line["kind"] == "train"]
+    assert 250 * 100 < trained_on[-1] < 250 * 128, "tokens of examples, not of full rows"
     samples = [line["text"] for line in read(tmp_path / "metrics.jsonl") if line["kind"] == "sample"]
     assert len(samples) == 1 and samples[0].count("\n-> ") == 2
 

@@ -130,6 +130,17 @@ def test_a_template_that_rewrites_the_past_can_still_teach_the_last_turn() -> No
     assert learnt(chat, chat.conversation(talk, turns="last")) == [b"long<|im_end|>"]
 
 
+def test_a_template_may_leave_out_what_was_thought_before_an_earlier_answer() -> None:
+    answer = "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
+    source = UNTAGGED.replace("message['content']", answer, 1)
+    chat = Chat(ByteTokenizer().with_special_tokens(CHATML_TOKENS), ChatTemplate(source))
+    thought = Message("assistant", "<think>hm</think>a")
+    talk = (Message("user", "q"), thought, Message("user", "r"), thought)
+    assert learnt(chat, chat.conversation(talk, turns="last")) == [b"<think>hm</think>a<|im_end|>"]
+    with pytest.raises(UserError, match=r"not prefix-preserving at message 1.*learn the last turn alone"):
+        chat.conversation(talk)
+
+
 def test_a_tokenizer_without_the_template_s_tokens_is_refused() -> None:
     with pytest.raises(UserError, match=r"writes <\|im_start\|>, <\|im_end\|>, which the tokenizer has not"):
         Chat(ByteTokenizer(), ChatTemplate(CHATML))

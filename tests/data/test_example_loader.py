@@ -70,6 +70,11 @@ def test_best_fit_decreasing_is_what_the_definition_gives() -> None:
     assert fill(found) == fill(content)
 
 
+def test_rows_of_a_worked_example() -> None:
+    """Lengths 3, 4 and 1 into rows of 4, as TRL's own test of its "bfd" strategy has them."""
+    assert [row.tolist() for row in best_fit_decreasing(np.array([3, 4, 1]), 4)] == [[1], [0, 2]]
+
+
 def test_an_item_that_fits_nowhere() -> None:
     with pytest.raises(UserError, match="packing: item 1 has length 9, expected 1 to 8"):
         best_fit_decreasing(np.array([8, 9]), 8)
@@ -129,6 +134,7 @@ def test_weights_of_leaves_are_by_their_targets() -> None:
         sums = [float(((leaf.targets != IGNORE) * leaf.options["weights"]).sum()) for leaf in leaves]
         assert [leaf.weight for leaf in leaves] == pytest.approx([3 * one / sum(sums) for one in sums])
         whole = loader.samples(6 * update, 6)
+        assert loader.tokens_of_update(update) == whole.tokens.size
         assert whole.weight == pytest.approx(1.0) and whole.target_count == sum(
             x.target_count for x in leaves
         )
