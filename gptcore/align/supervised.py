@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gptcore import checkpoint
+from gptcore.align.answer_score import exact_match
 from gptcore.align.demonstrations import corpus_of, served_by, shares_of, tokenised
 from gptcore.align.neftune import EmbeddingNoise
 from gptcore.align.supervised_spec import SFTSpec, with_lengths
@@ -46,7 +47,7 @@ class Stage:
     chat: Chat
     loader: ExampleLoader
     evaluation: ExampleEvaluation
-    shown: tuple[Demonstration, ...]
+    held_out: tuple[Demonstration, ...]
     skipped: Mapping[str, int]
 
 
@@ -66,12 +67,12 @@ def prepare(table: Mapping[str, Any], spec: SFTSpec) -> Stage:
     settings = with_lengths(table, spec, 1)
     corpus = corpus_of(spec, settings.data.held_out, settings.seed)
     tasks, skipped = {}, corpus.skipped
-    for name, records in corpus.learnt.items():
-        tasks[name], _, left_out = tokenised(records, chat, spec, settings.data.length)
+    for name, learnt in corpus.learnt.items():
+        tasks[name], _, left_out = tokenised(learnt, chat, spec, settings.data.length)
         skipped += left_out
         if not tasks[name]:
-            raise UserError(f"task {name}: no example is left of {len(records)}: {dict(left_out)}")
-    rest, shown, left_out = tokenised(corpus.held_out, chat, spec, settings.data.length)
+            raise UserError(f"task {name}: no example is left of {len(learnt)}: {dict(left_out)}")
+    rest, records, left_out = tokenised(corpus.held_out, chat, spec, settings.data.length)
     served = served_by(chat)
     loader = ExampleLoader(
         tasks,
@@ -86,7 +87,7 @@ def prepare(table: Mapping[str, Any], spec: SFTSpec) -> Stage:
     config = with_lengths(table, spec, loader.rows_per_epoch)
     tokens = config.data.batch * config.data.length
     evaluation = ExampleEvaluation(rest, served, tokens=tokens, limit=config.evaluation.batches)
-    return Stage(config, spec, model, chat, loader, evaluation, tuple(shown[:_SHOWN]), skipped + left_out)
+    return Stage(config, spec, model, chat, loader, evaluation, tuple(records), skipped + left_out)
 
 
 def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
@@ -185,10 +186,15 @@ def fine_tune(table: Mapping[str, Any], *, score: Score | None = None, quiet: bo
 def _evaluate(stage: Stage, score: Score | None) -> Callable[[torch.nn.Module], dict[str, float]]:
     """Held-out loss in nats per response token, bits per byte of the responses, and the scores."""
     loss = held_out(stage.evaluation, len(stage.evaluation))
+    asked = stage.held_out[: stage.spec.answers]
+    scores: list[Score] = [exact_match(asked, stage.spec.answer_tokens)] if asked else []
+    scores += [] if score is None else [score]
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         found = loss(model)
-        return found if score is None else {**found, **score(model, stage.chat)}  # type: ignore[arg-type]
+        for one in scores:
+            found.update(one(model, stage.chat))  # type: ignore[arg-type]
+        return found
 
     return evaluate
 
@@ -197,7 +203,7 @@ def _sample(stage: Stage) -> Callable[[torch.nn.Module], str]:
     """Answers to the first held-out prompts, or to the one of ``sample.prompt``."""
     spec = stage.config.sample
     own = spec.prompt.strip()
-    prompts = [own] if own else [record.prompt for record in stage.shown]
+    prompts = [own] if own else [record.prompt for record in stage.held_out[:_SHOWN]]
 
     def sample(model: torch.nn.Module) -> str:
         texts = []

@@ -53,7 +53,8 @@ class SFTSpec(Spec):
     ``epochs``: passes over the data, where ``steps`` is not set. ``warmup_share``: of the steps, where
     ``schedule.warmup`` is not set. ``neftune_alpha``: of the noise on embeddings (5 in the paper; 0: none).
     ``mixture_cap``: at most so many examples of a task count for its share (FLAN: 3,000; 0: all).
-    ``chain_of_thought``: the share of the tasks that reason; by default what their weights give.
+    ``chain_of_thought``: the share of the tasks that reason; by default what their weights give. ``answers``: so many
+    held-out prompts are answered at each evaluation, which gives ``exact_match``; ``answer_tokens``: of an answer.
     """
 
     section: ClassVar[str] = "sft"
@@ -73,8 +74,12 @@ class SFTSpec(Spec):
     neftune_alpha: float = 0.0
     mixture_cap: int = 0
     chain_of_thought: float | None = None
+    answers: int = 0
+    answer_tokens: int = 256
 
     def validate(self) -> None:
+        at_least("sft.", 0, answers=self.answers)
+        at_least("sft.", 1, answer_tokens=self.answer_tokens)
         at_least("sft.", 0, warmup_share=self.warmup_share, neftune_alpha=self.neftune_alpha)
         at_least("sft.", 0, mixture_cap=self.mixture_cap)
         if not 0.0 < self.epochs < math.inf:

@@ -53,9 +53,15 @@ def weights(run_dir: Path, step: int) -> torch.Tensor:
 
 def test_it_learns_to_answer_and_to_stop(base: Path, data: Path, tmp_path: Path) -> None:
     table = table_of(tmp_path, base, data, steps=250, optimizer={"lr": 1e-2}, evaluation={"every": 50})
-    table |= {"checkpoint": {"every": 0}, "sample": {"every": 250, "tokens": 12}}
+    table |= {"checkpoint": {"every": 0, "best": "exact_match", "best_mode": "max"}}
+    table |= {"sample": {"every": 250, "tokens": 12}}
+    table["sft"] |= {"answers": 20, "answer_tokens": 12}
     result = fine_tune(table, quiet=True)
     assert result.evaluation["val_loss"] < 0.1
+    lines = read(tmp_path / "metrics.jsonl")
+    matches = {line["step"]: line["exact_match"] for line in lines if line["kind"] == "evaluation"}
+    assert matches[0] == 0.0 and matches[250] >= 0.8
+    assert result.best is not None and matches[int(result.best.name[-8:])] == max(matches.values())
     model, tokenizer = trained.load(tmp_path / "best")
     chat = Chat(tokenizer, None)
     right = 0
