@@ -5,6 +5,9 @@
 | ``losses`` | every loss and advantage as a pure function |
 | ``decision_process`` | the token-level Markov decision process and its exact solutions, the oracle of the rest |
 | ``policy``, ``kept_logits`` | responses' log-probabilities in training, of the distribution sampled from |
+| ``ppo`` | the loop of learning from rewards: PPO, PPO-ptx, GRPO, RLOO, REINFORCE |
+| ``answers``, ``experience``, ``policy_update``, ``critic`` | its parts: prompts, rewards, data, updates |
+| ``reinforcement_spec``, ``reinforcement_state`` | its settings and its checkpoints |
 | ``verifier``, ``sandbox`` | rewards by running what a model wrote, where it can do no harm |
 
 Nothing is imported before it is asked for: ``gptcore.align.losses`` loads that module and what it needs.

@@ -7,7 +7,7 @@ goes through :func:`scores`. Sequences are laid end to end; the logits of a whol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +99,14 @@ def scores(model: GPT, batch: Packed, *, temperature: float = 1.0, vocab_size: i
     return Scores(out.logprobs[batch.before], out.entropy[batch.before], hidden)
 
 
+class Evaluated(NamedTuple):
+    """(R,) f32 each, without gradients; ``values`` where they were asked for."""
+
+    logprobs: NDArray[np.float32]
+    entropies: NDArray[np.float32]
+    values: NDArray[np.float32] | None
+
+
 @torch.no_grad()
 def evaluated(
     model: GPT,
@@ -106,21 +114,24 @@ def evaluated(
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-    max_tokens: int = 16384,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Log-probabilities and entropies (R,) without gradients, ``max_tokens`` tokens at a time.
+    values: Callable[[Packed, Tensor], Tensor] | None = None,
+    max_tokens: int = 4096,
+) -> Evaluated:
+    """:func:`scores` of all responses, ``max_tokens`` tokens at a time.
 
-    The bits do not depend on ``max_tokens``, nor on whether gradients were wanted.
+    ``values`` makes (R,) numbers of a batch and its hidden states, as a critic on the model's trunk does. The bits do
+    not depend on ``max_tokens``, nor on whether gradients were wanted.
     """
-    logprobs = np.empty(len(rollouts.logprobs), np.float32)
-    entropies = np.empty_like(logprobs)
     device = next(model.parameters()).device
+    found: list[list[Tensor]] = []
     for rows in token_batches(np.diff(rollouts.cu_seqlens), max_tokens):
         batch = packed(rollouts.select(rows), device)
         out = scores(model, batch, temperature=temperature, vocab_size=vocab_size)
-        part = slice(int(rollouts.response_offsets[rows[0]]), int(rollouts.response_offsets[rows[-1] + 1]))
-        logprobs[part], entropies[part] = out.logprobs.cpu().numpy(), out.entropies.cpu().numpy()
-    return logprobs, entropies
+        found.append([out.logprobs, out.entropies])
+        if values is not None:
+            found[-1].append(values(batch, out.hidden))
+    parts = [torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)]
+    return Evaluated(parts[0], parts[1], parts[2] if values is not None else None)
 
 
 def token_batches(lengths: NDArray[np.int32], max_tokens: int) -> Iterator[NDArray[np.int64]]:

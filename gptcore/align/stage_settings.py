@@ -28,16 +28,18 @@ def read(
     path: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     over: Mapping[str, Any] | None = None,
+    more: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was set: the tables of training, and that of ``stage``; of TRL's names what they mean here.
 
     Args:
-        path: a TOML file. over: what lies over it. overrides: ``key.sub=value``, over both.
+        path: a TOML file. over: what lies over it. overrides: ``key.sub=value``, over both. more: tables that the
+            stage takes beside its own, left in the first.
 
     Raises:
         UserError: no such file, not TOML, a name that nobody knows, an override that is none.
     """
-    known = [*_KNOWN, stage]
+    known = [*_KNOWN, stage, *more]
     table = trl_names.ours(_toml(path) if path is not None else {}, stage, known)
     table = merge(table, over or {})
     for text in overrides:

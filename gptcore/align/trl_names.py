@@ -152,7 +152,35 @@ SFT: dict[str, Alias] = {
     "warmup_ratio": "sft.warmup_share",
     "truncation_mode": _one_of("sft.overflow", {"keep_start": "truncate", "keep_end": "truncate_prompt"}),
 }
-STAGES: dict[str, dict[str, Alias]] = {"sft": SFT}
+PPO: dict[str, Alias] = {
+    "num_ppo_epochs": "ppo.epochs",
+    "kl_coef": "ppo.beta",
+    "kl_estimator": "ppo.kl_estimator",
+    "cliprange": "ppo.clip",
+    "cliprange_value": "ppo.value_clip",
+    "vf_coef": "ppo.value_coefficient",
+    "gamma": "ppo.gamma",
+    "lam": "ppo.lam",
+    "whiten_rewards": "ppo.whiten_rewards",
+    "response_length": "ppo.max_new_tokens",
+    "missing_eos_penalty": "ppo.missing_end_penalty",
+    "temperature": "ppo.temperature",
+}
+GRPO: dict[str, Alias] = {
+    "num_generations": "grpo.samples",
+    "num_iterations": "grpo.epochs",
+    "max_completion_length": "grpo.max_new_tokens",
+    "beta": "grpo.beta",
+    "epsilon": "grpo.clip",
+    "epsilon_high": "grpo.clip_high",
+    "temperature": "grpo.temperature",
+    "top_k": "grpo.top_k",
+    "top_p": "grpo.top_p",
+    "importance_sampling_level": "grpo.ratio",
+    "loss_type": _one_of("grpo.aggregation", {name: name for name in ("grpo", "bnpo", "dr_grpo", "dapo")}),
+    "scale_rewards": _flag("grpo.estimator", "grpo", "dr_grpo"),
+}
+STAGES: dict[str, dict[str, Alias]] = {"sft": SFT, "ppo": PPO, "grpo": GRPO}
 
 
 def _refused(why: str) -> Mapping[str, Any]:

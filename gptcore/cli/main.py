@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from gptcore import __version__
@@ -24,6 +25,9 @@ VERBS = {
     "train": "train a GPT, or continue a run",
     "sft": "fine-tune a trained GPT on demonstrations",
     "constitution": "criticise and revise a model's answers by written principles",
+    "ppo": "improve a model by rewards, with a critic and, mixed in, the text it was pretrained on",
+    "grpo": "improve a model by rewards compared within a group: GRPO, RLOO and their kin",
+    "expert-iteration": "improve a model by imitating its own best answers",
     "generate": "continue a text with a trained GPT",
     "convert": "turn a Hugging Face model into a run, or a run into one",
     "checkpoint": "verify, show, reshard, export and import checkpoints",
@@ -57,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of one verb."""
-    module = importlib.import_module(f"gptcore.cli.{verb}")
+    module = _module(verb)
     description, _, examples = (module.__doc__ or "").partition("\nExamples:\n")
     parser = _Parser(
         prog=f"gptcore {verb}",
@@ -68,6 +72,10 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     )
     module.add_arguments(parser)
     return parser
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"gptcore.cli.{verb.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +112,7 @@ def _run(words: list[str]) -> int:
         args = build_parser(verb).parse_args(words[1:])
     except SystemExit as request:  # --help
         return int(request.code or 0)
-    return int(importlib.import_module(f"gptcore.cli.{verb}").run(args))
+    return int(_module(verb).run(args))
 
 
 def overview() -> str:

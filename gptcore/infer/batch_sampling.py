@@ -17,7 +17,7 @@ from gptcore.infer.sampling import SamplingParams, top_p
 
 Rows = NDArray[np.float64]  # (N, V)
 
-_BLOCK = 1 << 20  # entries of a block: its few float64 arrays stay within tens of MB
+_BLOCK = 1 << 17  # entries of a block: its few float64 arrays stay in the cache, 1 MB each
 _HEAD = 1024  # likeliest tokens that are sorted first, as in ``sampling``
 
 

@@ -52,7 +52,7 @@ class Difference(NamedTuple):
 
 def difference(model, params, **options):
     got = rollouts_of(model, params, **options)
-    own, entropies = policy.evaluated(model, got, temperature=params.temperature)
+    own, entropies, _ = policy.evaluated(model, got, temperature=params.temperature)
     gap = np.abs(own - got.logprobs)
     return Difference(gap.max(), gap.mean(), np.abs(entropies - got.entropies).max(), len(own))
 
@@ -83,7 +83,7 @@ def test_sampler_and_trainer_agree_in_bf16(sampling):
 def test_a_vocabulary_cut_short_is_the_trainers_too():
     model, params = model_of(), SAMPLINGS["cold"]
     got = rollouts_of(model, params, vocab_size=50)
-    own, _ = policy.evaluated(model, got, temperature=0.6, vocab_size=50)
+    own = policy.evaluated(model, got, temperature=0.6, vocab_size=50).logprobs
     assert np.abs(own - got.logprobs).max() <= 1e-5
 
 
@@ -94,8 +94,8 @@ def test_every_pass_has_the_same_bits(sampling, dtype):
     model, params = model_of(dtype=dtype), SAMPLINGS[sampling]
     got = rollouts_of(model, params, count=90)
     temperature = params.temperature
-    whole, _ = policy.evaluated(model, got, temperature=temperature)
-    pieces, _ = policy.evaluated(model, got, temperature=temperature, max_tokens=70)
+    whole = policy.evaluated(model, got, temperature=temperature).logprobs
+    pieces = policy.evaluated(model, got, temperature=temperature, max_tokens=70).logprobs
     assert np.array_equal(whole, pieces)
     for rows in ([7], [3, 80, 44], list(range(89, 20, -1))):
         out = policy.scores(model, policy.packed(got.select(rows)), temperature=temperature)

@@ -43,7 +43,9 @@ def test_help_of_a_verb_has_description_and_examples(verb, capsys, monkeypatch):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_are_commands_that_parse(verb):
-    examples = importlib.import_module(f"gptcore.cli.{verb}").__doc__.partition("\nExamples:\n")[2]
+    examples = importlib.import_module(f"gptcore.cli.{verb.replace('-', '_')}").__doc__.partition(
+        "\nExamples:\n"
+    )[2]
     for line in examples.splitlines():
         command = line.strip().partition("   ")[0]  # what follows wide space is a remark
         words = shlex.split(command)

@@ -1,0 +1,201 @@
+"""Learning from one iteration's experience: epochs of minibatches, each one update of actor and critic."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gptcore.align import policy
+from gptcore.align.critic import Critic
+from gptcore.align.experience import Experience
+from gptcore.align.losses import aggregation, kl, policy_gradient
+from gptcore.align.losses.values import value_loss
+from gptcore.align.reinforcement_spec import PPOSpec
+from gptcore.data.permutation import derive
+from gptcore.models import GPT
+from gptcore.optim.fused import FusedOptimizer
+from gptcore.train.evaluation import Batches, tensors_of
+from gptcore.train.step import NonFiniteError
+
+
+@dataclass
+class Learner:
+    """Updates actor and critic. ``updates`` counts them over the run, which is also the place in ``pretraining``."""
+
+    actor: GPT
+    critic: Critic | None
+    optimizer: FusedOptimizer
+    critic_optimizer: FusedOptimizer | None
+    pretraining: Batches | None
+    spec: PPOSpec
+    seed: int
+    vocab_size: int
+    average: Average | None = None
+    updates: int = 0
+    _sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def learn(self, experience: Experience, iteration: int, lr: float, beta: float) -> dict[str, float]:
+        """All epochs over ``experience``; means of the diagnostics over the updates that were made.
+
+        Raises NonFiniteError, before a weight is touched, where loss or gradient is not finite.
+        """
+        spec = self.spec
+        for optimizer, rate in ((self.optimizer, lr), (self.critic_optimizer, self._critic_rate(lr))):
+            for group in [] if optimizer is None else optimizer.param_groups:
+                group["lr"] = rate
+        self._sums.clear()
+        made, stopped = 0, False
+        for rows in minibatches(len(experience.rollouts), spec, self.seed, iteration):
+            divergence = self._gradients(experience, rows, beta, iteration)
+            if spec.target_kl is not None and divergence > 1.5 * spec.target_kl:
+                stopped = True
+                self._zero_grad()
+                break
+            self._step(iteration, lr)
+            made += 1
+        found = {name: value / max(1, made + stopped) for name, value in self._sums.items()}
+        return {**found, "updates": float(made), "stopped_early": float(stopped)}
+
+    def _critic_rate(self, lr: float) -> float:
+        return lr if self.spec.critic_lr is None else self.spec.critic_lr
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad()
+
+    def _gradients(
+        self, experience: Experience, rows: NDArray[np.int64], beta: float, iteration: int
+    ) -> float:
+        """Gradients of one minibatch, in micro-batches; returns the divergence from the policy that sampled."""
+        spec = self.spec
+        chosen = experience.rollouts.select(rows)
+        tokens = len(chosen.logprobs)
+        by_token = aggregation.AGGREGATIONS[spec.aggregation] == "token_mean"
+        total = float(tokens if by_token else len(rows))
+        self._zero_grad()
+        parts = list(policy.token_batches(np.diff(chosen.cu_seqlens), spec.micro_tokens))
+        several = len(parts) > 1 or self.pretraining is not None
+        divergence = 0.0
+        for part in parts:
+            loss, seen = self._loss(experience, rows[part], total, tokens, beta)
+            if not math.isfinite(seen["loss"]):
+                self._zero_grad()
+                raise NonFiniteError(
+                    f"the policy's loss is {seen['loss']} in iteration {iteration + 1}; {_ADVICE}"
+                )
+            loss.backward()
+            self._accumulate(several)
+            divergence += seen["approx_kl"]
+            for name, value in seen.items():
+                self._sums[name] += value
+        for index in range(spec.pretraining_batches if self.pretraining is not None else 0):
+            self._remember(index)
+            self._accumulate(several)
+        return divergence
+
+    def _accumulate(self, several: bool) -> None:
+        if several:
+            self.optimizer.accumulate()
+            if self.critic_optimizer is not None:
+                self.critic_optimizer.accumulate()
+
+    def _loss(
+        self, experience: Experience, rows: NDArray[np.int64], total: float, tokens: int, beta: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """A micro-batch's part of the minibatch's loss, and of its diagnostics."""
+        spec, rollouts = self.spec, experience.rollouts.select(rows)
+        device = next(self.actor.parameters()).device
+        batch = policy.packed(rollouts, device)
+        places = torch.from_numpy(experience.rollouts.response_places_of(rows))
+        bounds = torch.from_numpy(rollouts.response_offsets.astype(np.int32)).to(device)
+        mask = torch.ones(len(places), dtype=torch.bool, device=device)
+        out = policy.scores(self.actor, batch, temperature=spec.temperature, vocab_size=self.vocab_size)
+
+        def of(values: Tensor | None) -> Tensor:
+            assert values is not None
+            return values[places].to(device)
+
+        how: dict[str, Any] = {"aggregation": spec.aggregation, "cu_seqlens": bounds, "total": total}
+        how["length"] = spec.max_new_tokens
+        got = policy_gradient.ppo(
+            out.logprobs, of(experience.old_logprobs), of(experience.advantages), mask, clip=spec.clip,
+            clip_high=spec.clip_high, dual_clip=spec.dual_clip, level=spec.ratio, **how,
+        )  # fmt: skip
+        loss, share = got.loss, len(places) / tokens
+        if spec.kl_in == "loss" and beta and experience.ref_logprobs is not None:
+            penalty = kl.estimate(spec.kl_estimator, out.logprobs, of(experience.ref_logprobs))
+            loss = loss + beta * aggregation.aggregate(penalty, mask, **how)
+        seen = {
+            "policy_loss": float(got.loss.detach()),
+            "clip_share": float(got.clip_share) * share,
+            "ratio": float(got.ratio) * share,
+            "approx_kl": float(got.approx_kl) * share,
+        }
+        if self.critic is not None:
+            values = self.critic.values(batch, out.hidden)
+            error = value_loss(
+                values, of(experience.returns), mask, old_values=of(experience.values), clip=spec.value_clip,
+                total=float(tokens),
+            )  # fmt: skip
+            loss = loss + spec.value_coefficient * error.loss
+            seen |= {
+                "value_loss": float(error.loss.detach()),
+                "value_clip_share": float(error.clip_share) * share,
+                "explained_variance": float(error.explained_variance) * share,
+            }
+        seen["loss"] = float(loss.detach())
+        return loss, seen
+
+    def _remember(self, index: int) -> None:
+        """PPO-ptx: gamma times the gradient of the loss on a batch of pretraining text."""
+        spec = self.spec
+        assert self.pretraining is not None
+        batch = self.pretraining.batch_at(self.updates * spec.pretraining_batches + index)
+        tokens, targets, options = tensors_of(batch, next(self.actor.parameters()).device)
+        loss = self.actor(tokens, targets, **options).loss
+        (loss * (spec.pretraining_coefficient / spec.pretraining_batches)).backward()
+        self._sums["pretraining_loss"] += float(loss.detach()) / spec.pretraining_batches
+
+    def _step(self, iteration: int, lr: float) -> None:
+        self.optimizer.step()
+        if self.optimizer.found_inf:
+            raise NonFiniteError(f"a gradient is not finite in iteration {iteration + 1}; {_ADVICE}")
+        self._sums["grad_norm"] += float(self.optimizer.last_grad_norm or 0.0)
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.step()
+        self.updates += 1
+        if self.average is not None:
+            self.average.update(self.actor)
+
+
+_ADVICE = "lower optimizer.lr, clip rewards, or raise beta; the last checkpoint is intact"
+
+
+def minibatches(episodes: int, spec: PPOSpec, seed: int, iteration: int) -> Iterator[NDArray[np.int64]]:
+    """Places of the responses of each update, epoch after epoch: a shuffle that (seed, iteration, epoch) decide."""
+    for epoch in range(spec.epochs):
+        order = np.random.default_rng(derive(seed, iteration, epoch)).permutation(episodes)
+        yield from order.reshape(-1, spec.minibatch)
+
+
+class Average:
+    """An exponential moving average of a model's weights, f32 (Ouyang et al. 2022, appendix C.4: decay 0.992)."""
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module) -> None:
+        """Once after each update."""
+        for name, p in model.named_parameters():
+            self.weights[name].lerp_(p.detach().float(), 1.0 - self.decay)
