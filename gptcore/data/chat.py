@@ -231,10 +231,16 @@ def chat_for(tokenizer: Tokenizer, template: str | os.PathLike[str] = "chatml") 
 
 
 def save(chat: Chat, directory: str | os.PathLike[str]) -> None:
-    """Keep tokenizer and template where ``load`` and other libraries find both; "none" leaves no template."""
+    """Keep tokenizer and template, with the names that it reads, where ``chat_for(tokenizer, directory)`` and other
+    libraries find them; "none" leaves no template."""
     chat.tokenizer.save(directory)
-    if chat.template is not None:
-        write_text(Path(directory) / chat_template.TEMPLATE_FILE, chat.template.source)
+    if chat.template is None:
+        return
+    write_text(Path(directory) / chat_template.TEMPLATE_FILE, chat.template.source)
+    place = Path(directory) / chat_template.CONFIG_FILE
+    own = {name: value for name, value in chat_template.config_of(directory).items() if value is not None}
+    names = {**chat.template.variables, **own}
+    write_text(place, json.dumps(names, indent=1) + "\n")
 
 
 def _refuse_dropped(rendered: Rendered, messages: Sequence[Message], origin: str) -> None:

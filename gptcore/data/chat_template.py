@@ -46,6 +46,7 @@ PLAIN = """{%- for message in messages -%}
 BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
 
 TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
 _MARKS = range(0x10FF00, 0x10FFFE)  # private use: no script, no whitespace, nothing that a template looks for
 
 
@@ -166,7 +167,7 @@ class ChatTemplate:
         """
         place = Path(path)
         directory = place if place.is_dir() else place.parent
-        config = _json_of(directory / "tokenizer_config.json")
+        config = config_of(directory)
         variables = {
             f"{name}_token": _content(config.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")
         }
@@ -179,18 +180,25 @@ class ChatTemplate:
             named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
             found = named.get("default")
         if not isinstance(found, str):
-            raise UserError(f"{path}: no {TEMPLATE_FILE}, and no chat_template in a tokenizer_config.json")
-        return cls(
-            found, variables, origin=f"{directory / 'tokenizer_config.json'}: chat_template", **options
-        )
+            raise UserError(f"{path}: no {TEMPLATE_FILE}, and no chat_template in a {CONFIG_FILE}")
+        return cls(found, variables, origin=f"{directory / CONFIG_FILE}: chat_template", **options)
 
 
 def is_there(directory: str | os.PathLike[str]) -> bool:
     """Whether ``ChatTemplate.load(directory)`` would find one."""
-    place = Path(directory)
-    return (place / TEMPLATE_FILE).is_file() or bool(
-        _json_of(place / "tokenizer_config.json").get("chat_template")
-    )
+    return (Path(directory) / TEMPLATE_FILE).is_file() or bool(config_of(directory).get("chat_template"))
+
+
+def config_of(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a model's ``tokenizer_config.json`` says; nothing where there is none."""
+    file = Path(directory) / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    return values if isinstance(values, dict) else {}
 
 
 def split_special(text: str, special: Sequence[str]) -> list[tuple[int, int, str | None]]:
@@ -289,16 +297,6 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as a template: {error}") from None
-
-
-def _json_of(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    return values if isinstance(values, dict) else {}
 
 
 def _content(token: Any) -> str | None:

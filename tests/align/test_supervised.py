@@ -121,13 +121,22 @@ def test_a_run_goes_on_with_the_examples_it_began_with(base: Path, tmp_path: Pat
 
 
 def test_an_update_does_not_depend_on_how_it_is_cut(base: Path, data: Path, tmp_path: Path) -> None:
-    """Four rows as 1, 2 and 4 micro-batches, whose responses are of very different lengths: the same step of SGD."""
+    """Four rows as 1, 2 and 4 micro-batches, whose responses are of very different lengths: the same step of SGD.
+
+    And as one micro-batch in leaves of one row, which is how ranks share it.
+    """
     found = []
-    for accumulate in (1, 2, 4):
+    for accumulate, grain in ((1, 0), (2, 0), (4, 0), (1, 1)):
         cut = {"batch": 4 // accumulate, "accumulate": accumulate, "length": 16}
         sgd = {"name": "sgd", "lr": 0.1, "momentum": 0.0, "max_norm": 0.0}
-        run_dir = tmp_path / str(accumulate)
-        table = table_of(run_dir, base, data, steps=3, data=cut, optimizer=sgd, sft={"packing": False})
+        run_dir = tmp_path / f"{accumulate}-{grain}"
+        more: dict[str, Any] = {
+            "data": cut,
+            "optimizer": sgd,
+            "parallel": {"grain": grain},
+            "sft": {"packing": False},
+        }
+        table = table_of(run_dir, base, data, steps=3, **more)
         fine_tune(table, quiet=True)
         found.append(weights(run_dir, 3))
     moved = float((found[0] - weights(base, 1)).abs().max())

@@ -76,6 +76,14 @@ def test_settings_from_a_file_with_trl_s_names(base, data, tmp_path, works):
     assert settings["optimizer"]["lr"] == 1e-3 and settings["data"]["batch"] == 1
 
 
+def test_keys_of_other_names(base, data, tmp_path, works):
+    rows = [{"asked": row["prompt"], "meta": {"said": row["completion"]}} for row in copying(30)]
+    other = write_rows(tmp_path / "other.jsonl", rows)
+    keys = ("--set", "sft.fields.prompt=asked", "--set", "sft.fields.output_key=meta.said")
+    works("sft", "--start", base, other, "--out", tmp_path / "sft", *QUICK, *keys)
+    assert (tmp_path / "sft" / "best").is_dir()
+
+
 def test_what_is_refused(base, data, tmp_path, fails, works):
     out = ("--out", tmp_path / "no")
     empty = write_rows(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}])

@@ -181,6 +181,21 @@ def test_a_chat_is_kept_beside_its_tokenizer(tmp_path: Path) -> None:
     assert np.array_equal(one.tokens, other.tokens) and back.stop_ids == chat.stop_ids
 
 
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_the_names_that_a_template_reads_are_kept_with_it(kind: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "eos_token": "<|im_end|>"}'
+    )
+    tokenizer = {"bytes": ByteTokenizer(), "bpe": bpe}[kind].with_special_tokens(["<s>", *CHATML_TOKENS])
+    chat = chat_for(tokenizer, tmp_path / "model")
+    save(chat, tmp_path / "run")
+    back = chat_for(tokenizers.load(tmp_path / "run"), tmp_path / "run")
+    assert back.prompt_ids("2 + 2?") == chat.prompt_ids("2 + 2?")
+    assert back.prompt_ids("2 + 2?")[0] == tokenizer.special_tokens["<s>"] and back.stop_ids == chat.stop_ids
+
+
 def test_gpt2_s_vocabulary_speaks_chatml(shared_data: Path) -> None:
     chat = chat_for(tokenizers.load(shared_data / "gpt2_bpe"))
     assert chat.tokenizer.special_tokens["<|im_end|>"] == 50258 and chat.stop_ids == (50258, 50256)
