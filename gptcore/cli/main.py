@@ -32,6 +32,7 @@ VERBS = {
     "convert": "turn a Hugging Face model into a run, or a run into one",
     "checkpoint": "verify, show, reshard, export and import checkpoints",
     "info": "show versions, instruction sets, threads and devices",
+    "report": "write one HTML file about a run, or about several side by side",
     "presets": "list the model sizes that have a name",
     "plan": "say what a training run needs: memory, traffic, FLOPs, hours and cost",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_SUBMODULES = frozenset({"plot", "progress"})
+_SUBMODULES = frozenset({"html", "plot", "progress"})
 
 
 def __getattr__(name: str) -> ModuleType:

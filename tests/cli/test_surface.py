@@ -24,6 +24,7 @@ SURFACE = {
     "checkpoint": [
         "ACTION", "PATH", "--format", "--json", "--only", "--out", "--quiet", "--shards", "--step", "--tensors",
     ],
+    "report": ["RUN...", "--out", "--title"],
     "info": ["--json"],
     "presets": ["NAME"],
     "plan": [
