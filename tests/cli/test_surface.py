@@ -2,6 +2,9 @@
 
 from gptcore.cli.main import VERBS, build_parser
 
+REWARDED = [
+    "MODEL", "TASKS...", "--config", "--gold", "--out", "--quiet", "--reference", "--reward", "--set", "--steps", "--text",
+]  # fmt: skip
 SURFACE = {
     "quickstart": ["--out", "--quiet", "--seed", "--short", "--steps"],
     "prepare": [
@@ -16,6 +19,10 @@ SURFACE = {
         "DATA...", "--config", "--epochs", "--out", "--quiet", "--resume", "--set", "--start", "--steps", "--template",
         "--zero",
     ],
+    "constitution": ["MODEL", "--answers", "--critic", "--out", "--prompts", "--seed", "--tokens"],
+    "ppo": REWARDED,
+    "grpo": REWARDED,
+    "expert-iteration": REWARDED,
     "generate": [
         "MODEL", "--chat", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples",
         "--seed", "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",
