@@ -1,7 +1,7 @@
-"""Write one HTML file about a run, or about several side by side: last values, curves, samples, warnings, settings.
+"""Write one HTML file about a run, or about several side by side: values, curves, samples, settings.
 
-Reads RUN/metrics.jsonl and RUN/config.json, of pretraining and of every stage of alignment alike. The file has its
-plots inside and needs nothing else. A run may still be going on.
+Reads RUN/metrics.jsonl and RUN/config.json, of pretraining and of every stage of alignment alike. The
+file has its plots inside and needs nothing else. A run may still be going on.
 
 Examples:
   gptcore report runs/ppo                            writes runs/ppo/report.html

@@ -3,7 +3,8 @@
 from gptcore.cli.main import VERBS, build_parser
 
 REWARDED = [
-    "MODEL", "TASKS...", "--config", "--gold", "--out", "--quiet", "--reference", "--reward", "--set", "--steps", "--text",
+    "MODEL", "TASKS...", "--config", "--gold", "--out", "--quiet", "--reference", "--reward", "--set", "--steps",
+    "--text",
 ]  # fmt: skip
 SURFACE = {
     "quickstart": ["--out", "--quiet", "--seed", "--short", "--steps"],
