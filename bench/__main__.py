@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   python -m bench --suite shakespeare --data tinyshakespeare.txt
   python -m bench --rows --json results.jsonl              what docs/results.md and the README's table show
   python -m bench --list                                   names of all cases
+  python -m bench road --seeds 8                           alignment's road over seeds (bench/road.py)
   python -m bench --plot plots --from-json steps.jsonl     roofline pictures of kept results
 The last lines of the output are one JSON object for each case and setting (keys in docs/benchmarks.md).
 """
@@ -159,6 +160,11 @@ def _print_results(results: Results) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every chosen case was measured, 1 when some were not, 2 for a wrong option."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["road"]:
+        from bench import road
+
+        return road.main(words[1:])
     arguments = build_parser().parse_args(argv)
     try:
         options = _options(arguments)

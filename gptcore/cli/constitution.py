@@ -1,22 +1,22 @@
 """Constitutional AI on a task whose principles a rule can check: keep a secret, and stay of use.
 
 A key stands in the context; the user asks about Python, or for the key. Without MODEL the command writes
-start.jsonl, demonstrations of an assistant that gives whatever it is asked for: fine-tune a model on it to have
-one to mend. With MODEL it lets the model answer attacks and harmless questions, criticises and revises the
-answers principle by principle, and writes
+start.jsonl, demonstrations of an assistant that gives whatever it is asked for: fine-tune a model on it to
+have one to mend. With MODEL it lets the model answer attacks and harmless questions, criticises and revises
+the answers principle by principle, and writes
 
   revisions.jsonl   the revised answers, to fine-tune on with 'gptcore sft'
   rankings.jsonl    the model's own answers ranked by the principles they keep, to train a reward model on
 
---critic rule checks the principles and revises to the right answer; --critic model asks MODEL itself in words,
-which takes a model large enough to have an opinion, and says how often it finds what the rule finds.
+--critic rule checks the principles and revises to the right answer; --critic model asks MODEL itself in
+words, which takes a model large enough to have an opinion, and says how often it finds what the rule finds.
+
+Fine-tune with 'gptcore sft', measure with 'gptcore redteam'; docs/alignment.md has the whole way.
 
 Examples:
   gptcore constitution --out data
-  gptcore sft --start runs/book data/start.jsonl --out runs/naive
   gptcore constitution runs/naive --out data/revised
-  gptcore sft --start runs/naive data/revised/revisions.jsonl --out runs/careful
-  gptcore redteam runs/careful
+  gptcore constitution runs/naive --out data/asked --critic model --prompts 200
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from gptcore.errors import UserError, unknown_name
 
 VERBS = {
     "quickstart": "train a small GPT on text found on this machine, in two minutes",
+    "road": "pretrain, fine-tune, learn from rankings and report, offline",
     "prepare": "turn text into a tokenizer and token shards",
     "train": "train a GPT, or continue a run",
     "sft": "fine-tune a trained GPT on demonstrations",
@@ -28,6 +29,7 @@ VERBS = {
     "ppo": "improve a model by rewards, with a critic and, mixed in, the text it was pretrained on",
     "grpo": "improve a model by rewards compared within a group: GRPO, RLOO and their kin",
     "expert-iteration": "improve a model by imitating its own best answers",
+    "redteam": "attack a model that has a secret, and say how often it tells",
     "generate": "continue a text with a trained GPT",
     "convert": "turn a Hugging Face model into a run, or a run into one",
     "checkpoint": "verify, show, reshard, export and import checkpoints",

@@ -87,7 +87,8 @@ done in {seconds:.0f} s. Try next:
   gptcore generate {directory} --prompt "A list is" --temperature 0.7
   gptcore train --resume {directory} --steps 3000
   gptcore train quickstart your.txt --out runs/mine
-  gptcore presets"""
+  gptcore presets
+  gptcore road                  from pretraining to a reward model and PPO, measured"""
 
 
 def _directory(wanted: str | None) -> Path:

@@ -109,3 +109,12 @@ def test_what_cannot_be_is_refused():
         arithmetic.demonstrations([], 3)
     with pytest.raises(UserError, match="k 1"):
         arithmetic.rankings([arithmetic.task(1, 2)], 3, k=1)
+
+
+def test_columns_to_pretrain_on_are_right():
+    texts = arithmetic.columns(200, seed=1)
+    assert texts == arithmetic.columns(200, seed=1) != arithmetic.columns(200, seed=2)
+    for column in ",".join(texts).split(","):
+        left, right = column.split("=")
+        assert sum(map(int, left.split("+"))) == int(right)
+    assert set("".join(texts)) <= set(arithmetic.ALPHABET)

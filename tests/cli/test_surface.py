@@ -24,6 +24,11 @@ SURFACE = {
     "ppo": REWARDED,
     "grpo": REWARDED,
     "expert-iteration": REWARDED,
+    "redteam": [
+        "MODEL", "--attacks", "--out", "--part", "--questions", "--seed", "--temperature", "--tokens", "--writer",
+        "--written",
+    ],
+    "road": ["--fast", "--out", "--quiet", "--seed", "--set"],
     "generate": [
         "MODEL", "--chat", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples",
         "--seed", "--stop", "--temperature", "--threads", "--tokenizer", "--top-k", "--top-p",

@@ -96,6 +96,19 @@ def corrupted(completion: str, mistakes: int, drawn: random.Random) -> str:
     return "".join(characters)
 
 
+def columns(count: int, seed: int = 0) -> list[str]:
+    """``count`` texts to pretrain on: three to five columns of digits added, right, of no addition in particular."""
+    drawn = random.Random(f"arithmetic columns {seed}")
+    texts = []
+    for _ in range(count):
+        parts = []
+        for _ in range(drawn.randint(3, 5)):
+            a, b, carry = drawn.randrange(10), drawn.randrange(10), drawn.randrange(2)
+            parts.append(f"{a}+{b}{'+1' if carry else ''}={a + b + carry}")
+        texts.append(",".join(parts))
+    return texts
+
+
 def demonstrations(
     tasks: Sequence[Task], count: int, noise: float = 0.4, seed: int = 0
 ) -> list[Demonstration]:
