@@ -24,6 +24,7 @@ from gptcore.data.atomic import write_text
 from gptcore.data.chat import Chat
 from gptcore.data.example_loader import ExampleEvaluation, ExampleLoader
 from gptcore.data.records import Demonstration
+from gptcore.data.vocabulary import Tokenizer
 from gptcore.errors import UserError
 from gptcore.infer import generate, trained
 from gptcore.models import GPT
@@ -93,7 +94,9 @@ def prepare(table: Mapping[str, Any], spec: SFTSpec) -> Stage:
 def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
     """The model at ``table["start"]`` with the chat of ``template``, its vocabulary grown where that needs tokens.
 
-    What ``table["model"]`` has goes before the model's own settings: ``dropout``, say (InstructGPT: 0.2).
+    With an adapter, which leaves embeddings as they are, no token can be added: "auto" is then "plain" for a vocabulary
+    without ChatML's. What ``table["model"]`` has goes before the model's own settings: ``dropout``, say (InstructGPT:
+    0.2).
 
     Raises:
         UserError: no ``start``, no model there, settings that its weights do not fit, a tokenizer other than the one
@@ -104,7 +107,7 @@ def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
         raise UserError(
             "start: expected the run, checkpoint or Hugging Face directory of the model to begin with"
         )
-    data = table.get("data", {})
+    data, frozen = table.get("data", {}), table.get("adapter") is not None
     model, tokenizer = trained.load(start, data.get("tokenizer") if isinstance(data, Mapping) else None)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -113,12 +116,22 @@ def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
         )
     if template == "auto":
         place = trained.tokenizer_place(start)
-        template = str(place) if chat_template.is_there(place) else "chatml"
+        own = chat_template.is_there(place)
+        template = str(place) if own else "plain" if frozen and _lacks_chatml(tokenizer) else "chatml"
     chat = chats.chat_for(tokenizer, template)
     model = _changed(model, table.get("model", {}))
     if chat.tokenizer.vocab_size > tokenizer.vocab_size:
+        if frozen:
+            raise UserError(
+                f"template '{template}' needs tokens that the vocabulary lacks, and an adapter trains no embeddings: "
+                "the model could not tell them apart, nor learn to stop; take the template plain or none"
+            )
         model = grow_vocabulary(model, tokenizer.vocab_size, chat.tokenizer.vocab_size)
     return model, chat
+
+
+def _lacks_chatml(tokenizer: Tokenizer) -> bool:
+    return any(name not in tokenizer.special_tokens for name in chat_template.CHATML_TOKENS)
 
 
 def _changed(model: GPT, settings: Mapping[str, Any]) -> GPT:

@@ -16,7 +16,7 @@ import torch
 from gptcore import checkpoint
 from gptcore.align.demonstrations import fit
 from gptcore.align.stage_settings import kept
-from gptcore.align.supervised import fine_tune, prepare
+from gptcore.align.supervised import fine_tune, prepare, started
 from gptcore.align.supervised_spec import SFTSpec
 from gptcore.data.chat import Chat
 from gptcore.data.examples import Tokenised
@@ -322,6 +322,20 @@ def test_settings_of_the_model_may_change_where_its_weights_still_fit(
         stage_of({**table, "model": {"width": 96}})
     with pytest.raises(UserError, match="did you mean 'model.dropout'"):
         stage_of({**table, "model": {"dropot": 0.2}})
+
+
+def test_an_adapter_adds_no_tokens_that_it_could_not_train(base: Path) -> None:
+    """Their rows would stay the mean of the others and equal to each other: none could ever be the likeliest."""
+    table = {"start": str(base), "adapter": {"kind": "lora"}}
+    model, chat = started(table, "auto")
+    assert model.config.vocab_size == 257 and chat.stop_ids == (256,)
+    assert chat.prompt_ids("hi") == list(b"User:\nhi\n\nAssistant:\n")
+    with pytest.raises(
+        UserError, match="template 'chatml' needs tokens that the vocabulary lacks, and an adapter"
+    ):
+        started(table, "chatml")
+    model, chat = started({"start": str(base)}, "auto")
+    assert model.config.vocab_size == 259 and chat.stop_ids == (258, 256)
 
 
 def test_gsm8k_at_toy_size(shared_data: Path, tmp_path: Path) -> None:
