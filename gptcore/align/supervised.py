@@ -130,10 +130,6 @@ def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
     return model, chat
 
 
-def _lacks_chatml(tokenizer: Tokenizer) -> bool:
-    return any(name not in tokenizer.special_tokens for name in chat_template.CHATML_TOKENS)
-
-
 def _changed(model: GPT, settings: Mapping[str, Any]) -> GPT:
     """``model`` with some of its settings changed, and its weights."""
     config = model.config.merged({"vocab_size": model.config.vocab_size, **settings})
@@ -237,3 +233,7 @@ def _sample(stage: Stage) -> Callable[[torch.nn.Module], str]:
         return "\n".join(texts)
 
     return sample
+
+
+def _lacks_chatml(tokenizer: Tokenizer) -> bool:
+    return any(name not in tokenizer.special_tokens for name in chat_template.CHATML_TOKENS)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gptcore.data import tokenizer as tokenizers
 from gptcore.data.characters import ByteTokenizer, CharacterTokenizer
@@ -64,6 +66,28 @@ def test_the_mask_by_prefixes_is_the_mask_by_the_tag(bpe: Tokenizer) -> None:
     for turns in ("all", "last"):
         one, other = (chat.conversation(TALK, turns=turns) for chat in (tagged, untagged))
         assert np.array_equal(one.tokens, other.tokens) and np.array_equal(one.loss_mask, other.loss_mask)
+
+
+PIECES = [*CHATML_TOKENS, "<|endoftext|>", "<|im_", "end|>", "<", "|>", "user", "\n", " ", "é", "\U0010ff00"]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join), min_size=2, max_size=5)
+)
+def test_whatever_is_said_only_the_template_writes_control_tokens(said: list[str]) -> None:
+    roles = ["user", "assistant"] * 3
+    talk = [Message(role, text + ".") for role, text in zip(roles, said, strict=False)]
+    if talk[-1].role == "user":
+        talk.append(Message("assistant", "yes"))
+    tokenizer = ByteTokenizer().with_special_tokens(CHATML_TOKENS)
+    chat = Chat(tokenizer, ChatTemplate(CHATML))
+    example = chat.conversation(talk)
+    start, end = (tokenizer.special_tokens[name] for name in CHATML_TOKENS)
+    ids = example.tokens.tolist()
+    assert ids.count(start) == ids.count(end) == len(talk) and tokenizer.eot not in ids
+    assert tokenizer.decode(ids) == "".join(f"{m.role}\n{m.content}\n" for m in talk)[:-1]
+    spoken = [m.content.encode() + b"<|im_end|>" for m in talk if m.role == "assistant"]
+    assert learnt(chat, example) == spoken
 
 
 @pytest.mark.parametrize("template", ["chatml", "plain", "none"])
