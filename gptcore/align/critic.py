@@ -40,7 +40,7 @@ class Critic(nn.Module):
         if self.trunk is not None:
             hidden = self.trunk.hidden(batch.tokens, cu_seqlens=batch.cu_seqlens)[0]
         assert hidden is not None
-        states = hidden[batch.before].float()
+        states = hidden.index_select(0, batch.before).float()
         # a product and a sum over the width, in a fixed order whatever the number of rows
         return (states * self.weight).sum(-1) + self.bias
 

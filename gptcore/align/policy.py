@@ -89,14 +89,16 @@ def scores(model: GPT, batch: Packed, *, temperature: float = 1.0, vocab_size: i
     rows, hidden = rows.view(-1, rows.shape[-1]), hidden.view(-1, hidden.shape[-1])
     if batch.kept is not None:
         logits = Logits(config.logit_scale, config.logit_soft_cap, bias)
-        parts = kept_logprobs(rows[batch.before], weight, batch.kept, logits, temperature)
+        parts = kept_logprobs(rows.index_select(0, batch.before), weight, batch.kept, logits, temperature)
         return Scores(*parts, hidden)
     cap = config.logit_soft_cap
     out = ops.token_logprobs(
         rows, weight, batch.targets[0], bias=bias, logit_scale=config.logit_scale / temperature,
         logit_soft_cap=None if cap is None else cap / temperature, return_entropy=True,
     )  # fmt: skip
-    return Scores(out.logprobs[batch.before], out.entropy[batch.before], hidden)
+    return Scores(
+        out.logprobs.index_select(0, batch.before), out.entropy.index_select(0, batch.before), hidden
+    )
 
 
 class Evaluated(NamedTuple):
