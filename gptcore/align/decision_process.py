@@ -222,9 +222,10 @@ def _policy(process: DecisionProcess, policy: ArrayLike) -> Array:
     policy = np.asarray(policy, dtype=np.float64)
     if policy.shape != process.rewards.shape:
         raise ValueError(f"policy has shape {policy.shape}, expected {process.rewards.shape}")
-    if policy.min() < 0 or not np.allclose(policy.sum(-1), 1.0, rtol=0, atol=1e-9):
+    # a softmax in f32 sums to 1 within its rounding; what it lacks would count as ending
+    if policy.min() < 0 or not np.allclose(policy.sum(-1), 1.0, rtol=0, atol=1e-5):
         raise ValueError("policy must be at least 0 and sum to 1 over the actions of each state")
-    return policy
+    return np.asarray(policy / policy.sum(-1, keepdims=True))
 
 
 def _greedy(q: Array) -> Array:

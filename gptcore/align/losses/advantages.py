@@ -191,6 +191,9 @@ def group_relative(rewards: torch.Tensor, *, scale: bool = True, epsilon: float 
     Shao et al. 2024 (DeepSeekMath), section 4.1.2, with Bessel's correction. ``scale=False`` is Dr. GRPO's (Liu et al.
     2025), without the division, which weighs prompts by how little their rewards vary. A group whose rewards are equal,
     up to rounding, has advantages 0; other trainers add ``epsilon`` (1e-4, 1e-6) to the deviation instead.
+
+    The mean holds the sample itself, so unscaled advantages are ``(K - 1) / K`` of :func:`rloo`'s, and a KL penalty
+    acts as if its coefficient were ``K / (K - 1)`` times larger.
     """
     _check_groups("group_relative", rewards)
     rewards = computed(rewards)
