@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +11,8 @@ from typing import Any
 
 from gptcore.align.road.settings import RoadSpec
 from gptcore.data.atomic import write_text
+from gptcore.report.html import Page
+from gptcore.report.plot import Panel, Series
 from gptcore.stats.intervals import Interval, wilson
 from gptcore.stats.significance import mcnemar
 
@@ -23,34 +23,6 @@ NAMES = {
     "ppo": "PPO on the reward model",
     "expert": "expert iteration on the verifier",
 }
-
-_PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>The road: report</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }}
-td, th {{ text-align: left; padding: .2em 1em .2em 0; border-bottom: 1px solid #ccc }}
-img {{ max-width: 100% }}
-</style>
-<h1>From pretraining to PPO</h1>
-<p>Exact match over {count} held-out prompts, in percent, with 95% Wilson intervals.</p>
-<table>
-{rows}
-</table>
-<h2>PPO against what it has to beat</h2>
-<p>Exact McNemar tests, two-sided.</p>
-<ul>
-{tests}
-</ul>
-<h2>The reward model</h2>
-<p>Orders {accuracy} % of pairs kept back as their labels do, which are noisy themselves.</p>
-<p><img alt="gold and proxy reward over the square root of KL" src="data:image/png;base64,{picture}"></p>
-<h2>Settings</h2>
-<table>
-{settings}
-</table>
-"""
 
 
 @dataclass(frozen=True)
@@ -107,26 +79,41 @@ class Report:
         }  # fmt: skip
 
     def write(self, directory: Path) -> None:
-        """``report.json``, ``curve.png``, and ``report.html`` with everything in one file, in ``directory``."""
+        """``report.json``, and ``report.html`` with everything in one file, in ``directory``."""
         write_text(directory / "report.json", json.dumps(self.to_dict(), indent=1) + "\n")
-        draw(directory / "curve.png", self)
-        write_text(directory / "report.html", self.html((directory / "curve.png").read_bytes()))
+        self.page().write(directory / "report.html")
 
-    def html(self, picture: bytes) -> str:
-        """The report as one page that needs nothing beside it; ``picture``: the curve as PNG."""
-        head = "<tr><th>model<th>greedy<th>at temperature 1<th>seconds"
-        rows = [
-            f"<tr><td>{html.escape(row.name)}<td>{'' if row.greedy is None else _percent(row.greedy)}"
-            f"<td>{_percent(row.sampled)}<td>{row.seconds:.0f}"
-            for row in self.rows
-        ]
-        tests = [f"<li>{html.escape(name)}: p = {value:.2g}" for name, value in self.tests.items()]
-        settings = [f"<tr><td>{name}<td>{value}" for name, value in self.spec.to_dict().items()]
-        return _PAGE.format(
-            count=self.spec.held_out, rows="\n".join([head, *rows]), tests="\n".join(tests),
-            accuracy=_percent(self.pair_accuracy), settings="\n".join(settings),
-            picture=base64.b64encode(picture).decode(),
-        )  # fmt: skip
+    def page(self) -> Page:
+        """The report with plots: accuracies, tests, the reward model, gold and proxy reward over the square root of KL
+        (Gao et al. 2023)."""
+        page = Page(
+            "From pretraining to PPO", subtitle=f"additions with the working shown, seed {self.spec.seed}"
+        )
+        page.section("Held-out exact match")
+        page.text(f"Over {self.spec.held_out} prompts never seen, with 95% Wilson intervals.")
+        for way in ("greedy", "sampled"):
+            rows = [(row.name, *getattr(row, way)) for row in self.rows if getattr(row, way) is not None]
+            page.intervals(rows, label="greedy" if way == "greedy" else "at temperature 1")
+        page.table(["stage", "seconds"], [[row.name, row.seconds] for row in self.rows])
+        page.section("PPO against what it has to beat")
+        page.table(["exact McNemar test, two-sided", "p"], list(self.tests.items()))
+        page.section("The reward model")
+        page.text(f"It orders {_percent(self.pair_accuracy)}% of pairs kept back as their noisy labels do.")
+        distance = [math.sqrt(max(point["kl"], 0.0)) for point in self.curve]
+        titles = {"gold": "gold: share of right answers", "proxy": "proxy: the reward model's score"}
+        page.panels(
+            [
+                Panel(
+                    title,
+                    [Series(key, [(x, point[key]) for x, point in zip(distance, self.curve, strict=True)])],
+                )
+                for key, title in titles.items()
+            ],
+            x_label="square root of KL(policy ‖ SFT), nats an answer",
+            caption="gold and proxy reward as PPO leaves the fine-tuned model",
+        )
+        page.settings(self.spec.to_dict())
+        return page
 
 
 def build(spec: RoadSpec, done: Mapping[str, Mapping[str, Any]]) -> Report:
@@ -150,36 +137,6 @@ def build(spec: RoadSpec, done: Mapping[str, Mapping[str, Any]]) -> Report:
     accuracy = wilson(reward["pair_accuracy"] * reward["pairs"], reward["pairs"])
     extra = {"more_sft_steps": done["more_sft"]["steps"], "expert_kept": done["expert"]["kept"]}
     return Report(spec, tuple(rows), tests, tuple(done["ppo"]["curve"]), accuracy, extra)
-
-
-def draw(path: Path, report: Report) -> None:
-    """Gold and proxy reward over the square root of the KL divergence (Gao et al. 2023), as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    left = figure.add_subplot()
-    right = left.twinx()
-    distance = [math.sqrt(max(point["kl"], 0.0)) for point in report.curve]
-    left.plot(
-        distance, [point["gold"] for point in report.curve], "o-", color="#4c72b0", markersize=3, label="gold"
-    )
-    right.plot(
-        distance,
-        [point["proxy"] for point in report.curve],
-        "s--",
-        color="#c44e52",
-        markersize=3,
-        label="proxy",
-    )
-    left.set_xlabel("square root of KL(policy ‖ SFT), nats an answer")
-    left.set_ylabel("gold: share of right answers")
-    right.set_ylabel("proxy: the reward model's score")
-    left.grid(alpha=0.3)
-    handles = [line for axes in (left, right) for line in axes.get_lines()]
-    left.legend(handles, [str(line.get_label()) for line in handles], frameon=False)
-    figure.savefig(path, format="png")
 
 
 def _percent(found: Interval) -> str:
