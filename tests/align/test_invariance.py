@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from gptcore.align.losses import kl, policy_gradient, preference, reward, supervised, values
+from gptcore.align.losses import advantages, kl, policy_gradient, preference, reward, supervised, values
 
 
 class Answers(NamedTuple):
@@ -189,6 +189,21 @@ def test_averages_of_micro_batches_are_not_the_average(answers: Answers) -> None
     rows = [padded(answers.pick([i]), "right", 11, 0.0) for i in range(6)]
     parts = [loss_and_gradient("nll", row, aggregation="token_mean")[0] for row in rows]
     assert abs(float(torch.stack(parts).mean() - whole)) > 1e-2 * float(whole)
+
+
+@pytest.mark.parametrize("split", [[4, 4], [1, 2, 5], [1] * 8])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_in_parts_by_the_moments_of_all(split: list[int], shift_mean: bool) -> None:
+    x, mask = 100 + torch.randn(8, 12), torch.rand(8, 12) < 0.4
+    mask[3] = False  # a part without a single token
+    x[~mask] = float("nan")
+    parts = list(zip(x.split(split), mask.split(split), strict=True))
+    of = advantages.pooled([advantages.moments(a, m) for a, m in parts])
+    whole = advantages.whiten(x, mask, shift_mean=shift_mean)
+    got = torch.cat([advantages.whiten(a, m, shift_mean=shift_mean, of=of) for a, m in parts])
+    assert int(of.number) == int(mask.sum())
+    # distances from a mean of 100 keep an f32's digits of 100
+    torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-6 * 100)
 
 
 # --- losses of pairs, rankings and labels -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ side, what follows the end, and a tool's answer between two response tokens chan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,18 @@ def moments(values: torch.Tensor, mask: torch.Tensor) -> Moments:
     values = kept(computed(values), mask)
     mean = values.sum() / count.clamp(min=1)
     squares = kept((values - mean).square(), mask).sum()
+    return Moments(mean, squares / (count - 1).clamp(min=1), count)
+
+
+@torch.no_grad()
+def pooled(parts: Sequence[Moments]) -> Moments:
+    """The moments of all parts together, micro-batches or ranks, from each part's own (Chan et al. 1979)."""
+    numbers = torch.stack([part.number for part in parts]).to(parts[0].mean.dtype)
+    means = torch.stack([part.mean for part in parts])
+    variances = torch.stack([part.variance for part in parts])
+    count = numbers.sum()
+    mean = (numbers * means).sum() / count.clamp(min=1)
+    squares = ((numbers - 1).clamp(min=0) * variances + numbers * (means - mean).square()).sum()
     return Moments(mean, squares / (count - 1).clamp(min=1), count)
 
 
