@@ -8,7 +8,7 @@ import torch
 
 from gptcore import dist
 from gptcore.dist.tensor_shard import TensorShard
-from tests.dist.processes import cases_of, verdicts
+from tests.dist.processes import cases_of, shared_verdicts
 
 CUT = ("tests.dist.tensor_parallel_cases",)
 OTHERS = ("tests.dist.mesh_cases", "tests.dist.tensor_parallel_state_cases")
@@ -18,12 +18,12 @@ Verdicts = dict[str, list[str]]
 
 @pytest.fixture(scope="module", **RANKS)
 def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
-    return verdicts(CUT, request.param, tmp_path_factory.mktemp("group"))
+    return shared_verdicts(CUT, request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module", **RANKS)
 def others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
-    return verdicts(OTHERS, request.param, tmp_path_factory.mktemp("group"))
+    return shared_verdicts(OTHERS, request.param, tmp_path_factory)
 
 
 def assert_well(texts: list[str]) -> None:
