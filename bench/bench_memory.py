@@ -10,9 +10,9 @@ import json
 import sys
 from collections.abc import Callable
 
-from bench.bench_train_step import participants, step_flops
-from bench.case import OURS, Case, Cost, Measured, Target
-from bench.peak import STEPS, measure, peak_of
+from bench.bench_train_step import participants as of_a_step
+from bench.case import Target
+from bench.peak import peak_case, peak_of
 
 # Shown, not judged against.
 WITHOUT_MASTERS = {
@@ -20,28 +20,15 @@ WITHOUT_MASTERS = {
 }
 
 
-def _measure(target: Target, note: Callable[[str], None], *, batch: int, length: int) -> Measured:
-    # Compiling takes memory of its own, which the step does not need.
-    names = [name for name in participants(target, batch, length) if "compiled" not in name]
-    arguments = [target.dtype, str(batch), str(length)]
-    samples, peaks = measure("bench.bench_memory", names, arguments, note)
-    least = min(mib for name, mib in peaks.items() if name != OURS and name not in WITHOUT_MASTERS)
-    return Measured(samples, {"peak_mib": peaks, "memory_ratio": round(peaks[OURS] / least, 4)})
+def participants(target: Target, batch: int, length: int) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Those of ``bench_train_step`` but the compiled ones: compiling takes memory of its own, which no step needs."""
+    found = of_a_step(target, batch, length)
+    return {name: factory for name, factory in found.items() if "compiled" not in name}
 
 
-def _case(batch: int, length: int) -> Case:
-    return Case(
-        f"memory/gpt2_124m_B{batch}_T{length}/step",
-        cost=lambda _element: Cost(step_flops(batch * length, length)),
-        repeats=STEPS - 1,
-        quick=False,
-        footnotes=WITHOUT_MASTERS,
-        once=True,
-        tokens=batch * length,
-        measure=functools.partial(_measure, batch=batch, length=length),
-    )
-
-
+_case = functools.partial(
+    peak_case, "bench.bench_memory", "memory", participants, shown=WITHOUT_MASTERS, footnotes=WITHOUT_MASTERS
+)
 CASES = [_case(2, 512), _case(4, 1024)]
 
 

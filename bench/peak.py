@@ -11,10 +11,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench import ROOT
+from bench.bench_train_step import step_flops
+from bench.case import OURS, Case, Cost, Measured, Target
+
+Participants = Callable[[Target, int, int], Mapping[str, object]]
 
 # The first step allocates moments and gradients, the second meets them all; the others show that it stays so.
 STEPS = 4
@@ -60,3 +64,34 @@ def measure(
         peaks[name] = round(found["peak"] / 2**20)
         note(f"{name}: {peaks[name]:.0f} MiB")
     return samples, peaks
+
+
+def peak_case(
+    module: str,
+    suite: str,
+    participants: Participants,
+    batch: int,
+    length: int,
+    *,
+    shown: Container[str],
+    footnotes: Mapping[str, str],
+) -> Case:
+    """The peaks of a step of GPT-2 124M for what ``participants`` gives by name; those in ``shown`` are not judged
+    against."""
+
+    def measured(target: Target, note: Callable[[str], None]) -> Measured:
+        arguments = [target.dtype, str(batch), str(length)]
+        samples, peaks = measure(module, participants(target, batch, length), arguments, note)
+        least = min(mib for name, mib in peaks.items() if name != OURS and name not in shown)
+        return Measured(samples, {"peak_mib": peaks, "memory_ratio": round(peaks[OURS] / least, 4)})
+
+    return Case(
+        f"{suite}/gpt2_124m_B{batch}_T{length}/step",
+        cost=lambda _element: Cost(step_flops(batch * length, length)),
+        repeats=STEPS - 1,
+        quick=False,
+        footnotes=dict(footnotes),
+        once=True,
+        tokens=batch * length,
+        measure=measured,
+    )

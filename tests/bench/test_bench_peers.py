@@ -12,8 +12,8 @@ import torch
 
 from bench import ROOT
 from bench import bench_shakespeare as shakespeare
-from bench.bench_memory import STEPS
 from bench.bench_train_step import PARAMETERS
+from bench.peak import STEPS
 from bench.peers.torch_gpt2 import MODES, GPT2Config, Hyper, TorchGPT2, TorchTrainer
 from bench.trainer import GptcoreTrainer, copy_weights
 

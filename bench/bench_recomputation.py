@@ -11,9 +11,9 @@ import json
 import sys
 from collections.abc import Callable
 
-from bench.bench_train_step import VOCABULARY, step_flops
-from bench.case import OURS, PLAIN, Case, Cost, Measured, Target
-from bench.peak import STEPS, measure, peak_of
+from bench.bench_train_step import VOCABULARY
+from bench.case import OURS, PLAIN, Target
+from bench.peak import peak_case, peak_of
 
 KINDS = {OURS: "block", "gptcore_selective": "selective", PLAIN: "none"}
 # Shown, not judged against.
@@ -49,28 +49,9 @@ def participants(target: Target, batch: int, length: int) -> dict[str, Callable[
     }
 
 
-def _measure(target: Target, note: Callable[[str], None], *, batch: int, length: int) -> Measured:
-    arguments = [target.dtype, str(batch), str(length)]
-    samples, peaks = measure(
-        "bench.bench_checkpointing", participants(target, batch, length), arguments, note
-    )
-    least = min(mib for name, mib in peaks.items() if name not in KINDS)
-    return Measured(samples, {"peak_mib": peaks, "memory_ratio": round(peaks[OURS] / least, 4)})
-
-
-def _case(batch: int, length: int) -> Case:
-    return Case(
-        f"checkpointing/gpt2_124m_B{batch}_T{length}/step",
-        cost=lambda _element: Cost(step_flops(batch * length, length)),
-        repeats=STEPS - 1,
-        quick=False,
-        footnotes=OTHER_KIND,
-        once=True,
-        tokens=batch * length,
-        measure=functools.partial(_measure, batch=batch, length=length),
-    )
-
-
+_case = functools.partial(
+    peak_case, "bench.bench_recomputation", "recomputation", participants, shown=KINDS, footnotes=OTHER_KIND
+)
 CASES = [_case(2, 512), _case(4, 1024)]
 
 
