@@ -42,7 +42,7 @@ def _scale_fields(now: Run) -> dict[str, float]:
 
 def watch_routing(now: Run, metrics: MetricsFile, progress: Progress, quiet: bool) -> None:
     """Say, and keep in the metrics, that a router has collapsed."""
-    for sentence in [] if now.routing is None else now.routing.updated():
+    for sentence in [] if now.routing is None else now.routing.updated(now.member):
         metrics.write("warning", now.step, text=sentence)
         warn(now, progress, quiet, sentence)
 

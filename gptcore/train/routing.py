@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from gptcore.dist import Member, gather_numbers
 
 COLLAPSED_UPDATES = 100
 
@@ -41,8 +44,10 @@ class RoutingWatch:
         self._losses.append(losses.tolist())
         self._statistics.append(torch.stack(rows).tolist())
 
-    def updated(self) -> list[str]:
-        """Close the update; a sentence for each layer whose router has now collapsed for 100 updates."""
+    def updated(self, member: Member) -> list[str]:
+        """Close the update, whose micro-batches are those of all ranks; a sentence for each layer whose router has now
+        collapsed for 100 updates. Every rank calls it, and has the same from then on."""
+        self._gather(member)
         count = len(self._statistics)
         self._last_losses = [sum(column) / count for column in zip(*self._losses, strict=True)]
         self._last = []
@@ -52,6 +57,22 @@ class RoutingWatch:
         self._losses, self._statistics = [], []
         found = (self._collapsed(place, layer) for place, layer in enumerate(self._last))
         return [sentence for sentence in found if sentence is not None]
+
+    def _gather(self, member: Member) -> None:
+        """All ranks' micro-batches in place of one's own, of which each has as many."""
+        if member.ranks == 1:
+            return
+        lengths = [2, *map(len, self._statistics[0])]
+        numbers = [
+            number
+            for losses, rows in zip(self._losses, self._statistics, strict=True)
+            for number in itertools.chain(losses, *rows)
+        ]
+        found = iter(gather_numbers(numbers, member))
+        leaves = member.ranks * len(self._losses)
+        parts = [[list(itertools.islice(found, length)) for length in lengths] for _ in range(leaves)]
+        self._losses = [losses for losses, *_ in parts]
+        self._statistics = [rows for _, *rows in parts]
 
     def _collapsed(self, place: int, layer: _Layer) -> str | None:
         top = max(layer.share)

@@ -16,8 +16,12 @@ import torch
 import torch.distributed as c10d
 
 from gptcore import checkpoint
+from gptcore.dist import Member, member_of
+from gptcore.models import GPTLoss
+from gptcore.nn.moe import MoEStatistics
 from gptcore.train import events, from_table, held_out, run
 from gptcore.train.metrics import read
+from gptcore.train.routing import RoutingWatch
 
 from ..dist.processes import World
 from .sharded_program import LEAVES, settings
@@ -51,9 +55,11 @@ def made(world: World, strategy: str, *, start: Path | None = None, **changes: A
     c10d.barrier()
     parallel = {"strategy": strategy, **changes.pop("parallel", {})}
     options = {"evaluate": changes.pop("evaluate", None), "sample": changes.pop("sample", None)}
-    calls = changes.pop("poisoned", 10**9)
+    calls, frozen = changes.pop("poisoned", 10**9), changes.pop("frozen", lambda model: ())
     config = from_table(settings(path, **{"parallel": parallel, **changes}))
     model = PoisonedGPT(config.model_config(), seed=config.seed, calls=calls)
+    for p in frozen(model):
+        p.requires_grad_(False)
     loader = TextLoader(batch=1, length=16)
     run(config, model=model, loader=loader, measure_peak=False, quiet=True, **options)
     lines = {line["step"]: line for line in read(path / "metrics.jsonl") if line["kind"] == "train"}
@@ -137,6 +143,39 @@ def experts_and_checkpointed_activations(world: World) -> None:
             assert got.lines[8]["balance_loss"] == pytest.approx(expected.lines[8]["balance_loss"], rel=1e-4)
 
 
+def routing_is_told_of_all_ranks(world: World) -> None:
+    """What one process tells that has had every rank's micro-batches, on every rank."""
+    of_rank, of_all = RoutingWatch((1, 3)), RoutingWatch((1, 3))
+    draws = torch.Generator().manual_seed(3)
+
+    def out(_: int) -> GPTLoss:
+        def drawn(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=draws)
+
+        layers = tuple(MoEStatistics(*(drawn() for _ in range(5)), drawn(4)) for _ in range(2))
+        return GPTLoss(drawn(), drawn(), drawn(), drawn(), drawn(), layers)
+
+    leaves = [out(leaf) for leaf in range(6)]
+    for number, leaf in enumerate(leaves):
+        of_all.add(leaf)
+        if number // 3 == world.rank:
+            of_rank.add(leaf)
+    assert of_rank.updated(member_of("test", world.group)) == of_all.updated(Member(None, 0, 1)) == []
+    assert of_rank.fields() == of_all.fields()
+
+
+def frozen_weights_stay(world: World) -> None:
+    """Those of the embedding, which is the head too: whole on every rank, saved once, and not trained."""
+    options = {"frozen": lambda model: model.token_embedding.parameters()}
+    name, expected = "model/token_embedding.weight", made(world, "zero", **options)
+    assert torch.equal(expected.tensors[name], made(world, "zero", steps=1, **options).tensors[name])
+    for strategy in TORCHS:
+        got = made(world, strategy, **options)
+        near(got, expected)
+        assert torch.equal(got.tensors[name], expected.tensors[name])
+        assert not any(key.startswith("optimizer/token_embedding") for key in got.tensors)
+
+
 def changes_under_way(world: World) -> None:
     changes = [{"step": 2, "optimizer": "sgd", "lr": 0.03}, {"step": 5, "optimizer": "adamw", "lr": 0.001},
                {"step": 6, "drop_update": True}]  # fmt: skip
@@ -190,7 +229,8 @@ CASES = {
     case.__name__.replace("_", " "): case
     for case in (
         losses_are_those_of_one_process, checkpoints_go_from_each_to_each, a_stop_changes_no_bit, sixteen_bits,
-        overflows_are_skipped_by_all, experts_and_checkpointed_activations, changes_under_way,
-        gone_back_after_a_spike, weights_are_read_whole_for_evaluation_and_samples,
+        overflows_are_skipped_by_all, experts_and_checkpointed_activations, routing_is_told_of_all_ranks,
+        frozen_weights_stay, changes_under_way, gone_back_after_a_spike,
+        weights_are_read_whole_for_evaluation_and_samples,
     )
 }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptcore.dist import Member
 from gptcore.models import GPT
 from gptcore.nn import MoEStatistics
 from gptcore.train import from_table, held_out
@@ -131,7 +132,7 @@ def sentences(watch: RoutingWatch, updates: int, *shares: list[float]) -> list[s
     found = []
     for _ in range(updates):
         watch.add(_Out(*shares))
-        found += watch.updated()
+        found += watch.updated(Member(None, 0, 1))
     return found
 
 
