@@ -23,6 +23,7 @@ import argparse
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +124,12 @@ def _run_of(config: TrainConfig, args: argparse.Namespace) -> Run:
         raise UserError(
             f"parallel.strategy: plan counts zero, got {config.parallel.strategy}; set it to zero"
         )
+    optimizer = config.optimizer
+    if dtype == "float16":
+        optimizer = replace(optimizer, split_master=None)  # which only bf16 has
     return Run(
         model=config.model_config(),
-        optimizer=config.optimizer,
+        optimizer=optimizer,
         element_bytes=4 if dtype == "float32" else 2,
         sequences=data.batch * data.accumulate if args.batch is None else args.batch,
         length=data.length if args.length is None else args.length,

@@ -62,6 +62,20 @@ def test_what_does_not_fit_says_by_how_much(capsys):
     assert last.startswith("Nothing fits in 16.0GB") and last.endswith("too much.")
 
 
+def test_float16_takes_what_bfloat16_does_but_for_split_masters(capsys):
+    """Two bytes a parameter more where bf16 splits them: f16's masters are always whole."""
+    lines = [
+        {
+            dtype: plan(capsys, "gpt2", "--gpus", "1", "--dtype", dtype, *words)
+            for dtype in ("float16", "bfloat16")
+        }
+        for words in ((), ("--set", "optimizer.split_master=true"))
+    ]
+    totals = [{dtype: found["stages"][0]["total"] for dtype, found in each.items()} for each in lines]
+    assert totals[0]["float16"] == totals[0]["bfloat16"] == totals[1]["float16"]
+    assert totals[1]["float16"] - totals[1]["bfloat16"] == 2 * lines[0]["float16"]["parameters"]
+
+
 def test_a_config_file_is_planned_as_it_says(config, capsys):
     found = plan(capsys, str(config), "--set", "data.accumulate=8", "--set", "optimizer.name=adafactor")
     update = {"sequences": 16, "length": 16, "tokens": 256, "grain": 2, "leaves": 8, "fixed_tree": True}
