@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from gptcore.errors import UserError
 from gptcore.models import GPT, GPTConfig, accounting, presets
+from gptcore.models.activations import CHECKPOINTING
 from gptcore.train import devices, from_table, partial_sums, update
 from gptcore.train.optimizers import OptimizerSpec, build
 from gptcore.train.plan import STAGES, memory, rank_counts, smallest, zero_bytes
@@ -146,9 +148,12 @@ def test_state_is_what_the_optimizer_keeps(config: GPTConfig, table: dict[str, A
 
 
 class _Loader:
+    def __init__(self, rows: int = 2) -> None:
+        self.rows = rows
+
     def batch_at(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(step)
-        tokens = torch.randint(1000, (2, 257), generator=generator).numpy()
+        tokens = torch.randint(1000, (self.rows, 257), generator=generator).numpy()
         return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), target_bytes=512)
 
 
@@ -175,6 +180,37 @@ def test_an_update_takes_what_is_planned(
     sizes = {"sequences": 2 * accumulate, "length": 256, "grain": 2}
     planned = memory(Run(config, settings.optimizer, element_bytes, **sizes, fixed_tree=fixed_tree), 1, 0)
     assert planned.total - planned.workspace == pytest.approx(kept + step.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("element_bytes", (4, 2))
+def test_activation_checkpointing_lowers_the_peak_by_what_is_planned(element_bytes: int, tmp_path: Any):
+    """Of a model most of whose bytes are activations, kept and computed anew: each peak, and how far it falls."""
+    config = TINY.merged({"num_layers": 8})
+    table = {
+        "run_dir": str(tmp_path), "dtype": DTYPES[element_bytes], "model": config.to_dict(),
+        "data": {"batch": 8, "length": 256},
+    }  # fmt: skip
+    settings = from_table(table)
+    peaks, plans = {}, {}
+    for kind in CHECKPOINTING:
+        before = held()
+        model = GPT(config, dtype=getattr(torch, settings.dtype))
+        model.checkpoint_activations(kind)
+        optimizer = build(settings.optimizer, model)
+        update(settings, model, optimizer, _Loader(8), 0)
+        optimizer.zero_grad()
+        kept = held() - before
+        step = functools.partial(update, settings, model, optimizer, _Loader(8), 1)
+        peaks[kind] = kept + allocations(step).peak
+        run = _run(config, element_bytes=element_bytes, sequences=8, grain=8, checkpointing=kind)
+        planned = memory(run, 1, 0)
+        plans[kind] = planned.total - planned.workspace
+        assert plans[kind] == pytest.approx(peaks[kind], rel=0.05)
+        del model, optimizer, step
+    for kind, share in (("selective", 0.15), ("block", 0.45)):
+        fall = peaks["none"] - peaks[kind]
+        assert fall > share * peaks["none"]
+        assert plans["none"] - plans[kind] == pytest.approx(fall, rel=0.05)
 
 
 # --- the smallest that fits -----------------------------------------------------------------------------------
