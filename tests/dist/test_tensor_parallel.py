@@ -18,12 +18,12 @@ Verdicts = dict[str, list[str]]
 
 @pytest.fixture(scope="module", **RANKS)
 def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
-    return shared_verdicts(CUT, request.param, tmp_path_factory)
+    return shared_verdicts(CUT, request.param, tmp_path_factory, limit=200.0)
 
 
 @pytest.fixture(scope="module", **RANKS)
 def others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
-    return shared_verdicts(OTHERS, request.param, tmp_path_factory)
+    return shared_verdicts(OTHERS, request.param, tmp_path_factory, limit=200.0)
 
 
 def assert_well(texts: list[str]) -> None:
