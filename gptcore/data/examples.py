@@ -31,7 +31,9 @@ class Tokenised(NamedTuple):
         return int(self.loss_mask[1:].sum())
 
     @classmethod
-    def of(cls, prompt: Sequence[int], response: Sequence[int], weight: float = 1.0) -> Tokenised:
+    def of(
+        cls, prompt: Sequence[int] | np.ndarray, response: Sequence[int] | np.ndarray, weight: float = 1.0
+    ) -> Tokenised:
         """A prompt that is given and a response, its stop token included, that is to be predicted."""
         tokens = np.array([*prompt, *response], np.int32)
         mask = np.arange(len(tokens)) >= len(prompt)
