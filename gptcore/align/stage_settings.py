@@ -13,6 +13,7 @@ from typing import Any
 from gptcore.align import trl_names
 from gptcore.data.atomic import write_text
 from gptcore.errors import UserError
+from gptcore.models.adapter_spec import AdapterSpec
 from gptcore.train.config import TrainConfig, merge, override
 
 if sys.version_info >= (3, 11):
@@ -20,7 +21,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_KNOWN = tuple(field.name for field in fields(TrainConfig))
+_KNOWN = (*(field.name for field in fields(TrainConfig)), AdapterSpec.section)
 
 
 def read(
@@ -30,7 +31,7 @@ def read(
     over: Mapping[str, Any] | None = None,
     more: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was set: the tables of training, and that of ``stage``; of TRL's names what they mean here.
+    """What was set: the tables of training and an adapter, and that of ``stage``; TRL's names as what they mean here.
 
     Args:
         path: a TOML file. over: what lies over it. overrides: ``key.sub=value``, over both. more: tables that the

@@ -27,7 +27,7 @@ from gptcore.data.records import Demonstration
 from gptcore.data.vocabulary import Tokenizer
 from gptcore.errors import UserError
 from gptcore.infer import generate, trained
-from gptcore.models import GPT
+from gptcore.models import GPT, AdapterSpec, adapters
 from gptcore.models.upcycling import copy_weights
 from gptcore.models.vocabulary_growth import grow_vocabulary
 from gptcore.train import Result, TrainConfig, held_out, run
@@ -62,8 +62,10 @@ def prepare(table: Mapping[str, Any], spec: SFTSpec) -> Stage:
     Raises:
         UserError: no model, a tokenizer that is not the model's, data that cannot be read or do not fit.
     """
+    table = dict(table)
     model, chat = started(table, spec.template)
-    length = min(_LONGEST_ROW, model.config.context_length)
+    adapted(model, table)
+    length = min(_LONGEST_ROW, model.context_length)
     table = merge({"data": {"length": length}}, {**table, "model": model.config.to_dict()})
     settings = with_lengths(table, spec, 1)
     corpus = corpus_of(spec, settings.data.held_out, settings.seed)
@@ -114,6 +116,8 @@ def started(table: Mapping[str, Any], template: str) -> tuple[GPT, Chat]:
             f"vocabulary mismatch: the tokenizer has {tokenizer.vocab_size} tokens, the model at {start} "
             f"{model.config.vocab_size}; use the tokenizer that it was trained with"
         )
+    if adapters.names(model):
+        adapters.absorb(model)
     if template == "auto":
         place = trained.tokenizer_place(start)
         own = chat_template.is_there(place)
@@ -139,6 +143,13 @@ def _changed(model: GPT, settings: Mapping[str, Any]) -> GPT:
     changed = GPT(config, dtype=weight.dtype, device=weight.device).train(model.training)
     copy_weights(model, changed)
     return changed
+
+
+def adapted(model: GPT, table: dict[str, Any]) -> None:
+    """Put the adapter of ``table``, which leaves it, on ``model``, if there is one: it alone then trains."""
+    values = table.pop("adapter", None)
+    if values is not None:
+        adapters.put_on(model, AdapterSpec.from_dict(values), seed=int(table.get("seed", 1337)))
 
 
 def train(stage: Stage, *, score: Score | None = None, quiet: bool = False, writes: bool = True) -> Result:

@@ -1,6 +1,7 @@
 """Checkpoints that survive kill -9, a full disk and a flipped bit, of one process or many: see docs/checkpoints.md.
 
-``from_hf`` and ``to_hf`` exchange models with Hugging Face: see :mod:`gptcore.checkpoint.huggingface`.
+``from_hf`` and ``to_hf`` exchange models with Hugging Face: see :mod:`gptcore.checkpoint.huggingface`; ``from_peft``
+and ``to_peft`` adapters with its PEFT.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gptcore.checkpoint.loading import (
     read_state,
 )
 from gptcore.checkpoint.manifest import CheckpointError
+from gptcore.checkpoint.peft import from_peft, to_peft
 from gptcore.checkpoint.reader import Checkpoint
 from gptcore.checkpoint.resharding import reshard
 from gptcore.checkpoint.shard import Slice
@@ -34,8 +36,8 @@ open = Checkpoint  # checkpoint.open(path) reads as what it does
 
 __all__ = [
     "MODEL_PREFIX", "Checkpoint", "CheckpointError", "Loaded", "SilentRankError", "Slice", "Writer", "clean", "discard",
-    "from_dcp", "from_hf", "is_checkpoint", "latest", "load", "load_latest", "model_tensors", "open", "path_of",
-    "read_state", "reshard", "save", "steps", "to_dcp", "to_hf", "to_safetensors",
+    "from_dcp", "from_hf", "from_peft", "is_checkpoint", "latest", "load", "load_latest", "model_tensors", "open",
+    "path_of", "read_state", "reshard", "save", "steps", "to_dcp", "to_hf", "to_peft", "to_safetensors",
 ]  # fmt: skip
 
 

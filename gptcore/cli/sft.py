@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="chatml, plain, none, a Jinja file or a model's directory (the model's own)",
     )
+    parser.add_argument("--lora", type=int, metavar="R", help="train a LoRA of this rank, and nothing else")
     parser.add_argument("--resume", metavar="DIR", help="continue this run with the settings kept there")
     parser.add_argument(
         "--zero", type=int, choices=(0, 1, 2, 3), help="what torchrun's processes divide, as in train (0)"
@@ -95,6 +96,8 @@ def _configured(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
     for key, value in (("start", args.start), ("run_dir", args.out), ("steps", args.steps)):
         if value is not None:
             over[key] = value
+    if args.lora is not None:
+        over["adapter"] = {"kind": "lora", "rank": args.lora}
     if args.zero is not None:
         over["parallel"] = {"zero": args.zero}
     return stage_settings.read(_STAGE, args.config, args.set, over)
@@ -105,9 +108,10 @@ def _continued(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]
     from gptcore.align import stage_settings
     from gptcore.train.config import merge
 
-    if args.data or args.config or args.out or args.start or args.template:
+    if args.data or args.config or args.out or args.start or args.template or args.lora:
         raise UserError(
-            "--resume takes the settings kept with the run; leave out DATA, --config, --out, --start and --template"
+            "--resume takes the settings kept with the run; leave out DATA, --config, --out, --start, --lora and "
+            "--template"
         )
     kept = stage_settings.kept(args.resume, _STAGE)
     over, own = stage_settings.read(

@@ -170,7 +170,7 @@ def generate_batch(
         for place, text in enumerate(prompts)
         for number in range(num_samples)
     ]
-    context = model.config.context_length
+    context = model.context_length
     for sequence in sequences:
         if overflow == "error":
             _check_fits(sequence.prompt_length, max_new_tokens, context)

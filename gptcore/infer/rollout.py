@@ -94,7 +94,7 @@ def _check(
         raise UserError(f"vocab_size is {vocab}, expected 1 to the model's {model.config.vocab_size}")
     if not prompts:
         raise UserError("there is no prompt to continue")
-    context = model.config.context_length
+    context = model.context_length
     for place, prompt in enumerate(prompts):
         if prompt.ndim != 1 or not len(prompt):
             raise UserError(f"prompt {place} is empty; give at least one token")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gptcore.models.adapter_spec import AdapterSpec
 from gptcore.models.config import (
     AttentionSpec,
     GPTConfig,
@@ -19,13 +20,13 @@ from gptcore.models.config import (
 )
 
 if TYPE_CHECKING:
-    from gptcore.models import accounting, presets
+    from gptcore.models import accounting, adapters, presets
     from gptcore.models.gpt import GPT, GPTLoss, KeyValueCache
     from gptcore.models.upcycling import upcycle
 
 __all__ = [
-    "GPT", "AttentionSpec", "GPTConfig", "GPTLoss", "KeyValueCache", "MlpSpec", "MoESpec", "NormSpec",
-    "PositionSpec", "ScalingSpec", "accounting", "presets", "upcycle",
+    "GPT", "AdapterSpec", "AttentionSpec", "GPTConfig", "GPTLoss", "KeyValueCache", "MlpSpec", "MoESpec", "NormSpec",
+    "PositionSpec", "ScalingSpec", "accounting", "adapters", "presets", "upcycle",
 ]  # fmt: skip
 
 
@@ -36,6 +37,8 @@ def __getattr__(name: str) -> Any:
     if name == "upcycle":
         importlib.import_module("gptcore.torch_required")
         return importlib.import_module("gptcore.models.upcycling").upcycle
-    if name in ("accounting", "presets"):
+    if name == "adapters":
+        importlib.import_module("gptcore.torch_required")
+    if name in ("accounting", "adapters", "presets"):
         return importlib.import_module(f"gptcore.models.{name}")
     raise AttributeError(f"module 'gptcore.models' has no attribute '{name}'")

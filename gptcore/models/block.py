@@ -17,6 +17,7 @@ from gptcore.models.checkpointing import Checkpointing
 from gptcore.models.config import GPTConfig
 from gptcore.models.norm import Norm
 from gptcore.models.positions import RotaryTables, alibi_slopes
+from gptcore.models.virtual_tokens import Prefix, with_prefix
 from gptcore.nn.feed_forward import FeedForward
 from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import Linear
@@ -45,7 +46,7 @@ class Context(NamedTuple):
 
     ``positions`` is the number of tokens before the first, or (N,) int32 places inside packed documents;
     ``seed`` (1,) int64 what attention drops, where it does. Layers of experts append to ``routing``. ``tensor`` is
-    there where layers are cut over ranks.
+    there where layers are cut over ranks, ``prefix`` where virtual tokens lie before every sequence.
     """
 
     cu_seqlens: Tensor | None = None
@@ -55,6 +56,7 @@ class Context(NamedTuple):
     seed: Tensor | None = None
     routing: RoutingStatistics | None = None
     tensor: TensorPass | None = None
+    prefix: Prefix | None = None
 
 
 class Attention(nn.Module):
@@ -82,7 +84,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x if context.tensor is None else context.tensor.enter(x))
-        if self.q_norm is None and context.rotary is None and context.cache is None:
+        moved = self.q_norm is not None or context.rotary is not None
+        if not moved and context.cache is None and context.prefix is None:
             y = _attention_qkv(qkv, self.heads, self.kv_heads, **self._options(qkv, context))
         else:
             y = self._attend(*self._queries_keys_values(qkv, context), context).flatten(-2)
@@ -104,7 +107,11 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v)
-        return _attention(q, k, v, **self._options(q, context))
+        options = self._options(q, context)
+        if context.prefix is None:
+            return _attention(q, k, v, **options)
+        own = _attention(q, k, v, return_lse=True, **options)
+        return with_prefix(q, own, self.layer, context.prefix, options)
 
     def _options(self, x: Tensor, context: Context) -> dict[str, Any]:
         # Slopes stay f32 whatever the parameters are cast to, so they are no buffer.

@@ -17,6 +17,7 @@ from gptcore.dist import TensorShard, TensorSplit
 from gptcore.dist.tensor_shard import shard_of
 from gptcore.errors import UserError
 from gptcore.models import accounting, tensor_parallel, vocabulary_parallel
+from gptcore.models.adapter_spec import AdapterSpec
 from gptcore.models.block import Context, KeyValueCache, Stack
 from gptcore.models.checkpointing import Checkpointing
 from gptcore.models.config import GPTConfig
@@ -26,9 +27,11 @@ from gptcore.models.padding import Padding
 from gptcore.models.positions import RotaryTables, document_positions
 from gptcore.models.summed_gradients import SharedGradient, summed_gradients
 from gptcore.models.tied import TiedTable
+from gptcore.models.virtual_tokens import Prefix, VirtualTokens
 from gptcore.nn.embedding import Embedding
 from gptcore.nn.half_precision import in_f32
 from gptcore.nn.linear import linear
+from gptcore.nn.lora import AdaptedLinear
 from gptcore.nn.moe import MoEStatistics, RoutingStatistics
 from gptcore.nn.tensor_parallel import TensorPass, gather_columns
 
@@ -101,10 +104,22 @@ class GPT(nn.Module):
         self.stack = Stack(config)
         self.project_out = Projection(c, table, bias=False) if table != c else None
         self.head = None if config.tied_head else Projection(table, config.vocab_size, config.head_bias)
+        # What ``gptcore.models.adapters`` has put on, and what of it is in use.
+        self.virtual_tokens: VirtualTokens | None = None
+        self.adapter_specs: dict[str, AdapterSpec] = {}
+        self.adapters_in_use: dict[str, float] = {}
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a sequence may have: the configuration's, less the virtual tokens before every sequence."""
+        virtual = 0 if self.virtual_tokens is None else self.virtual_tokens.length
+        return self.config.context_length - virtual
 
     @property
     def head_weight(self) -> Tensor:
         """(V, C): the token embedding where it is tied."""
+        if isinstance(self.head, AdaptedLinear):
+            return self.head.whole_weight()
         return self.token_embedding.weight if self.head is None else self.head.weight
 
     @property
@@ -286,13 +301,30 @@ class GPT(nn.Module):
         if cu_seqlens is not None:
             tokens = tokens.reshape(-1)
             positions = document_positions(cu_seqlens, tokens.shape[0])
+        prefix = self._prefix(positions, tokens, cache)
+        if prefix is not None:
+            positions = positions + prefix.length
         x, delta = self._embed(tokens, positions, table, tensor)
         seed = self._attention_seed(tokens.device)
-        context = Context(cu_seqlens, positions, cache, self.rotary, seed, routing, tensor)
+        context = Context(cu_seqlens, positions, cache, self.rotary, seed, routing, tensor, prefix)
         x = self.stack(x, delta, context, last_only=last_only)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return x
+
+    def _prefix(self, positions: int | Tensor, tokens: Tensor, cache: KeyValueCache | None) -> Prefix | None:
+        """What layers need of virtual tokens, for ``tokens`` at ``positions`` in their sequences."""
+        if self.virtual_tokens is None:
+            return None
+        if not isinstance(positions, Tensor):
+            positions = torch.arange(positions, positions + tokens.shape[-1], device=tokens.device)
+        return self.virtual_tokens.prefix(self, positions, cache)
+
+    def run_embeddings(self, x: Tensor, cache: KeyValueCache) -> None:
+        """Run the blocks over embeddings (B, T, width of the token embedding) at positions from 0, for the keys and
+        values that ``cache`` is given: those of a soft prompt."""
+        x, delta = self._from_embeddings(x, 0, None)
+        self.stack(x, delta, Context(cache=cache, rotary=self.rotary))
 
     def _attention_seed(self, device: torch.device) -> Tensor | None:
         """One draw for all layers of this forward, from torch's generator like every other dropout."""
@@ -310,13 +342,19 @@ class GPT(nn.Module):
         self, tokens: Tensor, positions: int | Tensor, table: TiedTable | None, tensor: TensorPass | None
     ) -> tuple[Tensor, Tensor | None]:
         """The stream as (token part, position part), added by the first norm where it can."""
-        config = self.config
         if tensor is not None:
             x = vocabulary_parallel.embed(tokens, self.token_embedding, table, tensor)
         else:
             x = self.token_embedding(tokens) if table is None else table.rows(tokens)
-        if config.embedding_grad_shrink != 1.0:
-            x = _ShrinkGradient.apply(x, config.embedding_grad_shrink)
+        if self.config.embedding_grad_shrink != 1.0:
+            x = _ShrinkGradient.apply(x, self.config.embedding_grad_shrink)
+        return self._from_embeddings(x, positions, tensor, tokens.shape)
+
+    def _from_embeddings(
+        self, x: Tensor, positions: int | Tensor, tensor: TensorPass | None, shape: torch.Size | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``_embed``, of tokens of ``shape`` (that of x without it) whose embeddings are x."""
+        config, shape = self.config, x.shape[:-1] if shape is None else shape
         if config.embedding_scale != 1.0:
             x = x * config.embedding_scale
         if self.project_in is not None:
@@ -324,9 +362,9 @@ class GPT(nn.Module):
         delta = None
         if self.position_embedding is not None:
             if not isinstance(positions, Tensor):
-                positions = torch.arange(positions, positions + tokens.shape[-1], device=tokens.device)
+                positions = torch.arange(positions, positions + shape[-1], device=x.device)
             # gathered for every token rather than broadcast: the gather's backward sums in a fixed order
-            rows = (positions + config.position.offset).expand(tokens.shape).contiguous()
+            rows = (positions + config.position.offset).expand(shape).contiguous()
             delta = self.position_embedding(rows if tensor is None else tensor.own_rows(rows))
         if self.embedding_norm is not None:
             x, delta = self.embedding_norm.add(x, delta)[0], None
@@ -379,6 +417,8 @@ class GPT(nn.Module):
     def tensor_obstacle(self, ranks: int, sequence_parallel: bool) -> str | None:
         """Why :func:`gptcore.dist.tensor_parallel` cannot cut it over so many ranks; None: it can."""
         dtype = self.token_embedding.weight.dtype
+        if self.adapter_specs:
+            return "got one with adapters, expected one without: absorb them first"
         if dtype == torch.float16:
             return f"got one of {dtype}, expected torch.float32 or torch.bfloat16"
         return tensor_parallel.obstacle(self.config, ranks, sequence_parallel)
@@ -421,10 +461,10 @@ class GPT(nn.Module):
         longest = before + tokens.shape[1]
         if cu_seqlens is not None:
             self._check_documents(tokens, cu_seqlens)
-        elif longest > self.config.context_length and self.config.position.kind in ("learned", "rotary"):
+        elif longest > self.context_length and self.config.position.kind in ("learned", "rotary"):
             raise ValueError(
                 f"GPT: argument 'tokens': got {longest} positions, expected at most the context length "
-                f"{self.config.context_length}"
+                f"{self.context_length}"
             )
 
     def _check_documents(self, tokens: Tensor, cu_seqlens: Tensor) -> None:
@@ -443,10 +483,10 @@ class GPT(nn.Module):
                 f"{tokens.numel()} tokens"
             )
         longest = int(lengths.max())
-        if longest > self.config.context_length and self.config.position.kind in ("learned", "rotary"):
+        if longest > self.context_length and self.config.position.kind in ("learned", "rotary"):
             raise ValueError(
                 f"GPT: argument 'cu_seqlens': got a document of {longest} tokens, expected at most the "
-                f"context length {self.config.context_length}"
+                f"context length {self.context_length}"
             )
 
     def checkpoint_activations(self, kind: str = "block", *, every: int = 1) -> GPT:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gptcore import ops
 from gptcore.errors import unknown_name
 from gptcore.nn.half_precision import in_f32, is_half
-from gptcore.nn.linear import Linear, linear
+from gptcore.nn.linear import Linear
 from gptcore.nn.support import covered
 from gptcore.nn.tensor_parallel import TensorPass
 
@@ -69,9 +69,9 @@ class FeedForward(torch.nn.Module):
         if tensor is not None:
             x = tensor.enter(x)
         if is_half(x):
-            hidden = in_f32(activate)(self.activation, linear(x, self.up.weight), self.up.bias)
+            hidden = in_f32(activate)(self.activation, self.up.product(x), self.up.bias)
         elif covered("feed_forward", x, self.up.weight):
-            hidden = activate(self.activation, linear(x, self.up.weight), self.up.bias)
+            hidden = activate(self.activation, self.up.product(x), self.up.bias)
         else:
             hidden = activate_reference(self.activation, self.up(x))
         return self.down(hidden) if tensor is None else tensor.leave(hidden, self.down)

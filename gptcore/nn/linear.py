@@ -129,3 +129,7 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+    def product(self, input: Tensor) -> Tensor:
+        """(..., M): ``forward`` without the bias, for who adds it in a kernel of its own."""
+        return linear(input, self.weight)

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptcore.checkpoint import Checkpoint, Slice
-from gptcore.checkpoint.loading import MODEL_PREFIX
+from gptcore.checkpoint import MODEL_PREFIX, Checkpoint, Slice
 from gptcore.errors import UserError
 from gptcore.optim import ZeroOptimizer, zero_state
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.zero_state import Divided
 from gptcore.train import processes
 from gptcore.train.config import TrainConfig
-from gptcore.train.state import OPTIMIZER_PREFIX, refuse_other_model
+from gptcore.train.state import ADAPTER_PREFIX, OPTIMIZER_PREFIX, refuse_other_model, stored
 
 Optimizer = FusedOptimizer | Divided
 
@@ -46,19 +45,22 @@ def collect(
 ) -> tuple[dict[str, list[Slice]], dict[str, Tensor], dict[str, Any]]:
     """This rank's slices; what one rank saves for all; JSON state."""
     states = zero_state.states(optimizer)
-    slices = {MODEL_PREFIX + name: parts for name, parts in zero_state.weights(optimizer).items()}
+    held = stored(model)
+    slices = {held[name]: parts for name, parts in zero_state.weights(optimizer).items()}
     slices |= {OPTIMIZER_PREFIX + name: parts for name, parts in states.items()}
     trained = optimizer.trained()
     whole: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in held:
+            continue
         if id(tensor) in seen:
             tied[name] = seen[id(tensor)]
             continue
         seen[id(tensor)] = name
         if tensor not in trained:
-            whole[MODEL_PREFIX + name] = tensor.detach()
+            whole[held[name]] = tensor.detach()
     owned = {name: [Slice(*part) for part in parts] for name, parts in slices.items()}
     return owned, whole, {"tied": tied, "optimizer": {}}
 
@@ -69,18 +71,23 @@ def restore(model: torch.nn.Module, optimizer: Divided, opened: Checkpoint) -> N
     Raises:
         CheckpointError: the checkpoint is of another model; names the first difference.
     """
-    saved = {name[len(MODEL_PREFIX) :] for name in opened.names if name.startswith(MODEL_PREFIX)}
-    kinds = {name: (opened.shape(MODEL_PREFIX + name), opened.dtype(MODEL_PREFIX + name)) for name in saved}
+    held = stored(model)
+    there = {
+        name.partition("/")[2]: name
+        for name in opened.names
+        if name.startswith((MODEL_PREFIX, ADAPTER_PREFIX))
+    }
+    kinds = {name: (opened.shape(full), opened.dtype(full)) for name, full in there.items()}
     kinds |= {alias: kinds[name] for alias, name in opened.state["tied"].items()}
-    own = model.state_dict(keep_vars=True)
+    own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in held}
     refuse_other_model(kinds, own)
     trained = optimizer.trained()
     with torch.no_grad():
         for owned in optimizer.owned(whole_parts=True):
-            owned.weights.copy_(opened.read(MODEL_PREFIX + owned.name, owned.start, owned.stop))
+            owned.weights.copy_(opened.read(there[owned.name], owned.start, owned.stop))
         for name, tensor in own.items():
-            if name in saved and tensor not in trained:
-                tensor.copy_(opened.read(MODEL_PREFIX + name))
+            if name in there and tensor not in trained:
+                tensor.copy_(opened.read(there[name]))
     optimizer.weights_changed()
     _restore_optimizer(optimizer, opened)
 

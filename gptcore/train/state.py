@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,44 @@ import torch
 
 from gptcore.checkpoint import CheckpointError
 from gptcore.checkpoint.loading import MODEL_PREFIX
+from gptcore.checkpoint.safetensors_file import bytes_of
 from gptcore.errors import UserError
+from gptcore.models import adapters
 from gptcore.models.config import GPTConfig
 from gptcore.train.config import TrainConfig
 from gptcore.train.optimizers import OptimizerSpec
 
 OPTIMIZER_PREFIX = "optimizer/"
+ADAPTER_PREFIX = "adapter/"
 RNG_PREFIX = "rng/"
+
+
+def stored(model: torch.nn.Module) -> dict[str, str]:
+    """What a checkpoint calls each entry of ``model.state_dict()`` that it holds.
+
+    All of them, but beside adapters no parameter that does not train: those come from where the run started.
+    """
+    own = adapters.state_names(model)
+    frozen = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if own and not p.requires_grad
+    }
+    names = {
+        name: ADAPTER_PREFIX if name in own else MODEL_PREFIX for name in model.state_dict(keep_vars=True)
+    }
+    return {name: prefix + name for name, prefix in names.items() if name in own or name not in frozen}
+
+
+def base_fingerprint(model: torch.nn.Module) -> str | None:
+    """Of the weights under adapters, bit for bit; None where there are no adapters."""
+    held = stored(model)
+    left = [(name, p) for name, p in model.named_parameters() if name not in held]
+    if not left:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for name, p in left:
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        digest.update(bytes_of(p.detach().cpu().contiguous()))
+    return digest.hexdigest()
 
 
 def collect(
@@ -29,12 +61,15 @@ def collect(
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[int, str] = {}
+    held = stored(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in held:
+            continue
         if id(tensor) in seen:
             tied[name] = seen[id(tensor)]
             continue
         seen[id(tensor)] = name
-        tensors[MODEL_PREFIX + name] = tensor.detach()
+        tensors[held[name]] = tensor.detach()
     numbers: dict[str, dict[str, float]] = {}
     saved = saved_state(optimizer)
     for name, p in model.named_parameters():
@@ -90,7 +125,9 @@ def _restore_model(
     from gptcore.checkpoint import model_tensors
 
     saved = model_tensors(tensors, state)
-    own = model.state_dict(keep_vars=True)
+    held = stored(model)
+    saved |= {name: tensors[full] for name, full in held.items() if full in tensors}
+    own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in held}
     refuse_other_model({name: (tuple(t.shape), t.dtype) for name, t in saved.items()}, own)
     with torch.no_grad():
         for name, tensor in own.items():
@@ -156,6 +193,8 @@ def identity(
     return {
         "model": own.to_dict() if isinstance(own, GPTConfig) else None,
         "tokenizer": known,
+        "adapters": adapters.describe(model),
+        "base": base_fingerprint(model),
         "config": {**config.to_dict(), "loader": {k: v for k, v in order.items() if k != "step"}},
     }
 
@@ -173,6 +212,7 @@ def compare(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -
             f"checkpoint {path} is of another model ({', '.join(changed)}); "
             "use the same [model] settings or another run_dir"
         )
+    _compare_adapters(path, saved, identity)
     before, now = (
         OptimizerSpec(name=table.get("name", "adamw"), variant=table.get("variant")).kind
         for table in (made["config"].get("optimizer", {}) for made in (saved, identity))
@@ -181,6 +221,21 @@ def compare(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -
         raise CheckpointError(
             f"checkpoint {path} holds the state of optimizer {before}, this run has {now}; use the same "
             f'optimizer, or begin a new run with these weights (start = "{path}")'
+        )
+
+
+def _compare_adapters(path: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse other adapters, or other weights under them."""
+    before, now = saved.get("adapters") or {}, identity["adapters"]
+    if before != now:
+        told = ", ".join(changes(before, now)) or "another order"
+        raise CheckpointError(
+            f"checkpoint {path} is of other adapters ({told}); use the same [adapter] settings or another run_dir"
+        )
+    if saved.get("base") != identity["base"]:
+        raise CheckpointError(
+            f"checkpoint {path} has adapters for other weights than the model's; start from the model that the run "
+            "started from"
         )
 
 

@@ -28,7 +28,7 @@ class ToyModel(nn.Module):
     def __init__(self, vocab_size=260, context_length=32, width=16, num_layers=2, seed=0):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.num_kv_heads = 2
+        self.num_kv_heads, self.context_length = 2, context_length
         self.config = SimpleNamespace(
             vocab_size=vocab_size, context_length=context_length, num_layers=num_layers, num_kv_heads=2,
             head_dim=width // 2,
@@ -63,7 +63,7 @@ class ScriptedModel(nn.Module):
 
     def __init__(self, script, prompt_length, context_length=64):
         super().__init__()
-        self.num_kv_heads = 1
+        self.num_kv_heads, self.context_length = 1, context_length
         self.config = SimpleNamespace(
             vocab_size=257, context_length=context_length, num_layers=1, num_kv_heads=1, head_dim=1
         )
