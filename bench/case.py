@@ -26,10 +26,10 @@ DTYPES = ("float32", "bfloat16")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Suites that train whole models: minutes, not milliseconds.
 STEP_SUITES = (
-    "train_step", "memory", "recomputation", "neighbour", "shakespeare", "hf_train_step", "hf_generate"
+    "train_step", "memory", "recomputation", "neighbour", "shakespeare", "hf_train_step", "hf_generate", "reward_model"
 )  # fmt: skip
 # What runs without --suite: all but trainings that take many minutes, and what needs another library.
-LEFT_OUT_BY_DEFAULT = ("shakespeare", "recomputation", "hf_train_step", "hf_generate")
+LEFT_OUT_BY_DEFAULT = ("shakespeare", "recomputation", "hf_train_step", "hf_generate", "reward_model")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@
 | ``ppo`` | the loop of learning from rewards: PPO, PPO-ptx, GRPO, RLOO, REINFORCE |
 | ``answers``, ``experience``, ``policy_update``, ``critic`` | its parts: prompts, rewards, data, updates |
 | ``reinforcement_spec``, ``reinforcement_state`` | its settings and its checkpoints |
+| ``supervised`` | fine-tuning on demonstrations |
+| ``reward_model``, ``rankings`` | scores of answers, from pairs and rankings of K |
+| ``preferences``, ``pairs`` | DPO and its family |
+| ``comparisons`` | both as stages, from files and settings |
 | ``verifier``, ``sandbox`` | rewards by running what a model wrote, where it can do no harm |
 
 Nothing is imported before it is asked for: ``gptcore.align.losses`` loads that module and what it needs.

@@ -61,6 +61,12 @@ def _beta(place: int) -> Alias:
     return lambda value: {f"optimizer.betas.{place}": value}
 
 
+def _loss_type(value: Any) -> Mapping[str, Any]:
+    """TRL's, which may be a list of one."""
+    name = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+    return {"preference.loss_type": "dpo" if name == "sigmoid" else name}
+
+
 _PADS = "sequences are laid end to end here, and nothing is padded"
 COMMON: dict[str, Alias] = {
     "output_dir": "run_dir",
@@ -115,6 +121,17 @@ COMMON: dict[str, Alias] = {
     "gradient_checkpointing": _flag("memory.activation_checkpointing", "block", "none"),
     "use_cpu": _flag("device", "cpu"),
     "no_cuda": _flag("device", "cpu"),
+    "use_peft": lambda value: {} if value else _refused("leave the settings of adapters out"),
+    "peft_type": _one_of(
+        "adapter.kind", {"LORA": "lora", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
+    ),
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target_modules": lambda value: {"adapter.targets": [value] if isinstance(value, str) else value},
+    "use_rslora": "adapter.rslora",
+    "use_dora": _flag("adapter.kind", "dora"),
+    "num_virtual_tokens": "adapter.tokens",
     "dataset_name": lambda value: _refused("give files of this machine; nothing is fetched from a hub"),
     "padding_free": _only(True, _PADS),
     "pad_token": _nothing,
@@ -180,7 +197,29 @@ GRPO: dict[str, Alias] = {
     "loss_type": _one_of("grpo.aggregation", {name: name for name in ("grpo", "bnpo", "dr_grpo", "dapo")}),
     "scale_rewards": _flag("grpo.estimator", "grpo", "dr_grpo"),
 }
-STAGES: dict[str, dict[str, Alias]] = {"sft": SFT, "ppo": PPO, "grpo": GRPO}
+REWARD: dict[str, Alias] = {
+    "num_train_epochs": "reward.epochs",
+    "dataset": "reward.files",
+    "train_dataset": "reward.files",
+    "center_rewards_coefficient": lambda value: {"reward.centring": value or 0.0},
+    "chat_template_path": "reward.template",
+}
+PREFERENCE: dict[str, Alias] = {
+    "num_train_epochs": "preference.epochs",
+    "dataset": "preference.files",
+    "train_dataset": "preference.files",
+    "beta": "preference.beta",
+    "loss_type": _loss_type,
+    "label_smoothing": "preference.label_smoothing",
+    "simpo_gamma": "preference.gamma",
+    "desirable_weight": "preference.desirable_weight",
+    "undesirable_weight": "preference.undesirable_weight",
+    "chat_template_path": "preference.template",
+    "precompute_ref_log_probs": _nothing,
+}
+STAGES: dict[str, dict[str, Alias]] = {
+    "sft": SFT, "ppo": PPO, "grpo": GRPO, "reward": REWARD, "preference": PREFERENCE
+}  # fmt: skip
 
 
 def _refused(why: str) -> Mapping[str, Any]:

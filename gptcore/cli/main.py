@@ -29,6 +29,8 @@ VERBS = {
     "ppo": "improve a model by rewards, with a critic and, mixed in, the text it was pretrained on",
     "grpo": "improve a model by rewards compared within a group: GRPO, RLOO and their kin",
     "expert-iteration": "improve a model by imitating its own best answers",
+    "reward": "train a reward model on rankings",
+    "dpo": "learn from preferences without a reward model",
     "redteam": "attack a model that has a secret, and say how often it tells",
     "generate": "continue a text with a trained GPT",
     "convert": "turn a Hugging Face model into a run, or a run into one",

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from gptcore.align.preference_spec import PreferenceSpec
+from gptcore.align.reward_spec import RewardSpec
 from gptcore.align.stage_settings import read
 from gptcore.align.supervised_spec import SFTSpec, with_lengths
 from gptcore.align.trl_names import COMMON, STAGES, ours
 from gptcore.errors import UserError
+from gptcore.models import AdapterSpec
 from gptcore.models.schema import Spec
 from gptcore.train import TrainConfig
 
@@ -113,14 +116,24 @@ def test_every_name_leads_to_a_setting_that_there_is() -> None:
             or exists(inner, path[1:])
         )
 
-    specs: dict[str, type[Spec]] = {"sft": SFTSpec}
+    specs: dict[str, type[Spec]] = {"sft": SFTSpec, "reward": RewardSpec, "preference": PreferenceSpec}
     checked = 0
     for stage in specs:
         for alias in [*COMMON.values(), *STAGES[stage].values()]:
             if isinstance(alias, str):
                 path = alias.split(".")
-                assert exists(specs[stage], path[1:]) if path[0] == stage else exists(TrainConfig, path), (
-                    alias
-                )
+                tables = {stage: specs[stage], "adapter": AdapterSpec}
+                there = exists(tables[path[0]], path[1:]) if path[0] in tables else exists(TrainConfig, path)
+                assert there, alias
                 checked += 1
     assert checked > 20
+
+
+def test_names_of_adapters_and_of_stages_that_compare() -> None:
+    peft = {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": ["q_proj"], "use_dora": True}
+    found = ours({**peft, "loss_type": ["sigmoid"], "beta": 0.2}, "preference", [])
+    assert found == {
+        "adapter": {"rank": 16, "alpha": 32, "targets": ["q_proj"], "kind": "dora"},
+        "preference": {"loss_type": "dpo", "beta": 0.2},
+    }
+    assert ours({"center_rewards_coefficient": 0.01}, "reward", []) == {"reward": {"centring": 0.01}}

@@ -17,8 +17,16 @@ SURFACE = {
         "--start", "--steps", "--strategy", "--zero",
     ],
     "sft": [
-        "DATA...", "--config", "--epochs", "--out", "--quiet", "--resume", "--set", "--start", "--steps", "--template",
-        "--zero",
+        "DATA...", "--config", "--epochs", "--lora", "--out", "--quiet", "--resume", "--set", "--start", "--steps",
+        "--template", "--zero",
+    ],
+    "reward": [
+        "DATA...", "--config", "--epochs", "--lora", "--members", "--out", "--quiet", "--resume", "--set", "--start",
+        "--steps", "--template",
+    ],
+    "dpo": [
+        "DATA...", "--config", "--epochs", "--lora", "--loss", "--out", "--quiet", "--resume", "--set", "--start",
+        "--steps", "--template",
     ],
     "constitution": ["MODEL", "--answers", "--critic", "--out", "--prompts", "--seed", "--tokens"],
     "ppo": REWARDED,
