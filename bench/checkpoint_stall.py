@@ -1,9 +1,10 @@
 """What a save beside training costs: ``python -m bench.checkpoint_stall DIRECTORY``.
 
-GPT-2 124M in f32 with AdamW (1.49 GB of state) trains; in every second phase a save begins, and the phase lasts until
-the checkpoint is on the disk. The phase after it takes as many steps without a save. The stall is what the first one
-takes longer than the second, less the plain copy of the same tensors, as a share of a step. Beside it stands the same
-in processor time, which other programs on the machine disturb less. The last line is JSON.
+GPT-2 124M in f32 with AdamW (1.49 GB of state) trains. Two phases of as many steps make a pair: at the beginning of
+one a save begins, which is over before the phase is, and the other one has none; they take turns in going first. The
+stall is what the phase with the save takes longer, less a plain copy of the same tensors made beside every pair, as a
+share of a step. Printed last, as JSON: the median over the pairs and its one-sided 95% upper bound by order statistics,
+of wall time and of the process's processor time, which other programs on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.bounds import median_and_bound
 from bench.peers.torch_gpt2 import Hyper
 from bench.trainer import GptcoreTrainer
 from gptcore import backend, checkpoint
@@ -30,23 +31,21 @@ Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    start = clock()
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
     call()
-    return clock() - start
+    return time.perf_counter() - start
 
 
-def plain_copy(tensors: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
-    """The median of copies into memory that is there already, by clock."""
-    copies = [torch.zeros_like(tensor) for tensor in tensors.values()]
+class PlainCopy:
+    """Copies of tensors into memory that is there already."""
 
-    def copy() -> None:
-        for target, tensor in zip(copies, tensors.values(), strict=True):
-            target.copy_(tensor)
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.copies = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
-    return {
-        name: statistics.median(seconds(copy, clock) for _ in range(rounds)) for name, clock in CLOCKS.items()
-    }
+    def make(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.copies[name].copy_(tensor)
 
 
 class Training:
@@ -62,48 +61,73 @@ class Training:
         return state.collect(self.trainer.model, self.trainer.optimizer)[0]
 
 
-def saving() -> bool:
-    return any(thread.name == "checkpoint" for thread in threading.enumerate())
+class Pair(NamedTuple):
+    """Seconds by clock: of the phases with a save and without, and of the copy; of ``begin`` on the wall."""
 
-
-class Phases(NamedTuple):
-    """One save with the steps that it lasts, then as many steps without: seconds by clock."""
-
-    begin: float
-    steps: int
     beside: dict[str, float]
     alone: dict[str, float]
+    copy: dict[str, float]
+    begin: float
 
 
-def phases(training: Training, writer: checkpoint.Writer, number: int) -> Phases:
+def timed(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds by clock."""
     starts = {name: clock() for name, clock in CLOCKS.items()}
-    begin = seconds(lambda: writer.begin(number, training.tensors(), {}))
-    steps = 0
-    while saving():
-        training.step()
-        steps += 1
-    beside = {name: clock() - starts[name] for name, clock in CLOCKS.items()}
-    writer.wait()
-    starts = {name: clock() for name, clock in CLOCKS.items()}
-    for _ in range(steps):
-        training.step()
-    return Phases(begin, steps, beside, {name: clock() - starts[name] for name, clock in CLOCKS.items()})
+    call()
+    return {name: clock() - starts[name] for name, clock in CLOCKS.items()}
 
 
-def summary(found: list[Phases], copy: dict[str, float]) -> dict[str, Any]:
-    """Medians; the stall of every save as a share of a step, by clock."""
-    values: dict[str, Any] = {"begin_s": statistics.median(phase.begin for phase in found)}
+class Bench:
+    def __init__(self, training: Training, writer: checkpoint.Writer, steps: int) -> None:
+        self.training, self.writer, self.steps = training, writer, steps
+        self.copy = PlainCopy(training.tensors())
+        self.saves = 0
+        self.begins: list[float] = []
+        self.late = 0  # saves that outlasted their phase
+
+    def phase(self) -> None:
+        for _ in range(self.steps):
+            self.training.step()
+
+    def phase_with_save(self) -> None:
+        self.saves += 1
+        self.begins.append(seconds(lambda: self.writer.begin(self.saves, self.training.tensors(), {})))
+        self.phase()
+        self.late += not self.writer.ended
+        self.writer.wait()
+
+    def pair(self) -> Pair:
+        found = {}
+        phases = [self.phase_with_save, self.phase]
+        for phase in phases if self.saves % 2 else reversed(phases):
+            found[phase] = timed(phase)
+        copy = timed(lambda: self.copy.make(self.training.tensors()))
+        return Pair(found[self.phase_with_save], found[self.phase], copy, self.begins[-1])
+
+
+def summary(pairs: list[Pair], steps: int) -> dict[str, Any]:
+    """Medians; the stall as a share of a step with its bound, by clock."""
+    values: dict[str, Any] = {
+        "pairs": len(pairs), "begin_s": statistics.median(pair.begin for pair in pairs),
+    }  # fmt: skip
     for name in CLOCKS:
-        step = statistics.median(phase.alone[name] / phase.steps for phase in found)
-        stalls = [(phase.beside[name] - phase.alone[name] - copy[name]) / step for phase in found]
-        values |= {f"step_{name}_s": step, f"copy_{name}_s": copy[name], f"stall_of_step_{name}": stalls}
+        step = statistics.median(pair.alone[name] for pair in pairs) / steps
+        stalls = [(pair.beside[name] - pair.alone[name] - pair.copy[name]) / step for pair in pairs]
+        median, bound = median_and_bound(stalls)
+        copy = statistics.median(pair.copy[name] for pair in pairs)
+        values |= {
+            f"step_{name}_s": step, f"copy_{name}_s": copy, f"stall_{name}": median, f"stall_{name}_upper_95": bound,
+        }  # fmt: skip
     return values
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", help="on the disk to be measured; a temporary directory in it is used")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=2, help="of a phase; a save must be over in it")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
@@ -111,22 +135,21 @@ def main() -> None:
     training = Training(args.batch, args.length)
     tensors = training.tensors()
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    copy = plain_copy(tensors, 5)
-    found: list[Phases] = []
     with tempfile.TemporaryDirectory(dir=args.directory) as place:
-        alone = seconds(lambda: checkpoint.save(place, 0, tensors, {}, keep_last=1))
-        work = seconds(lambda: checkpoint.save(place, 0, tensors, {}, keep_last=1), time.thread_time)
-        read = seconds(lambda: checkpoint.load(Path(place)))
+        save = timed(lambda: checkpoint.save(place, 0, tensors, {}, keep_last=1))
+        load = seconds(lambda: checkpoint.load(Path(place)))
         with checkpoint.Writer(place, keep_last=1) as writer:
-            writer.begin(1, tensors, {})  # takes the buffer's memory from the system
-            writer.wait()
-            for number in range(2, 2 + args.rounds):
-                found.append(phases(training, writer, number))
-                print(found[-1], flush=True)
+            bench = Bench(training, writer, args.steps)
+            first = seconds(bench.phase_with_save)  # takes the buffer's memory from the system
+            pairs = []
+            for _ in range(args.pairs):
+                pairs.append(bench.pair())
+                print(pairs[-1], flush=True)
     print(json.dumps({
         "case": "checkpoint/gpt2_124m_adamw_f32", "gigabytes": nbytes / 1e9, "threads": backend.num_threads(),
-        **summary(found, copy), "save_cpu_s": work, "save_gb_per_s": nbytes / 1e9 / alone,
-        "load_gb_per_s": nbytes / 1e9 / read,
+        "phase_steps": args.steps, **summary(pairs, args.steps), "late": bench.late, "first_begin_s": bench.begins[0],
+        "first_phase_s": first, "save_cpu_s": save["cpu"], "save_gb_per_s": nbytes / 1e9 / save["wall"],
+        "load_gb_per_s": nbytes / 1e9 / load,
     }))  # fmt: skip
 
 

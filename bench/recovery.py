@@ -1,9 +1,9 @@
 """The detectors of spike recovery, their cost in an update and how often they are wrong: ``python -m bench.recovery``.
 
-Two copies of a small GPT train on the same data, one through ``gptcore.train.update`` alone, one under the guard with
-full windows. They take turns, who begins alternates, and each pair of turns gives one ratio of times, so that what
-slows the machine slows both. Printed: the median over the pairs, and its one-sided 95% upper bound by order statistics,
-of wall time and of the process's CPU time, which a busy neighbour disturbs less.
+A small GPT trains at a rate of 0, in turns through ``gptcore.train.update`` alone and under the guard with full
+windows. Who begins alternates, and each pair of turns gives one ratio of times, so that what slows the machine slows
+both. Printed: the median over the pairs, and its one-sided 95% upper bound by order statistics, of wall time and of the
+process's CPU time, which a busy neighbour disturbs less.
 
 False alarms are counted over values drawn from distributions without spikes.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from bench.bounds import median_and_bound
 from gptcore import backend
 from gptcore.dist import Member
 from gptcore.models import GPT
@@ -35,7 +35,6 @@ from gptcore.train.run_directory import RunDirectory
 from gptcore.train.run_state import Run, writer_of
 from gptcore.train.stop import StopRequest
 
-GAUSS_95 = 1.645  # one-sided
 MODEL = {
     "num_layers": 4,
     "width": 128,
@@ -55,7 +54,7 @@ class RandomLoader:
 
 
 def settings(folder: str, policy: str) -> TrainConfig:
-    """A rate of 0: the two copies stay the same, and the loss where it is."""
+    """A rate of 0: weights and loss stay where they are, whichever way the updates go."""
     return from_table(
         {
             "run_dir": folder,
@@ -69,24 +68,20 @@ def settings(folder: str, policy: str) -> TrainConfig:
     )
 
 
-def plain(folder: str) -> Callable[[], object]:
-    config = settings(folder, "off")
-    model = GPT(config.model_config(), seed=0)
-    optimizer, loader = optimizers.build(config.optimizer, model), RandomLoader()
-    steps = iter(range(config.steps))
-    return lambda: update(config, model, optimizer, loader, next(steps))
-
-
-def guarded(folder: str, policy: str) -> Callable[[], object]:
+def sides(folder: str, policy: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The plain update and the guarded one, of the same model: two would lie in memory differently, for good."""
     config = settings(folder, policy)
-    model = GPT(config.model_config(), seed=0)
+    model, loader = GPT(config.model_config(), seed=0), RandomLoader()
     optimizer = optimizers.build(config.optimizer, model)
     place = RunDirectory(folder)
     course, guard, alone = Course(config), Guard(config.recovery), Member(None, 0, 1)
-    now = Run(config, model, optimizer, RandomLoader(), place, None, None, {}, course, guard, alone)
-    now.events, now.writer = EventLog(place.events, 0), writer_of(now)
-    stop = StopRequest()
-    return lambda: guarded_update(now, False, stop)
+    now = Run(config, model, optimizer, loader, place, None, None, {}, course, guard, alone)
+    now.called, now.events, now.writer = model, EventLog(place.events, 0), writer_of(now)
+    stop, steps = StopRequest(), iter(range(config.steps))
+    return (
+        lambda: update(config, model, optimizer, loader, next(steps)),
+        lambda: guarded_update(now, False, stop),
+    )
 
 
 def turn(step: Callable[[], object], updates: int) -> tuple[float, float]:
@@ -97,27 +92,22 @@ def turn(step: Callable[[], object], updates: int) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def median_and_bound(ratios: list[float]) -> tuple[float, float]:
-    """The median less 1, and the order statistic that lies above the true one in 95 of 100 cases."""
-    place = math.ceil(len(ratios) / 2 + GAUSS_95 * math.sqrt(len(ratios)) / 2)
-    return round(statistics.median(ratios) - 1, 5), round(sorted(ratios)[place] - 1, 5)
-
-
 def compare(policy: str, pairs: int, updates: int) -> dict[str, object]:
     """The guarded update over the plain one."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = (plain(folder), guarded(folder, policy))
-        for side in sides:
+        both = sides(folder, policy)
+        for side in both:
             turn(side, 130)  # warm, and with full windows
         times = []
         for pair in range(pairs):
             order = (0, 1) if pair % 2 == 0 else (1, 0)
-            times.append({side: turn(sides[side], updates) for side in order})
+            times.append({side: turn(both[side], updates) for side in order})
     record: dict[str, object] = {"case": f"recovery/{policy}", "pairs": pairs}
     record["update_ms"] = round(1e3 * statistics.median(t[0][0] for t in times) / updates, 3)
     for clock, name in enumerate(("wall", "cpu")):
         ratios = [t[1][clock] / t[0][clock] for t in times]
-        record[name], record[f"{name}_upper_95"] = median_and_bound(ratios)
+        median, bound = median_and_bound(ratios)
+        record[name], record[f"{name}_upper_95"] = round(median - 1, 5), round(bound - 1, 5)
     return record
 
 
@@ -152,7 +142,7 @@ def false_alarms(updates: int = 500_000) -> Iterator[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.recovery", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--updates", type=int, default=2, help="in each turn")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -136,6 +136,7 @@ def backward_method(
     is_grad_enabled: Callable[[], bool],
     transform: Callable[[], Any],
 ) -> Callable[..., Any]: ...
+def crc32c(x: Tensor | None, initial: int, out: Tensor | None) -> int: ...
 def cross_entropy_backward(
     grad_loss: Tensor | None,
     logits: Tensor | None,

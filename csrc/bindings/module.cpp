@@ -9,6 +9,7 @@ using gptcore::TensorView;
 
 void register_attention(py::module_& m);
 void register_layer_norm(py::module_& m);
+void register_crc32c(py::module_& m);
 void register_cross_entropy(py::module_& m);
 void register_linear_cross_entropy(py::module_& m);
 void register_grouped_linear(py::module_& m);
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   register_machine(m);
   register_attention(m);
   register_layer_norm(m);
+  register_crc32c(m);
   register_cross_entropy(m);
   register_linear_cross_entropy(m);
   register_grouped_linear(m);

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from gptcore.checkpoint.direct_file import DirectFile
 from gptcore.checkpoint.directory import discard, hidden_path, path_of, publish, steps
 from gptcore.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, Part, merge, versions
-from gptcore.checkpoint.shard import Shard
+from gptcore.checkpoint.shard import Shard, Snapshot
 
 _POLL = 0.01  # seconds between two looks for the other ranks' files: nothing beside a write and a sync
 _HURRIED = 10.0  # the most patience, in seconds, of one whose run has ended: another rank may be why
@@ -70,7 +69,7 @@ class Attempt:
     def final(self) -> Path:
         return path_of(self.directory, self.step)
 
-    def write(self, shard: Shard, buffer: Tensor | None, state: Mapping[str, Any]) -> None:
+    def write(self, shard: Shard, snapshot: Snapshot | None, state: Mapping[str, Any]) -> None:
         """This rank's work, rank 0's publication included. ``state`` is rank 0's.
 
         Raises:
@@ -79,7 +78,7 @@ class Attempt:
         SilentRankError: on rank 0.
             OSError: from the disk.
         """
-        part = self._write_shard(shard, buffer)
+        part = self._write_shard(shard, snapshot)
         _write_synced(self._part(shard.index), part.to_bytes())
         if shard.index == 0:
             self._publish(self._collect(), state)
@@ -105,11 +104,10 @@ class Attempt:
         kept = f"the last good one is step {there[-1]}" if there else "there was none before"
         return f"cannot save the checkpoint of step {self.step} to {self.directory}: {reason}; {kept}"
 
-    def _write_shard(self, shard: Shard, buffer: Tensor | None) -> Part:
-        with open(self.hidden / shard.file, "xb") as file:
-            part = shard.write(file, self.name, buffer)
-            file.flush()
-            os.fsync(file.fileno())
+    def _write_shard(self, shard: Shard, snapshot: Snapshot | None) -> Part:
+        with DirectFile(self.hidden / shard.file) as file:
+            part = shard.write(file, self.name, snapshot)
+            file.finish(part.file.nbytes)
         return part
 
     def _part(self, rank: int) -> Path:

@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: every tensor's dtype, shape and pieces, every file's size, and the state.
 
 ``manifest.json`` begins with the digest of all that follows it, so that a flip anywhere in it is found; it holds the
-digests of the shards' headers and of every piece, so that a flip in them is found too, and a shard of another
+digests of the shards' headers and checksums of every piece, so that a flip in them is found too, and a shard of another
 checkpoint is told from its own.
 """
 
@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from gptcore import __version__
+from gptcore.checkpoint import checksum
 from gptcore.checkpoint.safetensors_file import DTYPES
 from gptcore.errors import UserError
 
-FORMAT = "gptcore-checkpoint-2"
+FORMAT = "gptcore-checkpoint-3"
+_READABLE = (FORMAT, "gptcore-checkpoint-2")  # whose pieces all have SHA-256
 MANIFEST = "manifest.json"
 _OPENING = '{"sha256": "%s",'
 
@@ -31,13 +33,17 @@ class CheckpointError(UserError):
 
 
 class Piece(NamedTuple):
-    """Elements ``start`` to ``stop`` - 1 of a tensor, counted flat: tensor ``key`` in the file of ``shard``."""
+    """Elements ``start`` to ``stop`` - 1 of a tensor, counted flat: tensor ``key`` in the file of ``shard``.
+
+    ``checksum`` is of its bytes, by the ``algorithm`` of that name in :mod:`gptcore.checkpoint.checksum`.
+    """
 
     shard: int
     key: str
     start: int
     stop: int
-    sha256: str
+    algorithm: str
+    checksum: str
 
 
 class Whole(NamedTuple):
@@ -121,7 +127,7 @@ def read_manifest(path: Path) -> Manifest:
     if data[: len(opening)] != (_OPENING % hashlib.sha256(text).hexdigest()).encode():
         raise CheckpointError(f"checkpoint {path} is corrupt: {MANIFEST} fails its checksum")
     body = json.loads(b"{" + text)
-    if body.get("format") != FORMAT:
+    if body.get("format") not in _READABLE:
         raise CheckpointError(f"{path} is not a checkpoint of format {FORMAT}")
     shards = tuple(ShardFile(**shard) for shard in body["shards"])
     return Manifest(body["attempt"], body["state"], body["versions"], shards, _tensors(body["tensors"]))
@@ -168,7 +174,7 @@ def versions() -> dict[str, str]:
 
 def _plain(tensors: Mapping[str, Whole]) -> dict[str, Any]:
     return {
-        name: {"dtype": w.dtype, "shape": w.shape, "pieces": [piece._asdict() for piece in w.pieces]}
+        name: {"dtype": w.dtype, "shape": w.shape, "pieces": [_plain_piece(piece) for piece in w.pieces]}
         for name, w in tensors.items()
     }
 
@@ -177,5 +183,16 @@ def _tensors(values: Mapping[str, Any]) -> dict[str, Whole]:
     return {name: Whole(v["dtype"], tuple(v["shape"]), _pieces(v["pieces"])) for name, v in values.items()}
 
 
+def _plain_piece(piece: Piece) -> dict[str, Any]:
+    *place, algorithm, text = piece
+    return {**dict(zip(Piece._fields, place, strict=False)), algorithm: text}
+
+
 def _pieces(values: Iterable[Mapping[str, Any]]) -> tuple[Piece, ...]:
-    return tuple(Piece(**value) for value in values)
+    """Of pieces whose checksum stands under its algorithm's name."""
+    return tuple(
+        Piece(value["shard"], value["key"], value["start"], value["stop"], name, value[name])
+        for value in values
+        for name in checksum.NAMES
+        if name in value
+    )

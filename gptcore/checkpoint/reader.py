@@ -10,7 +10,6 @@ import hashlib
 import mmap
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +17,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from gptcore.checkpoint.checksum import checksum
 from gptcore.checkpoint.manifest import CheckpointError, Manifest, Piece, ShardFile, read_manifest
 from gptcore.checkpoint.safetensors_file import DTYPES, Placed, bytes_of, header_length, parse_header
-
-# Each digests 1 to 2 GB/s; more of them would only compete for a disk.
-_READERS = 4
 
 
 class Checkpoint:
@@ -69,7 +66,7 @@ class Checkpoint:
 
         Args:
             start, stop: from the first to the element behind the last; None: from the beginning, to the end.
-            verify: compare the digests of all pieces that are touched; None: those of a whole tensor. A range's
+            verify: compare the checksums of all pieces that are touched; None: those of a whole tensor. A range's
                 pieces may be much longer than the range.
 
         Returns:
@@ -87,23 +84,24 @@ class Checkpoint:
                 f"checkpoint.read: '{name}': got elements {begin} to {end}, expected a range within the {whole.numel}"
             )
         out = torch.empty(end - begin, dtype=DTYPES[whole.dtype])
-        # NumPy's copies let other threads run.
         view, width = numpy.frombuffer(bytes_of(out), numpy.uint8), out.element_size()
         for piece in whole.pieces:
             first, last = max(begin, piece.start), min(end, piece.stop)
             if first >= last:
                 continue
-            source = self._bytes(piece)
-            if verify or (verify is None and not is_range):
+            source, target = self._bytes(piece), view[(first - begin) * width : (last - begin) * width]
+            verifies = not is_range if verify is None else verify
+            if verifies and (first, last) == (piece.start, piece.stop):
+                self._compare(name, piece, source, target)  # and copy, in one pass
+                continue
+            if verifies:
                 self._compare(name, piece, source)
-            part = source[(first - piece.start) * width : (last - piece.start) * width]
-            view[(first - begin) * width : (last - begin) * width] = numpy.frombuffer(part, numpy.uint8)
+            target[:] = source[(first - piece.start) * width : (last - piece.start) * width]
         return out if is_range else out.view(whole.shape)
 
     def read_all(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The whole tensors ``names``, verified, by several threads: digests take longer than copies."""
-        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "checkpoint-read") as threads:
-            return dict(zip(names, threads.map(self.read, names), strict=True))
+        """The whole tensors ``names``, verified."""
+        return {name: self.read(name) for name in names}
 
     def file_problems(self) -> list[str]:
         """A sentence for every file that is missing, truncated, or has a header that fails its checksum."""
@@ -138,13 +136,15 @@ class Checkpoint:
             return error
         return None
 
-    def _bytes(self, piece: Piece) -> memoryview:
+    def _bytes(self, piece: Piece) -> numpy.ndarray:
         mapped = self._map(piece.shard)
         placed = mapped.placed[piece.key]
-        return mapped.data[mapped.header + placed.begin : mapped.header + placed.end]
+        return numpy.asarray(mapped.data[mapped.header + placed.begin : mapped.header + placed.end])
 
-    def _compare(self, name: str, piece: Piece, data: memoryview) -> None:
-        if hashlib.sha256(data).hexdigest() != piece.sha256:
+    def _compare(
+        self, name: str, piece: Piece, data: numpy.ndarray, copy: numpy.ndarray | None = None
+    ) -> None:
+        if checksum(piece.algorithm, data, copy) != piece.checksum:
             file = self.manifest.shards[piece.shard].file
             raise CheckpointError(
                 f"checkpoint {self.path} is corrupt: tensor '{name}' fails its checksum in {file}"

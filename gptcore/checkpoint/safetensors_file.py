@@ -51,8 +51,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def place(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> list[Placed]:
-    """Where each tensor (dtype and shape by key) lies: widest dtype first, so that all are aligned to theirs."""
-    order = sorted(tensors, key=lambda key: (-tensors[key][0].itemsize, key))
+    """Where each tensor (dtype and shape by key) lies: those of whole cache lines first, which so begin with one, then
+    the widest dtype first, so that all are aligned to theirs."""
+
+    def rank(key: str) -> tuple[bool, int, str]:
+        dtype, shape = tensors[key]
+        return dtype.itemsize * torch.Size(shape).numel() % _ALIGNMENT != 0, -dtype.itemsize, key
+
+    order = sorted(tensors, key=rank)
     placed, offset = [], 0
     for key in order:
         dtype, shape = tensors[key]
@@ -92,7 +98,7 @@ def parse_header(header: bytes) -> dict[str, Placed]:
 def write_safetensors(
     file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write contiguous CPU tensors, widest dtype first so that every tensor stays aligned to its dtype.
+    """Write contiguous CPU tensors, where :func:`place` puts them.
 
     Raises:
         OSError: from the file, with its errno.
@@ -119,9 +125,14 @@ def stream_safetensors(
             file.write(bytes_of(part))
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, empty ones included."""
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous CPU tensor as uint8, empty ones included."""
     if not tensor.numel():
-        return memoryview(b"")
+        return torch.empty(0, dtype=torch.uint8)
     # Not reshape: a single element counts as contiguous whatever its stride, and keeps it.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The same as Python has it."""
+    return flat_bytes(tensor).numpy().data

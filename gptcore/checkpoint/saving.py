@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as c10d
-from torch import Tensor
 
 from gptcore.checkpoint.attempt import Attempt, FailedElsewhere, SilentRankError
 from gptcore.checkpoint.directory import lock
 from gptcore.checkpoint.manifest import CheckpointError
-from gptcore.checkpoint.shard import Shard
+from gptcore.checkpoint.shard import Shard, Snapshot
 from gptcore.dist import Member
 
 # By so much nicer than training's threads is the writer's: it takes what they leave, and a little more.
@@ -34,11 +33,11 @@ class Saving:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def run(self, buffer: Tensor | None) -> None:
+    def run(self, snapshot: Snapshot | None) -> None:
         try:
             if self.lock is None:
                 self.lock = self._join_directory()
-            self.attempt.write(self.shard, buffer, self._state)
+            self.attempt.write(self.shard, snapshot, self._state)
         except Exception as error:
             self.fail(error)
 
@@ -59,16 +58,16 @@ class Saving:
             self.abandon()
             raise
 
-    def run_in_thread(self, buffer: Tensor) -> None:
+    def run_in_thread(self, snapshot: Snapshot) -> None:
         # Not a daemon: a program that ends without waiting ends after the save.
-        self._thread = threading.Thread(target=self._run_aside, args=(buffer,), name="checkpoint")
+        self._thread = threading.Thread(target=self._run_aside, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
-    def _run_aside(self, buffer: Tensor) -> None:
+    def _run_aside(self, snapshot: Snapshot) -> None:
         if sys.platform == "linux":  # where a thread has a priority of its own
             own = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + _NICER))
-        self.run(buffer)
+        self.run(snapshot)
 
     def fail(self, error: BaseException) -> None:
         """This rank cannot go on, while the others do."""

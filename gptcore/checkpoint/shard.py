@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gptcore.checkpoint.checksum import CRC32C, as_text
+from gptcore.checkpoint.direct_file import AT_ONCE, BLOCK, DirectFile, blocks
 from gptcore.checkpoint.manifest import FORMAT, Part, Piece, ShardFile, Whole
-from gptcore.checkpoint.safetensors_file import bytes_of, dtype_name, header_of, place
+from gptcore.checkpoint.safetensors_file import dtype_name, flat_bytes, header_of, place
+from gptcore.ops.crc32c import crc32c
 
-# Digested, then written while it still lies in the second-level cache.
-_CHUNK = 1 << 20
 # Bytes of a deferred tensor that are in memory at a time.
 _AT_ONCE = 64 << 20
 
@@ -104,32 +105,93 @@ class Shard:
         }
         self._placed = place(layout)
         self.nbytes = self._placed[-1].end if self._placed else 0
+        self.size = len(self._header("0" * 16)) + self.nbytes  # of the file
         self.on_cuda = any(own.tensor.is_cuda for own in owned)
 
-    def copy_to(self, buffer: Tensor) -> None:
-        """Copy all tensors into ``buffer`` (uint8, at least ``nbytes``), in the file's order."""
+    def snapshot(self, room: Tensor, attempt: str) -> Snapshot:
+        """The file as it will be, in ``room`` (``blocks`` of ``size`` or more bytes)."""
+        header = self._header(attempt)
+        room[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        checksums: dict[str, int | None] = {}
         for key, dtype, _, begin, end in self._placed:
-            tensor = self._own[key].tensor
+            tensor, part = self._own[key].tensor, room[len(header) + begin : len(header) + end]
             assert isinstance(tensor, Tensor)
-            if tensor.numel():
-                part = buffer[begin:end].view(dtype).view(tensor.shape)
-                part.copy_(tensor, non_blocking=tensor.is_cuda)
+            if tensor.is_cuda or not tensor.is_contiguous():
+                part.view(dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
+                checksums[key] = None
+            else:
+                checksums[key] = crc32c(flat_bytes(tensor), out=part)
         if self.on_cuda:
             torch.cuda.synchronize()
+        return Snapshot(room, checksums)
 
-    def write(self, file: BinaryIO, attempt: str, buffer: Tensor | None = None) -> Part:
-        """Write the file, from ``buffer`` if there is one, else from the tensors, and say what it holds."""
-        header = header_of(self._placed, {"format": FORMAT, "attempt": attempt})
-        file.write(header)
+    def write(self, file: DirectFile, attempt: str, snapshot: Snapshot | None = None) -> Part:
+        """Write the file, from ``snapshot`` if there is one, else from the tensors, and say what it holds."""
+        header = self._header(attempt)
+        if snapshot is None:
+            checksums = self._pour(file, header)
+        else:
+            file.write(snapshot.room[: -(-self.size // BLOCK) * BLOCK])
+            checksums = self._completed(snapshot, len(header))
         pieces: dict[str, list[Piece]] = {name: [] for name in self._wholes}
-        for key, _, _, begin, end in self._placed:
-            own = self._own[key]
-            source = _in_memory(own.tensor) if buffer is None else iter([buffer[begin:end]])
-            digest = _write_digested(file, source)
-            pieces[own.name].append(Piece(self.index, key, own.start, own.stop, digest))
+        for key, own in self._own.items():
+            piece = Piece(self.index, key, own.start, own.stop, CRC32C, as_text(checksums[key]))
+            pieces[own.name].append(piece)
         held = {name: Whole(*self._wholes[name], tuple(found)) for name, found in pieces.items()}
-        size = len(header) + self.nbytes
-        return Part(ShardFile(self.file, size, hashlib.sha256(header).hexdigest()), held)
+        return Part(ShardFile(self.file, self.size, hashlib.sha256(header).hexdigest()), held)
+
+    def _header(self, attempt: str) -> bytes:
+        return header_of(self._placed, {"format": FORMAT, "attempt": attempt})
+
+    def _pour(self, file: DirectFile, header: bytes) -> dict[str, int]:
+        poured = _Poured(file)
+        poured.take(torch.frombuffer(bytearray(header), dtype=torch.uint8), 0)
+        checksums = {}
+        for placed in self._placed:
+            crc = 0
+            for tensor in _in_memory(self._own[placed.key].tensor):
+                crc = poured.take(flat_bytes(tensor), crc)
+            checksums[placed.key] = crc
+        poured.end()
+        return checksums
+
+    def _completed(self, snapshot: Snapshot, header: int) -> dict[str, int]:
+        """The checksums of a snapshot, with those that were left for the thread that writes it."""
+        made = {}
+        for key, _, _, begin, end in self._placed:
+            known = snapshot.checksums[key]
+            made[key] = crc32c(snapshot.room[header + begin : header + end]) if known is None else known
+        return made
+
+
+class Snapshot(NamedTuple):
+    """A shard's file in memory, and the CRC-32C of its tensors by key, where the copy made it."""
+
+    room: Tensor
+    checksums: dict[str, int | None]
+
+
+class _Poured:
+    """Bytes that go into whole blocks, and those into a file."""
+
+    def __init__(self, file: DirectFile) -> None:
+        self._file, self._room, self._filled = file, blocks(AT_ONCE), 0
+
+    def take(self, data: Tensor, crc: int) -> int:
+        """Append ``data``; ``crc`` with it."""
+        while data.numel():
+            part = data[: self._room.numel() - self._filled]
+            crc = crc32c(part, crc, out=self._room[self._filled : self._filled + part.numel()])
+            self._filled += part.numel()
+            if self._filled == self._room.numel():
+                self._file.write(self._room)
+                self._filled = 0
+            data = data[part.numel() :]
+        return crc
+
+    def end(self) -> None:
+        """The last blocks, filled up with what is there."""
+        self._file.write(self._room[: -(-self._filled // BLOCK) * BLOCK])
 
 
 def _in_memory(tensor: Tensor | Deferred) -> Iterator[Tensor]:
@@ -140,17 +202,6 @@ def _in_memory(tensor: Tensor | Deferred) -> Iterator[Tensor]:
     step = max(1, _AT_ONCE // tensor.dtype.itemsize)
     for start in range(0, tensor.numel(), step):
         yield tensor.read(start, min(start + step, tensor.numel()))
-
-
-def _write_digested(file: BinaryIO, source: Iterator[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in source:
-        data = bytes_of(tensor)
-        for begin in range(0, len(data), _CHUNK):
-            chunk = data[begin : begin + _CHUNK]
-            digest.update(chunk)
-            file.write(chunk)
-    return digest.hexdigest()
 
 
 def _owned(name: str, value: Owned) -> list[_Own]:

@@ -11,14 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gptcore.checkpoint.attempt import Attempt, Keep
+from gptcore.checkpoint.direct_file import blocks
 from gptcore.checkpoint.directory import clean, make_hidden, path_of
 from gptcore.checkpoint.manifest import CheckpointError
 from gptcore.checkpoint.saving import Saving
-from gptcore.checkpoint.shard import Owned, Shard
+from gptcore.checkpoint.shard import Owned, Shard, Snapshot
 from gptcore.dist import Member, agree
 
 
@@ -89,7 +87,7 @@ class Writer:
         self._member = member if member is not None and member.ranks > 1 else None
         self._patience = patience
         self._asynchronous = asynchronous
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._room = blocks(0)
         self._saving: Saving | None = None
 
     def begin(
@@ -110,7 +108,7 @@ class Writer:
         saving = self._start(step, tensors, state, spared)
         if self._asynchronous:
             try:
-                saving.run_in_thread(self._snapshot(saving.shard))
+                saving.run_in_thread(self._snapshot(saving))
             except Exception as error:  # no memory, no thread: for the others as if the disk were full
                 saving.fail(error)
         else:
@@ -185,12 +183,12 @@ class Writer:
     def _attempt(self, step: int, number: int, ranks: int, keep: Keep) -> Attempt:
         return Attempt(self._directory, step, f"{number:016x}", ranks, keep, self._patience)
 
-    def _snapshot(self, shard: Shard) -> Tensor:
-        if self._buffer.numel() < shard.nbytes or (shard.on_cuda and not self._buffer.is_pinned()):
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # gone before the new one comes
-            self._buffer = torch.empty(shard.nbytes, dtype=torch.uint8, pin_memory=shard.on_cuda)
-        shard.copy_to(self._buffer)
-        return self._buffer
+    def _snapshot(self, saving: Saving) -> Snapshot:
+        shard = saving.shard
+        if self._room.numel() < shard.size or (shard.on_cuda and not self._room.is_pinned()):
+            self._room = blocks(0)  # gone before the new one comes
+            self._room = blocks(shard.size, pinned=shard.on_cuda)
+        return shard.snapshot(self._room, saving.attempt.name)
 
     def __enter__(self) -> Writer:
         return self

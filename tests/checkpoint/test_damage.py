@@ -12,7 +12,7 @@ import torch
 
 from gptcore import checkpoint
 from gptcore.checkpoint import CheckpointError
-from tests.checkpoint.checkpoint_cases import STATE, assert_same, flip_bit, make_tensors
+from tests.checkpoint.checkpoint_cases import STATE, as_format_2, assert_same, flip_bit, make_tensors
 
 
 def files_of(path: Path) -> list[Path]:
@@ -31,6 +31,17 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
                 checkpoint.load(path)
             file.write_bytes(good)
     checkpoint.load(path)
+
+
+def test_checkpoints_of_the_format_before_are_read_and_verified(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, make_tensors(), STATE)
+    as_format_2(path)
+    tensors, state = checkpoint.load(path)
+    assert_same(tensors, make_tensors())
+    assert state == {**STATE, "step": 1}
+    flip_bit(files_of(path)[1], -1)
+    with pytest.raises(CheckpointError, match="fails its checksum"):
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 0.5, -1])

@@ -278,6 +278,12 @@ def grad_norm(ops: Any, a: Inputs) -> Sequence[Any]:
 
 
 @_case
+def crc32c(ops: Any, a: Inputs) -> Sequence[Any]:
+    x, out = a.f32(5, 8), a.of(np.zeros((5, 8)), "float32")
+    return ops.crc32c(x), ops.crc32c(x, 7, out=out), out
+
+
+@_case
 def adamw(ops: Any, a: Inputs) -> Sequence[Any]:
     params, grads, copies = _lists(a, _SHAPES)
     m, v, largest = (_zeros(a, _SHAPES) for _ in range(3))

@@ -38,7 +38,7 @@ def without_torch(code: str, *arguments: str) -> str:
     return ran.stdout.strip()
 
 
-def _plain(value: Any) -> tuple[str, tuple[int, ...], bytes] | float:
+def _plain(value: Any) -> tuple[str, tuple[int, ...], bytes] | int | float:
     """What a result is, down to its bits."""
     if isinstance(value, torch.Tensor):
         bits = (
@@ -49,7 +49,7 @@ def _plain(value: Any) -> tuple[str, tuple[int, ...], bytes] | float:
         return str(value.dtype).removeprefix("torch."), tuple(value.shape), bits.tobytes()
     if isinstance(value, np.ndarray):
         return value.dtype.name, value.shape, value.tobytes()
-    assert isinstance(value, (bool, float)), type(value)
+    assert isinstance(value, (int, float)), type(value)
     return value
 
 
