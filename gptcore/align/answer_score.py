@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gptcore.data.chat import Chat
+from gptcore.data import chat_template
+from gptcore.data.chat import Chat, chat_for
 from gptcore.data.records import Demonstration
-from gptcore.infer import generate_batch
+from gptcore.infer import generate_batch, trained
 from gptcore.models import GPT
 
 
@@ -45,6 +46,30 @@ def exact_match(
             _final(text) == _final(record.completion) for text, record in zip(made, records, strict=True)
         )
         return {"exact_match": right / len(records)}
+
+    return score
+
+
+def mean_reward(
+    records: Sequence[Demonstration], judge: str, max_new_tokens: int
+) -> Callable[[GPT, Chat], dict[str, float]]:
+    """A score: ``reward``, the mean of what the reward model of the run ``judge`` gives the model's answers.
+
+    It is how InstructGPT chose among the epochs of its fine-tuning. An answer that was not ended counts as empty.
+
+    Raises:
+        UserError: no reward model there.
+    """
+    from gptcore.align import reward_model
+
+    model_of_rewards, tokenizer = reward_model.load(judge)
+    place = trained.tokenizer_place(judge)
+    own = chat_for(tokenizer, place if chat_template.is_there(place) else "none")
+
+    def score(model: GPT, chat: Chat) -> dict[str, float]:
+        made = answers(model, chat, records, max_new_tokens)
+        said = [own.response(record.prompt, text) for record, text in zip(records, made, strict=True)]
+        return {"reward": float(model_of_rewards.scores(said).mean())}
 
     return score
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gptcore import checkpoint
-from gptcore.align.answer_score import exact_match
+from gptcore.align.answer_score import exact_match, mean_reward
 from gptcore.align.demonstrations import corpus_of, served_by, shares_of, tokenised
 from gptcore.align.neftune import EmbeddingNoise
 from gptcore.align.supervised_spec import SFTSpec, with_lengths
@@ -208,6 +208,8 @@ def _evaluate(stage: Stage, score: Score | None) -> Callable[[torch.nn.Module], 
     loss = held_out(stage.evaluation, len(stage.evaluation))
     asked = stage.held_out[: stage.spec.answers]
     scores: list[Score] = [exact_match(asked, stage.spec.answer_tokens)] if asked else []
+    if stage.spec.reward_model:
+        scores.append(mean_reward(asked, stage.spec.reward_model, stage.spec.answer_tokens))
     scores += [] if score is None else [score]
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:

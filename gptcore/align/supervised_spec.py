@@ -54,7 +54,8 @@ class SFTSpec(Spec):
     ``schedule.warmup`` is not set. ``neftune_alpha``: of the noise on embeddings (5 in the paper; 0: none).
     ``mixture_cap``: at most so many examples of a task count for its share (FLAN: 3,000; 0: all).
     ``chain_of_thought``: the share of the tasks that reason; by default what their weights give. ``answers``: so many
-    held-out prompts are answered at each evaluation, which gives ``exact_match``; ``answer_tokens``: of an answer.
+    held-out prompts are answered at each evaluation, which gives ``exact_match``, and with ``reward_model``, a run of
+    ``gptcore reward``, ``reward``; ``answer_tokens``: of an answer.
     """
 
     section: ClassVar[str] = "sft"
@@ -76,6 +77,7 @@ class SFTSpec(Spec):
     chain_of_thought: float | None = None
     answers: int = 0
     answer_tokens: int = 256
+    reward_model: str = ""
 
     def validate(self) -> None:
         at_least("sft.", 0, answers=self.answers)
@@ -87,6 +89,10 @@ class SFTSpec(Spec):
         if self.chain_of_thought is not None and not 0.0 < self.chain_of_thought < 1.0:
             raise UserError(
                 f"sft.chain_of_thought: got {self.chain_of_thought}, expected above 0 and below 1"
+            )
+        if self.reward_model and not self.answers:
+            raise UserError(
+                "sft.reward_model: judges answers; set sft.answers, the number of held-out prompts to answer"
             )
         if self.files and self.tasks:
             raise UserError(

@@ -15,11 +15,13 @@ import torch
 
 from gptcore import checkpoint
 from gptcore.align.demonstrations import fit
+from gptcore.align.reward_model import RewardModel
 from gptcore.align.stage_settings import kept
 from gptcore.align.supervised import fine_tune, prepare, started
 from gptcore.align.supervised_spec import SFTSpec
 from gptcore.data.chat import Chat
 from gptcore.data.examples import Tokenised
+from gptcore.data.vocabulary import Tokenizer
 from gptcore.errors import UserError
 from gptcore.infer import generate, trained
 from gptcore.models import GPT
@@ -189,6 +191,30 @@ def test_the_best_checkpoint_by_a_score_is_kept(base: Path, data: Path, tmp_path
     assert not torch.equal(model.head_weight, last.head_weight)
     again, _ = trained.load(tmp_path / "best" / "step-00000008")
     assert torch.equal(model.head_weight, again.head_weight)
+
+
+def save_reward_model(judge: RewardModel, tokenizer: Tokenizer, run_dir: Path) -> None:
+    tokenizer.save(run_dir / "tokenizer")
+    tensors = {f"model/{name}": tensor.detach() for name, tensor in judge.state_dict().items()}
+    state = {"model": judge.config.to_dict(), "tokenizer": tokenizer.fingerprint, "tied": {}}
+    checkpoint.save(run_dir / "checkpoints", 1, tensors, state)
+
+
+def test_a_reward_model_chooses_the_checkpoint(base: Path, data: Path, tmp_path: Path) -> None:
+    """A judge that gives every answer the same, so that the mean, and which checkpoint is kept, are known."""
+    model, tokenizer = trained.load(base)
+    judge = RewardModel.over(model)
+    with torch.no_grad():
+        judge.reward_head.weight.zero_()
+        judge.reward_head.bias.fill_(0.75)
+    save_reward_model(judge, tokenizer, tmp_path / "judge")
+    sft = {"answers": 6, "answer_tokens": 4, "reward_model": str(tmp_path / "judge")}
+    table = table_of(tmp_path / "run", base, data, sft=sft, checkpoint={"best": "reward", "best_mode": "max"})
+    result = fine_tune(table, quiet=True)
+    assert result.evaluation["reward"] == 0.75 and result.best is not None
+    assert result.best.name == "step-00000004", "of equal ones the earliest"
+    with pytest.raises(UserError, match="sft.reward_model: judges answers; set sft.answers"):
+        fine_tune({**table, "sft": {**table["sft"], "answers": 0}}, quiet=True)
 
 
 def test_a_score_that_nobody_gives(base: Path, data: Path, tmp_path: Path) -> None:
