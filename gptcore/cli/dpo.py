@@ -1,8 +1,9 @@
 """Learn from preferences without a reward model: DPO, IPO, KTO, ORPO or SimPO.
 
-DATA is files of preferences, as JSONL, JSON or Parquet: chosen and rejected, ranked answers (whose best and worst
-are taken), for KTO answers with a label. --start names the model to begin with, which is the reference too: its
-log-probabilities are taken once, before the first update. With --lora it is the adapter alone that trains.
+DATA is files of preferences, as JSONL, JSON or Parquet: chosen and rejected, ranked answers (whose best and
+worst are taken), for KTO answers with a label. --start names the model to begin with, which is the
+reference too: its log-probabilities are taken once, before the first update. With --lora it is the adapter
+alone that trains.
 
 Watched on held-out pairs are the loss, the rewards that the model implies, their margin and accuracy, and the
 log-probabilities of the chosen answers: DPO often lowers those as well, and says so at the end.

@@ -1,16 +1,16 @@
 """Train a reward model on rankings: which of several answers to a prompt is better.
 
-DATA is files of preferences, as JSONL, JSON or Parquet: chosen and rejected, or a prompt with ranked answers. All
-pairs of a prompt come from one forward of each answer. --start names the model to begin with, best one that was
-fine-tuned on demonstrations; it gets a head of one number. A tenth of the prompts is held out; scores are
-normalised so that references (reward.references, or the best held-out answers) score 0 on average.
+DATA is files of preferences, as JSONL, JSON or Parquet: chosen and rejected, or a prompt with ranked
+answers. All pairs of a prompt come from one forward of each answer. --start names the model to begin with,
+best one that was fine-tuned on demonstrations; it gets a head of one number. A tenth of the prompts is held
+out; scores are normalised so that references (reward.references, or the best held-out answers) score 0 on
+average.
 
 --members trains an ensemble, each from another seed, and with reward.folds each without another part of the
 prompts: what its members disagree on, it has not learnt.
 
-Settings come from --config (TOML: the tables of 'gptcore train', [adapter] and [reward]), then from the options,
-then from --set. TRL's names are taken too. docs/alignment.md explains them.
-
+Settings come from --config (TOML: the tables of 'gptcore train', [adapter] and [reward]), then from the
+options, then from --set. TRL's names are taken too. docs/alignment.md explains them.
 Examples:
   gptcore reward --start runs/sft comparisons.jsonl
   gptcore reward --start runs/sft nectar.parquet --out runs/judge --lora 8 --set reward.margin=0.5
