@@ -86,6 +86,13 @@ def test_kto_at_the_reference_is_half_the_weight(
 
 
 @dtypes
+def test_kto_reference_point_is_the_mean_log_ratio_and_not_below_0(dtype: torch.dtype) -> None:
+    reference = draw(6, dtype=dtype)
+    agree(preference.kto_reference_point(reference + 0.5, reference) + 1, 1.5, dtype)
+    assert float(preference.kto_reference_point(reference - 0.5, reference)) == 0.0
+
+
+@dtypes
 def test_simpo_at_equal_averages_is_the_log_sigmoid_of_minus_gamma(dtype: torch.dtype) -> None:
     average = draw(5, dtype=dtype)
     got = preference.simpo(average, average, beta=2.0, gamma=0.7).loss

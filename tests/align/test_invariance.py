@@ -184,6 +184,16 @@ def test_micro_batches(
     agree((loss, [gradients[i] for i in range(6)]), whole)
 
 
+@losses
+@aggregations
+def test_a_row_of_padding_alone(name: str, aggregation: str, answers: Answers) -> None:
+    whole = loss_and_gradient(name, padded(answers, "right", 11, 0.0), aggregation=aggregation)
+    laid = padded(answers, "right", 11, 0.0)
+    fields = [torch.cat([field, torch.full((2, 11), float("nan"))]) for field in laid.fields]
+    mask = torch.cat([laid.mask, torch.zeros(2, 11, dtype=torch.bool)])
+    agree(loss_and_gradient(name, Laid(fields, mask, laid.places, None), aggregation=aggregation), whole)
+
+
 def test_averages_of_micro_batches_are_not_the_average(answers: Answers) -> None:
     whole = loss_and_gradient("nll", padded(answers, "right", 11, 0.0), aggregation="token_mean")[0]
     rows = [padded(answers.pick([i]), "right", 11, 0.0) for i in range(6)]
@@ -255,6 +265,16 @@ def test_ranked_does_not_see_answers_that_are_not_there(ties: str) -> None:
     assert (float(many.pairs), float(many.right)) == (float(few.pairs), float(few.right))
     gradient = torch.autograd.grad(many.loss, wide)[0]
     assert gradient.isfinite().all() and not gradient[~mask].any()
+
+
+@pytest.mark.parametrize("ties", ["half", "skip"])
+def test_ranked_does_not_count_prompts_without_a_pair(ties: str) -> None:
+    scores, ranks = torch.randn(4, 3), torch.tensor([[0, 1, 2]] * 3 + [[1, 1, 1]])
+    mask = torch.tensor([[True] * 3, [True] * 3, [False, True, False], [ties == "skip"] * 3])
+    both = reward.ranked(scores, ranks, mask, ties=ties)
+    torch.testing.assert_close(
+        both.loss, reward.ranked(scores[:2], ranks[:2], ties=ties).loss, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("average", [False, True])

@@ -112,6 +112,15 @@ def test_a_resample_is_fitted_as_well_as_newton_would() -> None:
     np.testing.assert_allclose(bt._refit(drawn, 1.0, start), slow, rtol=0, atol=1e-3)
 
 
+def test_resamples_of_many_battles_arrive_without_newton(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a sum of f32 slopes that is not quite 0 would move all players together and never end
+    _, counts = arena(7, 80, 400_000)
+    start = bt._newton(counts.wins, 1.0, np.zeros(80))
+    drawn = bt._resampled(counts.wins, 30, RNG(0))
+    monkeypatch.setattr(bt, "_newton", lambda *_: pytest.fail("a resample did not arrive"))
+    assert np.isfinite(bt._refit(drawn, 1.0, start)).all()
+
+
 def test_a_million_battles_of_200_models_and_1000_resamples_take_seconds() -> None:
     """Two quiet cores take a few seconds; the bound is of processor time, so that neighbours do not count."""
     _, counts = arena(5, 200, 1_000_000, ties=0.1)
