@@ -183,8 +183,17 @@ class Ensemble:
 
     def scores(self, answers: Sequence[Tokenised]) -> Scored:
         """Normalised scores, which alone can be compared between members."""
-        each = torch.stack([member.scores(answers) for member in self.members])
+        each = self._each(answers)
         return Scored(each.mean(0), each.std(0))
+
+    def differences(self, first: Sequence[Tokenised], second: Sequence[Tokenised]) -> Scored:
+        """By how much the first answer of each pair is the better one, and the disagreement on that."""
+        each = self._each(first) - self._each(second)
+        return Scored(each.mean(0), each.std(0))
+
+    def _each(self, answers: Sequence[Tokenised]) -> Tensor:
+        """(M, S): of every member."""
+        return torch.stack([member.scores(answers) for member in self.members])
 
 
 def load(path: str | os.PathLike[str]) -> tuple[RewardModel, Tokenizer]:

@@ -99,7 +99,7 @@ def test_scores_are_read_at_the_last_token_whatever_follows():
     for place, answer in enumerate(some):
         hidden = model.hidden(torch.from_numpy(answer.tokens.astype(np.int64))[None])
         alone = model.reward_head(hidden[0, -1])
-        assert abs(float(alone) - float(together[place])) <= 1e-6
+        assert abs(alone.item() - float(together[place])) <= 1e-6
     longer = some[0]._replace(
         tokens=np.append(some[0].tokens, 3), loss_mask=np.append(some[0].loss_mask, True)
     )
@@ -176,6 +176,9 @@ def test_an_ensemble_disagrees_where_its_members_do(tmp_path: Path):
     each = torch.stack([member.scores(some) for member in members])
     assert torch.allclose(scored.mean, each.mean(0)) and torch.allclose(scored.disagreement, each.std(0))
     assert torch.equal(Ensemble([members[0], members[0]]).scores(some).disagreement, torch.zeros(6))
+    pairs = Ensemble(members).differences(some[:3], some[3:])
+    assert torch.allclose(pairs.mean, (each[:, :3] - each[:, 3:]).mean(0))
+    assert torch.allclose(pairs.disagreement, (each[:, :3] - each[:, 3:]).std(0))
     parts = [fold_of(20, 3, member, seed=5) for member in range(3)]
     assert sorted(i for _, left in parts for i in left) == list(range(20))
     assert all(sorted(own + left) == list(range(20)) for own, left in parts)
