@@ -11,6 +11,7 @@ prompts: what its members disagree on, it has not learnt.
 
 Settings come from --config (TOML: the tables of 'gptcore train', [adapter] and [reward]), then from the
 options, then from --set. TRL's names are taken too. docs/alignment.md explains them.
+
 Examples:
   gptcore reward --start runs/sft comparisons.jsonl
   gptcore reward --start runs/sft nectar.parquet --out runs/judge --lora 8 --set reward.margin=0.5
