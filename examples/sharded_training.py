@@ -48,7 +48,7 @@ pick = torch.Generator().manual_seed(0)  # every rank draws all places and takes
 for step in range(STEPS):
     starts = torch.randint(0, len(tokens) - LENGTH - 1, (LEAVES, GRAIN), generator=pick)
     loss = torch.zeros(())
-    for leaf in starts.chunk(ranks)[rank]:
+    for leaf in starts[list(optimizer.leaves())]:
         rows = tokens[leaf[:, None] + torch.arange(LENGTH + 1)]
         out = model(rows[:, :-1], rows[:, 1:])
         out.loss.backward()

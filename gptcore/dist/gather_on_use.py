@@ -51,6 +51,11 @@ class GatherOnUse:
         for unit in self.root:
             unit.gather()
 
+    def has_gradients(self, unit: FlatUnit) -> None:
+        """All of the unit's gradients are made: this backward pass needs a module's weights no more."""
+        if unit not in self.root:
+            unit.free()
+
     def backward_ends(self) -> None:
         """What is still gathered of the modules goes."""
         self._backward = False

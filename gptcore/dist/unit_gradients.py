@@ -14,11 +14,11 @@ from gptcore.dist.leaf_sums import LeafSums, Node, OrderedSums, maximal_nodes
 
 
 class Leaves(NamedTuple):
-    """Who has which leaves of an update: rank r those from ``r each`` on.
+    """Who has which leaves of an update, and how they come together: each rank has ``each`` of them.
 
-    ``tree``: they are summed in the fixed tree; else each rank adds its own in their order, and owners add what comes
-    from the ranks in the ranks' order. ``at_once``: each leaf is sent when it is there, so that no rank keeps a whole
-    gradient; else what is left of a rank's leaves after summing is sent in the end.
+    ``at_once``: each leaf is sent when it is there, so that no rank keeps a whole gradient; else what is left of a
+    rank's leaves after summing is sent in the end. ``tree``: leaves are summed in the fixed tree; else each rank adds
+    its own in their order, and owners add what comes from the ranks in the ranks' order.
     """
 
     ranks: int
@@ -30,8 +30,18 @@ class Leaves(NamedTuple):
     def total(self) -> int:
         return self.ranks * self.each
 
+    def of_rank(self, rank: int) -> range:
+        """The numbers of a rank's leaves, in the order in which it runs them.
+
+        Where owners get leaves at once they are handed out in turn, so that siblings arrive together and few sums wait.
+        Else a rank has neighbours, which it adds up by itself.
+        """
+        if self.at_once:
+            return range(rank, self.total, self.ranks)
+        return range(rank * self.each, (rank + 1) * self.each)
+
     def sent_by(self, rank: int) -> list[Node]:
-        """The nodes that are left of a rank's leaves."""
+        """The nodes that are left of a rank's leaves, which are neighbours."""
         if not self.tree:
             return [Node(0, rank)]
         return maximal_nodes(rank * self.each, (rank + 1) * self.each)
@@ -40,9 +50,11 @@ class Leaves(NamedTuple):
         return LeafSums() if self.tree else OrderedSums()
 
 
-class _Message(NamedTuple):
-    """An exchange under way: rank r sends its node ``nodes[r]``, None for nothing, each owner's slice to it."""
+class Message(NamedTuple):
+    """An exchange of ``gradients`` under way: rank r sends its node ``nodes[r]``, None for nothing, each owner's slice
+    to it."""
 
+    gradients: UnitGradients
     work: Any
     sent: Tensor | None
     received: Tensor
@@ -52,17 +64,17 @@ class _Message(NamedTuple):
 class UnitGradients:
     """Of the trainable parameters of ``unit``; every rank makes the same calls, in the same order of units.
 
-    A buffer that is exchanged as it came keeps the parameters' dtype; sums are f32.
+    A buffer that is exchanged as it came keeps the parameters' dtype; sums are f32. ``messages`` are those under way,
+    of all units that share the list, at most two: what is on its way takes the memory of two units, not of all.
     """
 
-    def __init__(self, unit: FlatUnit, leaves: Leaves) -> None:
-        self.unit, self._leaves = unit, leaves
+    def __init__(self, unit: FlatUnit, leaves: Leaves, messages: list[Message]) -> None:
+        self.unit, self._leaves, self._messages = unit, leaves, messages
         self._alone = leaves.ranks > 1 and (leaves.at_once or leaves.each == 1)
         self._local, self._owned = leaves.sums(), leaves.sums()
         self._leaf: Tensor | None = None
         self._arrived: set[int] = set()
         self._spare: list[Tensor] = []
-        self._messages: list[_Message] = []
 
     @property
     def complete(self) -> bool:
@@ -80,10 +92,11 @@ class UnitGradients:
         for number in {*range(len(self.unit.parameters))} - self._arrived:
             self._place(value, number).zero_()
         self._leaf, self._arrived = None, set()
+        nodes = [Node(0, leaves.of_rank(rank)[leaf]) for rank in range(leaves.ranks)]
         if leaves.at_once or leaves.ranks == 1:
-            self._exchange(value, [Node(0, rank * leaves.each + leaf) for rank in range(leaves.ranks)])
+            self._exchange(value, nodes)
             return
-        free = self._local.add(Node(0, self.unit.member.rank * leaves.each + leaf), value)
+        free = self._local.add(nodes[self.unit.member.rank], value)
         self._spare.extend([] if free is None else [free])
         if leaf + 1 == leaves.each:
             self._send_sums()
@@ -136,16 +149,28 @@ class UnitGradients:
         send = [0] * len(nodes) if value is None else unit.sizes
         sent = received[:0] if value is None else value
         work = c10d.all_to_all_single(received, sent, receive, send, group=unit.member.group, async_op=True)
-        self._messages.append(_Message(work, value, received, nodes))
+        self._messages.append(Message(self, work, value, received, nodes))
 
     def _receive(self, *, keep: int) -> None:
         """Take in messages, oldest first, until ``keep`` are under way."""
         while len(self._messages) > keep:
             message = self._messages.pop(0)
             message.work.wait()
-            if message.sent is not None and not self._leaves.at_once:
+            message.gradients._take_in(message)
+
+    def _take_in(self, message: Message) -> None:
+        if message.sent is not None:
+            if self._leaves.at_once:
+                _release(message.sent)
+            else:
                 self._spare.append(message.sent)
-            parts = iter(message.received.split(self.unit.sizes[self.unit.member.rank] or 1))
-            for node in message.nodes:
-                if node is not None:
-                    self._owned.add(node, next(parts, message.received).float())
+        parts = iter(message.received.split(self.unit.sizes[self.unit.member.rank] or 1))
+        for node in message.nodes:
+            if node is not None:  # a copy: a view would keep all that was received
+                self._owned.add(node, next(parts, message.received).to(torch.float32, copy=True))
+        _release(message.received)
+
+
+def _release(buffer: Tensor) -> None:
+    """Give memory back that a thread of the backend may refer to for a while longer."""
+    buffer.untyped_storage().resize_(0)

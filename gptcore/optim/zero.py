@@ -14,11 +14,11 @@ from gptcore.dist.flat_unit import FlatUnit, Piece
 from gptcore.dist.gather_on_use import GatherOnUse, blocks_of
 from gptcore.dist.group import Member, agree, member_of
 from gptcore.dist.shard import sharded_parameters
-from gptcore.dist.unit_gradients import Leaves, UnitGradients
+from gptcore.dist.unit_gradients import Leaves, Message, UnitGradients
 from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.slices import Whole
-from gptcore.optim.zero_layout import units_of
+from gptcore.optim.zero_layout import as_gradients_come, units_of
 from gptcore.optim.zero_sums import norm_of_all, step_in_phases
 
 
@@ -65,11 +65,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
     3   states, gradients and weights                  16 P / N, and the weights of two blocks and the root
     === ============================================== ==================================================
 
-    Each backward pass is a leaf. Leaves are summed in f32 in a fixed binary tree over their numbers (rank r has those
-    from ``r accumulation`` on), and everything that looks at many gradients at once, as the norm, goes by fixed
-    blocks: so the weights after a step have the same bits for any number of ranks that divides the leaves, and for any
-    stage. A backward pass must itself give the same bits on every rank, as our models do. A parameter that a leaf did
-    not use counts as zero there, and one that no leaf of any rank used is left alone.
+    Each backward pass is a leaf. Leaves are summed in f32 in a fixed binary tree over their numbers (:meth:`leaves`
+    says which a rank has), and everything that looks at many gradients at once, as the norm, goes by fixed blocks: so
+    the weights after a step have the same bits for any number of ranks that divides the leaves, and for any stage. A
+    backward pass must itself give the same bits on every rank, as our models do. A parameter that a leaf did not use
+    counts as zero there, and one that no leaf of any rank used is left alone.
 
     ``step`` divides gradients by the number of ranks, as ``DistributedDataParallel`` does, and by ``grad_scale``; so
     for a mean over ``accumulation`` leaves give that. Clipping is the optimizer's ``max_norm``: parameters have no
@@ -83,7 +83,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         group: a process group; None: all processes, or this process alone where torch.distributed is not initialised.
         accumulation: backward passes of a step on each rank. Stages 0 and 1 add them up where they are made and send
             sums once; stages 2 and 3 send each, since no rank keeps a whole gradient.
-        fixed_tree: False adds a rank's leaves one after the other, then the ranks' sums: less memory, and bits that
+        fixed_tree: False adds leaves as they come: one sum instead of several. In stages 2 and 3 that is the order of
+            their numbers, whatever the ranks; in stages 0 and 1 a rank's leaves, then the ranks' sums, so that the bits
             depend on the number of ranks.
         bucket: elements of gradient that are sent together, about.
 
@@ -113,7 +114,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.found_inf = False
         self._agree()
         self._build_units(bucket)
-        self._leaves = Leaves(self.member.ranks, accumulation, fixed_tree, stage >= 2)
+        self._leaves = self._leaves_of_step()
         self._gradients: list[UnitGradients] = []
         self._pieces: dict[nn.Parameter, tuple[_Place, Piece]] = {}
         self._hand_pieces_to_optimizer()
@@ -141,7 +142,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _build_units(self, bucket: int) -> None:
         trained = [p for p in self._parameters() if p.requires_grad]
         blocks: list[tuple[nn.Module, list[FlatUnit]]] = []
-        rest = dict.fromkeys(reversed(trained))  # about as their gradients come
+        rest = dict.fromkeys(as_gradients_come(trained, self.module))
         self.units: list[FlatUnit] = []
         if self.stage == 3 and self.module is not None:
             for block in reversed(blocks_of(self.module)):
@@ -234,15 +235,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     # --- backward --------------------------------------------------------------------------------------------
 
+    def leaves(self, rank: int | None = None) -> range:
+        """The numbers, from 0, of the leaves of an update that are ``rank``'s (this one's), in the order in which it
+        runs them: neighbours in stages 0 and 1, every N-th of N ranks' in stages 2 and 3."""
+        return self._leaves_of_step().of_rank(self.member.rank if rank is None else rank)
+
+    def _leaves_of_step(self) -> Leaves:
+        return Leaves(self.member.ranks, self.accumulation, self.fixed_tree, self.stage >= 2)
+
     def _begin_step(self) -> None:
         self._leaf = 0  # backward passes that are through
         self._open = False  # whether one is under way
         self._next = 0  # the unit that is to end it next
         self._used: set[nn.Parameter] = set()
-        leaves = Leaves(self.member.ranks, self.accumulation, self.fixed_tree, self.stage >= 2)
+        leaves = self._leaves_of_step()
         if not self._gradients or leaves != self._leaves:
             self._leaves = leaves
-            self._gradients = [UnitGradients(unit, leaves) for unit in self.units]
+            messages: list[Message] = []
+            self._gradients = [UnitGradients(unit, leaves, messages) for unit in self.units]
 
     def _arrived(self, p: nn.Parameter) -> None:
         """Called by autograd with a parameter's gradient of this leaf in place."""
@@ -272,6 +282,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def _end_unit(self) -> None:
         self._gradients[self._next].end_leaf(self._leaf)
+        if self._weights is not None:
+            self._weights.has_gradients(self.units[self._next])
         self._next += 1
 
     def _end_leaf(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,18 @@ from gptcore.dist.group import Member
 from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.slices import row_block
+
+
+def as_gradients_come(parameters: Sequence[nn.Parameter], module: nn.Module | None) -> list[nn.Parameter]:
+    """About in the order in which backward makes their gradients: the reverse of the module's, or of the given one.
+
+    Groups of an optimizer mix what lies far apart: a unit of the first and the last layer would be complete, and sent,
+    only when backward is over.
+    """
+    if module is None:
+        return list(reversed(parameters))
+    place = {p: i for i, p in enumerate(module.parameters())}
+    return sorted(parameters, key=lambda p: place.get(p, len(place)), reverse=True)
 
 
 def units_of(

@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 
 from gptcore.data.permutation import derive
-from gptcore.dist import Member
 from gptcore.errors import UserError
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches, Samples
@@ -27,20 +26,19 @@ def count(config: TrainConfig, step: int) -> int:
     return sequences // config.grain
 
 
-def of_rank(config: TrainConfig, step: int, member: Member) -> range:
-    """The numbers of the leaves that a rank has of an update, from 0.
+def of_each_rank(config: TrainConfig, step: int, ranks: int) -> int:
+    """How many leaves of an update a rank has.
 
     Raises:
         UserError: the ranks do not divide the leaves.
     """
     leaves = count(config, step)
-    if leaves % member.ranks:
+    if leaves % ranks:
         raise UserError(
-            f"update {step + 1} has {leaves} leaves of {config.grain} sequences, which {member.ranks} processes do not "
+            f"update {step + 1} has {leaves} leaves of {config.grain} sequences, which {ranks} processes do not "
             "divide; change data.accumulate, parallel.grain or the number of processes"
         )
-    each = leaves // member.ranks
-    return range(member.rank * each, (member.rank + 1) * each)
+    return leaves // ranks
 
 
 def batch_of(loader: Batches, config: TrainConfig, step: int, leaf: int) -> Any:

@@ -1,7 +1,7 @@
 """How many gradients are alive at once where those of leaves are summed in a fixed binary tree.
 
-Leaf i is node (0, i); two siblings are added as soon as both are there. Each rank has ``each`` leaves, one after the
-other in number, and runs them in order.
+Leaf i is node (0, i); two siblings are added as soon as both are there. Each rank has ``each`` leaves, which it runs in
+order: in stages 0 and 1 neighbours, of which it makes sums itself, from stage 2 on every ``ranks``-th.
 """
 
 from __future__ import annotations
@@ -28,17 +28,24 @@ def places_on_a_rank(ranks: int, each: int) -> Places:
     return max(of_ranks, key=lambda places: places.sums + places.more)
 
 
+class Live(NamedTuple):
+    """Sums of all ranks' leaves at once: ``waiting`` while a leaf's backward pass begins, ``most`` when one is over."""
+
+    waiting: int
+    most: int
+
+
 @functools.lru_cache(maxsize=256)
-def live_in_owners(ranks: int, each: int) -> int:
-    """The most sums of all ranks' leaves, of which each owner has its slice, where the ranks run in step and send
-    leaves as they come: when all have sent one."""
+def live_in_owners(ranks: int, each: int) -> Live:
+    """Of which each owner has its slice where leaf ``turn ranks + rank`` is sent when it is there: in a row, the next
+    one of every rank, so that at most ceil(log2 leaves) + 1 wait."""
     nodes = _Nodes()
-    most = 0
+    counts = [0]
     for turn in range(each):
         for rank in range(ranks):
-            nodes.add(rank * each + turn)
-        most = max(most, len(nodes))
-    return most
+            nodes.add(turn * ranks + rank)
+        counts.append(len(nodes))
+    return Live(max(counts[:-1]), max(counts))
 
 
 @functools.lru_cache(maxsize=256)

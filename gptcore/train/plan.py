@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from gptcore.errors import UserError
 from gptcore.models.activations import CHECKPOINTING, Moment
-from gptcore.train import partial_sums
+from gptcore.train import in_flight, partial_sums
 from gptcore.train.planned_run import OFFLOAD, Run
 
 STAGES = (0, 1, 2, 3)
@@ -113,22 +113,21 @@ def memory(run: Run, ranks: int, stage: int) -> Memory:
         _gradients(run, ranks, each, stage),
         run.activations,
     )
-    buckets = _buckets(run, ranks, each, stage)
-    moments = _moments(run, gradients)
+    moments = _moments(run, gradients, stage)
+    buckets = [in_flight.bytes_at(run, ranks, each, stage, moment) for moment in moments]
     growing = round(gradients.growing * run.parameters)
     lines = Memory(
         weights=resident.weights, gathered=resident.gathered, masters=resident.masters, moments=resident.moments,
         gradient=gradients.leaf + growing * (stage < 2), partial_sums=gradients.partial + growing * (stage >= 2),
-        summed=gradients.summed, buckets=buckets, activations=act.kept + act.again,
+        summed=gradients.summed, buckets=max(buckets), activations=act.kept + act.again,
         backward=max(0, max(moment.bytes for moment in moments) - act.kept - act.again),
         workspace=act.workspace, not_at_once=0, host=resident.host,
     )  # fmt: skip
     always = sum(resident) - resident.host + gradients.leaf + gradients.partial + act.workspace
+    made = [m.parameters if stage < 2 else in_flight.arrived(run, stage, m) for m in moments]
     passing = max(
-        moment.bytes
-        + round(gradients.growing * moment.parameters)
-        + (buckets if each > 1 or stage == 3 else min(buckets, _sent_by_then(run, moment)))
-        for moment in moments
+        moment.bytes + round(gradients.growing * parameters) + on_their_way
+        for moment, parameters, on_their_way in zip(moments, made, buckets, strict=True)
     )
     return lines._replace(not_at_once=always + max(passing, growing + gradients.summed) - lines.total)
 
@@ -148,11 +147,10 @@ def _resident(run: Run, ranks: int, stage: int) -> _Resident:
 
 def _gradients(run: Run, ranks: int, each: int, stage: int) -> _Gradients:
     e, n, own = run.element_bytes, run.parameters, 4 * _share(run.parameters, ranks)
-    if stage >= 2 and each == 1:
-        return _Gradients(0, 0, 4 / ranks, 0)
     if stage >= 2:
-        live = partial_sums.live_in_owners(ranks, each) if run.fixed_tree else 1
-        return _Gradients(0, live * own, 0, 0)
+        one_sum = partial_sums.Live(int(each > 1), 1)
+        sums = partial_sums.live_in_owners(ranks, each) if run.fixed_tree else one_sum
+        return _Gradients(0, sums.waiting * own, 4 * (sums.most - sums.waiting) / ranks, 0)
     if ranks > 1:
         summed = 4 * n if stage == 0 else own
         if each == 1:  # as it was made
@@ -167,34 +165,16 @@ def _gradients(run: Run, ranks: int, each: int, stage: int) -> _Gradients:
     return _Gradients(4 * n, 0, 0, 0) if e == 4 else _Gradients(0, 4 * n, e, 0)
 
 
-def _buckets(run: Run, ranks: int, each: int, stage: int) -> int:
-    """Two exchanges are under way at a time. They arrive in buffers of their own; what is sent has one of its own from
-    stage 2 on, where one more is being filled, as before that for a leaf that finds no place."""
-    bucket = run.largest_block if stage == 3 else min(run.parameters, run.bucket)
-    if stage >= 2:
-        return 5 * bucket * run.element_bytes
-    filled = run.fixed_tree and partial_sums.places_on_a_rank(ranks, each).more
-    arriving = 2 * (run.element_bytes if each == 1 else 4) if ranks > 1 else 0
-    return bucket * (arriving + 4 * filled)
-
-
-def _sent_by_then(run: Run, moment: Moment) -> int:
-    """Most that is in buckets where no leaf before has left any: all that has been made, sent and received, but the
-    head's gradient, whose bucket waits for the embedding's. (In stage 3 a block goes as soon as backward is through it,
-    when activations have hardly fallen.)"""
-    return 2 * run.element_bytes * (moment.parameters - run.activations.moments[0].parameters)
-
-
-def _moments(run: Run, gradients: _Gradients) -> list[Moment]:
+def _moments(run: Run, gradients: _Gradients, stage: int) -> list[Moment]:
     """Of a backward pass, with the gradients of weights that wait for their place elsewhere: a parameter's goes there
-    as soon as it is made, but a tied head's waits for the embedding's."""
-    moments = list(run.activations.moments)
-    if gradients.growing >= run.element_bytes:  # they are in their place
+    as soon as it is made, but a tied head's waits for the embedding's, in stage 3 any for what is outside blocks."""
+    moments = list(in_flight.moments(run, stage))
+    if stage < 2 and gradients.growing >= run.element_bytes:  # they are in their place
         return moments
     waiting = run.element_bytes * moments[0].parameters
     return [
         moment._replace(bytes=moment.bytes + waiting)
-        if run.model.tied_head or moment.name == "loss"
+        if run.model.tied_head or stage == 3 or moment.name == "loss"
         else moment
         for moment in moments
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gptcore.optim import LossScaler, ZeroOptimizer
 from gptcore.train import strategies
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches, tensors_of
-from gptcore.train.leaves import batch_of, of_rank, seed
+from gptcore.train.leaves import batch_of, of_each_rank, seed
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.sharding import Optimizer
 
@@ -66,12 +66,11 @@ def update(
     """
     member = strategies.place_of(model, optimizer)
     batch = step if batch is None else batch
-    leaves = of_rank(config, batch, member)
+    of_ranks = _leaves(optimizer, of_each_rank(config, batch, member.ranks), member.ranks)
+    leaves = of_ranks[member.rank]
     lr = config.learning_rate(step) if lr is None else lr
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if isinstance(optimizer, ZeroOptimizer):
-        optimizer.accumulation = len(leaves)
     model.train()
     optimizer.zero_grad()
     own = []
@@ -90,8 +89,7 @@ def update(
         own.append(weight * float(out.loss.detach()))
     # What is drawn between updates does not depend on who had which leaf.
     seed(config, step, len(leaves) * member.ranks)
-    losses = gather_numbers(own, member)
-    loss = sum(losses) / len(losses)
+    loss = _mean_in_order(of_ranks, gather_numbers(own, member))
     where = f"at step {step + 1} (learning rate {lr:.3g}); {_ADVICE}"
     if not math.isfinite(loss):
         optimizer.zero_grad()
@@ -108,6 +106,20 @@ def update(
     if what is not None:
         raise NonFiniteError(f"{what} {where}", loss, optimizer.last_grad_norm)
     return loss
+
+
+def _leaves(optimizer: Optimizer, each: int, ranks: int) -> list[range]:
+    """The numbers of every rank's leaves: neighbours, unless the optimizer wants them otherwise."""
+    if not isinstance(optimizer, ZeroOptimizer):
+        return [range(rank * each, (rank + 1) * each) for rank in range(ranks)]
+    optimizer.accumulation = each
+    return [optimizer.leaves(rank) for rank in range(ranks)]
+
+
+def _mean_in_order(of_ranks: Sequence[range], losses: Sequence[float]) -> float:
+    """Of the ranks' losses, rank by rank, in the order of their leaves' numbers: the same bits whoever had which."""
+    numbers = (leaf for of_rank in of_ranks for leaf in of_rank)
+    return sum(loss for _, loss in sorted(zip(numbers, losses, strict=True))) / len(losses)
 
 
 def _forward(config: TrainConfig, model: torch.nn.Module, batch: Any) -> Any:

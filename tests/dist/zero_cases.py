@@ -62,11 +62,10 @@ def train(
     model: nn.Module, optimizer: ZeroOptimizer, tokens: Tensor, loss: Callable[..., Tensor] = loss_of
 ) -> None:
     """Every update's leaves that are this rank's."""
-    member, each = optimizer.member, optimizer.accumulation
     for update in tokens:
-        for leaf in range(member.rank * each, (member.rank + 1) * each):
+        for leaf in optimizer.leaves():
             loss(model, update[leaf]).backward()
-        optimizer.step(grad_scale=each)
+        optimizer.step(grad_scale=optimizer.accumulation)
         optimizer.zero_grad()
 
 
@@ -174,7 +173,7 @@ def uneven(world: World) -> None:
             module=model, group=group, accumulation=each, bucket=60, **options,
         )  # fmt: skip
         for number, update in enumerate(inputs):
-            for leaf in range(optimizer.member.rank * each, (optimizer.member.rank + 1) * each):
+            for leaf in optimizer.leaves():
                 model(update[leaf], uses=number % 2 == 0 and leaf == 1).backward()
             optimizer.step(grad_scale=each)
         return weights_of(model, optimizer)
@@ -243,16 +242,50 @@ def bytes_held(world: World) -> None:
 
 
 def loose_order(world: World) -> None:
-    """Without the fixed tree the same but for rounding."""
+    """Without the fixed tree the same but for rounding; from stage 2 on what one process without it has."""
     make = OPTIMIZERS["sgd"]
-    expected = weights_of(*trained(make, alone(world), 3 * world.ranks, torch.float32, 4))
-    for stage in (1, 2):
+    settings = (make, alone(world), 3 * world.ranks, torch.float32, 4)
+    in_a_row = weights_of(*trained(*settings, fixed_tree=False))
+    expected = weights_of(*trained(*settings))
+    for stage in (1, 2, 3):
         got = weights_of(
             *trained(make, world.group, 3 * world.ranks, torch.float32, 4, stage=stage, fixed_tree=False)
         )
+        if stage > 1:
+            same(got, in_a_row)
         for name, value in expected.items():
             # Sums of at most 12 numbers, each update's off by 12 roundings of a gradient of order 1, times lr.
             assert (got[name] - value).abs().max() <= 4 * 12 * 2**-24 * 0.1 * 10, name
+
+
+def under_way(world: World) -> None:
+    """From stage 2 on at most two messages, few partial sums, and in stage 3 the weights of two blocks."""
+    each = 4
+    for stage in (2, 3):
+        model = GPT(CONFIG.merged({"num_layers": 5}), seed=3)
+        optimizer = ZeroOptimizer(
+            AdamW(decay_groups(model, 0.1)), stage=stage, module=model, group=world.group, accumulation=each,
+            bucket=3000,
+        )  # fmt: skip
+        assert len(optimizer.units) > 4
+        messages, sums, blocks = [0], [0], [0]
+        of_blocks = [unit for unit in optimizer.units if optimizer.stage == 3 and unit.freed]
+
+        def look(p: nn.Parameter, seen: Any = (optimizer, of_blocks, messages, sums, blocks)) -> None:
+            optimizer, of_blocks, messages, sums, blocks = seen
+            gradients = optimizer._gradients
+            messages.append(len(gradients[0]._messages))
+            sums.append(max(len(g._owned) for g in gradients))
+            blocks.append(sum(not unit.freed for unit in of_blocks))
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(look)
+        for leaf in optimizer.leaves():
+            loss_of(model, batches(each * world.ranks, 1)[0][leaf]).backward()
+        optimizer.step(grad_scale=each)
+        # Leaves come in the order of their numbers: after 2 N of 4 N one sum, after 3 N two.
+        assert (max(messages), max(sums)) == (2, 2)
+        assert stage == 2 or max(blocks) <= 2 + len(optimizer._weights.root)
 
 
 def mistakes(world: World) -> None:
@@ -293,5 +326,6 @@ CASES: dict[str, Callable[[World], None]] = {
     "infinite_on_one_rank": infinite_on_one_rank,
     "bytes_held": bytes_held,
     "loose_order": loose_order,
+    "under_way": under_way,
     "mistakes": mistakes,
 }

@@ -82,8 +82,15 @@ def test_live_sums_are_bounded_by_the_depth_of_the_tree(ranks_log: int, each_log
 @given(st.integers(1, 9), st.integers(1, 40))
 def test_subtrees_that_a_rank_sends_are_few(ranks: int, each: int):
     assert partial_sums.sent_by_a_rank(ranks, each) <= max(1, 2 * math.floor(math.log2(each)))
-    if each % 2:
-        assert partial_sums.live_in_owners(ranks, each) >= partial_sums.sent_by_a_rank(ranks, each)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_sums_in_owners_are_few_where_leaves_are_handed_out_in_turn(ranks: int, each: int):
+    live = partial_sums.live_in_owners(ranks, each)
+    # what is there after k turns are the ones of k * ranks in binary
+    counts = [(turn * ranks).bit_count() for turn in range(each + 1)]
+    assert live == (max(counts[:-1]), max(counts))
+    assert live.most <= math.ceil(math.log2(ranks * each)) + 1
 
 
 def test_sums_that_are_alive_counted_by_hand():
@@ -92,9 +99,11 @@ def test_sums_that_are_alive_counted_by_hand():
     assert partial_sums.sent_by_a_rank(2, 3) == 2
     # of 8 leaves in a row: the sums of 4 and of 2, and the seventh, when the eighth comes
     assert partial_sums.places_on_a_rank(1, 8) == (3, True)
-    # four ranks with two leaves each: no two first leaves are siblings
-    assert partial_sums.live_in_owners(4, 2) == 4
-    assert partial_sums.live_in_owners(4, 1) == 1
+    # four ranks with four leaves each: 0 to 3 come first and are one sum; after 8 to 11 there are two
+    assert partial_sums.live_in_owners(4, 4) == (2, 2)
+    assert partial_sums.live_in_owners(4, 1) == (0, 1)
+    # three ranks: 0 and 1 are siblings, 2 waits
+    assert partial_sums.live_in_owners(3, 1) == (0, 2)
 
 
 def test_partial_sums_are_four_bytes_a_parameter_each():
@@ -105,7 +114,7 @@ def test_partial_sums_are_four_bytes_a_parameter_each():
     assert (alone.gradient, alone.partial_sums) == (2 * n, 0)
     owners = memory(run, 8, 2)
     assert owners.gradient == 0
-    assert owners.partial_sums == pytest.approx(8 * 3 * 4 * n / 8, rel=1e-5)
+    assert owners.partial_sums == pytest.approx(3 * 4 * n / 8, rel=1e-5)  # of 7 turns of 8
     assert memory(replace(run, fixed_tree=False), 8, 2).partial_sums == pytest.approx(4 * n / 8, rel=1e-5)
 
 
