@@ -70,6 +70,7 @@ class Collector:
             self.actor, [self.prompts.ids[place] for place in places], max_new_tokens=spec.max_new_tokens,
             params=spec.sampling(self.seed), stop_tokens=self.stop_tokens, num_samples=spec.samples,
             sequences=(iteration * spec.episodes + np.arange(spec.episodes)).tolist(), vocab_size=self.vocab_size,
+            batch_size=min(spec.sampling_batch, spec.episodes),
         )  # fmt: skip
         answers = self.prompts.answers(rollouts, np.repeat(places, spec.samples).tolist())
         scores = rewarded(self.reward, answers)

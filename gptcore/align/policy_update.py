@@ -26,6 +26,30 @@ from gptcore.train.evaluation import Batches, tensors_of
 from gptcore.train.step import NonFiniteError
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some of an iteration's responses as a model takes them, and where their tokens stand in the experience."""
+
+    experience: Experience
+    batch: policy.Packed
+    places: Tensor
+    bounds: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, experience: Experience, rows: NDArray[np.int64], device: torch.device) -> _Part:
+        rollouts = experience.rollouts.select(rows)
+        places = torch.from_numpy(experience.rollouts.response_places_of(rows))
+        bounds = torch.from_numpy(rollouts.response_offsets.astype(np.int32)).to(device)
+        mask = torch.ones(len(places), dtype=torch.bool, device=device)
+        return cls(experience, policy.packed(rollouts, device), places, bounds, mask)
+
+    def take(self, values: Tensor | None) -> Tensor:
+        """Those of these tokens, of (R,) numbers of all."""
+        assert values is not None
+        return values[self.places].to(self.bounds.device)
+
+
 @dataclass
 class Learner:
     """Updates actor and critic. ``updates`` counts them over the run, which is also the place in ``pretraining``."""
@@ -112,48 +136,46 @@ class Learner:
         self, experience: Experience, rows: NDArray[np.int64], total: float, tokens: int, beta: float
     ) -> tuple[Tensor, dict[str, float]]:
         """A micro-batch's part of the minibatch's loss, and of its diagnostics."""
-        spec, rollouts = self.spec, experience.rollouts.select(rows)
-        device = next(self.actor.parameters()).device
-        batch = policy.packed(rollouts, device)
-        places = torch.from_numpy(experience.rollouts.response_places_of(rows))
-        bounds = torch.from_numpy(rollouts.response_offsets.astype(np.int32)).to(device)
-        mask = torch.ones(len(places), dtype=torch.bool, device=device)
-        out = policy.scores(self.actor, batch, temperature=spec.temperature, vocab_size=self.vocab_size)
-
-        def of(values: Tensor | None) -> Tensor:
-            assert values is not None
-            return values[places].to(device)
-
-        how: dict[str, Any] = {"aggregation": spec.aggregation, "cu_seqlens": bounds, "total": total}
-        how["length"] = spec.max_new_tokens
-        got = policy_gradient.ppo(
-            out.logprobs, of(experience.old_logprobs), of(experience.advantages), mask, clip=spec.clip,
-            clip_high=spec.clip_high, dual_clip=spec.dual_clip, level=spec.ratio, **how,
-        )  # fmt: skip
-        loss, share = got.loss, len(places) / tokens
-        if spec.kl_in == "loss" and beta and experience.ref_logprobs is not None:
-            penalty = kl.estimate(spec.kl_estimator, out.logprobs, of(experience.ref_logprobs))
-            loss = loss + beta * aggregation.aggregate(penalty, mask, **how)
-        seen = {
-            "policy_loss": float(got.loss.detach()),
-            "clip_share": float(got.clip_share) * share,
-            "ratio": float(got.ratio) * share,
-            "approx_kl": float(got.approx_kl) * share,
-        }
+        spec, part = self.spec, _Part.of(experience, rows, next(self.actor.parameters()).device)
+        out = policy.scores(self.actor, part.batch, temperature=spec.temperature, vocab_size=self.vocab_size)
+        loss, seen = self._policy_loss(part, out.logprobs, total, beta)
+        means = {"clip_share", "ratio", "approx_kl", "value_clip_share", "explained_variance"}
         if self.critic is not None:
-            values = self.critic.values(batch, out.hidden)
+            values = self.critic.values(part.batch, out.hidden)
             error = value_loss(
-                values, of(experience.returns), mask, old_values=of(experience.values), clip=spec.value_clip,
-                total=float(tokens),
+                values, part.take(experience.returns), part.mask, old_values=part.take(experience.values),
+                clip=spec.value_clip, total=float(tokens),
             )  # fmt: skip
             loss = loss + spec.value_coefficient * error.loss
             seen |= {
-                "value_loss": float(error.loss.detach()),
-                "value_clip_share": float(error.clip_share) * share,
-                "explained_variance": float(error.explained_variance) * share,
-            }
-        seen["loss"] = float(loss.detach())
-        return loss, seen
+                "value_loss": error.loss, "value_clip_share": error.clip_share,
+                "explained_variance": error.explained_variance,
+            }  # fmt: skip
+        share = len(part.places) / tokens  # of what is a mean over the micro-batch, not a part of a sum
+        found = {
+            name: float(value.detach()) * (share if name in means else 1.0) for name, value in seen.items()
+        }
+        return loss, {**found, "loss": float(loss.detach())}
+
+    def _policy_loss(
+        self, part: _Part, logprobs: Tensor, total: float, beta: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        spec, experience = self.spec, part.experience
+        how: dict[str, Any] = {
+            "aggregation": spec.aggregation, "cu_seqlens": part.bounds, "total": total,
+            "length": spec.max_new_tokens,
+        }  # fmt: skip
+        got = policy_gradient.ppo(
+            logprobs, part.take(experience.old_logprobs), part.take(experience.advantages), part.mask,
+            clip=spec.clip, clip_high=spec.clip_high, dual_clip=spec.dual_clip, level=spec.ratio, **how,
+        )  # fmt: skip
+        seen = {
+            "policy_loss": got.loss, "clip_share": got.clip_share, "ratio": got.ratio, "approx_kl": got.approx_kl,
+        }  # fmt: skip
+        if spec.kl_in != "loss" or not beta or experience.ref_logprobs is None:
+            return got.loss, seen
+        penalty = kl.estimate(spec.kl_estimator, logprobs, part.take(experience.ref_logprobs))
+        return got.loss + beta * aggregation.aggregate(penalty, part.mask, **how), seen
 
     def _remember(self, index: int) -> None:
         """PPO-ptx: gamma times the gradient of the loss on a batch of pretraining text."""

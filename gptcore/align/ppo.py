@@ -129,8 +129,9 @@ def run(
     )  # fmt: skip
     torch.manual_seed(config.seed)
     with RunDirectory(config.run_dir) as directory:
+        identity = state.identity(config, actor, None, tokenizer)
         settings = {**config.to_dict(), spec.section: spec.to_dict()}
-        identity = {"model": actor.config.to_dict(), "tokenizer": tokenizer.fingerprint, "config": settings}
+        identity["config"] = settings
         now = _Run(config, spec, collector, pupil, directory, identity, evaluate, quiet, beta=spec.beta)
         checkpoint.clean(directory.checkpoints)
         resumed = _resume(now, resume)

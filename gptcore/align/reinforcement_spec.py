@@ -54,8 +54,9 @@ class PPOSpec(Spec):
     (InstructGPT: 27.8), over ``pretraining_batches`` batches an update. ``ema_decay`` keeps an average of the weights.
     ``trust_region`` (nats a token) replaces the optimizer by TRPO's step.
 
-    ``micro_tokens`` bounds the tokens of a forward pass and changes no result. ``sample_every`` iterations
-    ``samples_shown`` answers are shown.
+    ``micro_tokens`` bounds the tokens of a forward pass of learning, ``sampling_batch`` the responses that are sampled
+    at a time, and with them the cache; neither changes a result. Every ``sample_every`` iterations ``samples_shown``
+    answers are shown.
     """
 
     section: ClassVar[str] = "ppo"
@@ -99,6 +100,7 @@ class PPOSpec(Spec):
     ema_decay: float | None = None
     trust_region: float | None = None
     micro_tokens: int = 4096
+    sampling_batch: int = 512
     sample_every: int = 10
     samples_shown: int = 2
 
@@ -107,7 +109,7 @@ class PPOSpec(Spec):
         at_least(
             where, 1, episodes=self.episodes, samples=self.samples, minibatch=self.minibatch, epochs=self.epochs,
             max_new_tokens=self.max_new_tokens, pretraining_batches=self.pretraining_batches,
-            micro_tokens=self.micro_tokens, samples_shown=self.samples_shown,
+            micro_tokens=self.micro_tokens, sampling_batch=self.sampling_batch, samples_shown=self.samples_shown,
         )  # fmt: skip
         at_least(
             where, 0, overlong_buffer=self.overlong_buffer, overlong_penalty=self.overlong_penalty, beta=self.beta,

@@ -95,6 +95,11 @@ def _train(
 
         backend.set_num_threads(config.threads)
     chat = _chat(tokenizer, table["start"], asked.template)
+    if chat.tokenizer.vocab_size > actor.config.vocab_size:
+        raise UserError(
+            f"tasks.template: {asked.template} needs tokens that the model has not; fine-tune it with it first, with "
+            "'gptcore sft'"
+        )
     source = task_sources.tasks_of(asked, config.seed)
     room = actor.config.context_length - spec.max_new_tokens + 1
     prompts = Prompts(source.train, chat, room=room, seed=config.seed)

@@ -152,12 +152,13 @@ class KVCache:
             device=keys.device,
             block_size=first.block_size,
         )
-        if all(cache is first for cache, _ in sequences):  # one indexed copy a layer, however many rows
-            rows = torch.tensor([row for _, row in sequences], device=keys.device)
-            _copy(first._storage, wide._storage, rows, 0, first.length)
-        else:
-            for row, (cache, source_row) in enumerate(sequences):
-                _copy(cache._storage, wide._storage, slice(source_row, source_row + 1), row, first.length)
+        sources: dict[int, tuple[KVCache, list[int], list[int]]] = {}
+        for row, (cache, source_row) in enumerate(sequences):
+            _, rows, targets = sources.setdefault(id(cache), (cache, [], []))
+            rows.append(source_row)
+            targets.append(row)
+        for cache, rows, targets in sources.values():
+            _gather(cache._storage, wide._storage, rows, targets, first.length)
         wide._length = first.length
         return wide
 
@@ -199,7 +200,15 @@ class KVCache:
             self._storage.writer = weakref.ref(self)
 
 
-def _copy(source: _Storage, target: _Storage, rows: slice | Tensor, row: int, length: int) -> None:
+def _gather(source: _Storage, target: _Storage, rows: list[int], targets: list[int], length: int) -> None:
+    """Copy the first ``length`` tokens of ``rows``, in every layer, to the rows ``targets`` of ``target``."""
+    device = source.keys[0].device
+    chosen, places = torch.tensor(rows, device=device), torch.tensor(targets, device=device)
+    for old, new in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
+        new[:, :length].index_copy_(0, places, old[:, :length].index_select(0, chosen))
+
+
+def _copy(source: _Storage, target: _Storage, rows: slice, row: int, length: int) -> None:
     """Copy the first ``length`` tokens of ``rows``, in every layer, to ``target`` from ``row`` on."""
     for old, new in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
         part = old[rows, :length]

@@ -4,8 +4,11 @@ The model, the KV cache and the arithmetic of sampling are those of :func:`gptco
 length share a cache; rows that have finished leave it. What is kept is O(B·T), and O(B·T·k) where sampling was
 truncated, never O(B·T·V).
 
-A sequence gets the same tokens and numbers whatever it is batched with: its random numbers belong to (seed, sequence,
-position), and no forward has fewer than ``_FEWEST_ROWS`` rows, below which matrix products sum in another order.
+A sequence gets the same tokens and numbers whatever it is batched with. Its random numbers belong to (seed, sequence,
+position). Matrix products of more than ``SMALL`` rows sum in another order than those of fewer, so every product is
+always of the one kind or of the other: in prefill the layers' of more and the head's of fewer, unless prompts are of
+one token, where all are of more; in decoding those of more where ``batch_size`` allows for them, or else of fewer.
+Batches that lack rows are filled up.
 """
 
 from __future__ import annotations
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Kept", "Rollouts", "rollout"]
 
-_FEWEST_ROWS = SMALL + 1
-
 
 def rollout(
     model: GPT,
@@ -58,7 +59,8 @@ def rollout(
         num_samples: responses to each prompt, which share its prefill; those of a prompt stand together in the result.
         sequences: the number of each response, which its random numbers belong to; default its place in the result.
         vocab_size: tokens that may be sampled, from 0 on; default the model's.
-        batch_size: responses under way at a time, which bounds the cache.
+        batch_size: responses under way at a time, which bounds the cache. At most 64 spares few responses of a large
+            model the filling up to 65; the last bits of the numbers are others then.
 
     Returns:
         :class:`Rollouts`, in the order of ``prompts``.
@@ -74,7 +76,8 @@ def rollout(
     numbers = np.arange(count) if sequences is None else np.asarray(sequences, dtype=np.int64)
     if numbers.shape != (count,):
         raise UserError(f"sequences has {len(numbers)} numbers, expected {count}, one for each response")
-    run = _Run(model, params, max_new_tokens, frozenset(stop_tokens), vocab, numbers)
+    fewest = SMALL + 1 if batch_size > SMALL else 1
+    run = _Run(model, params, max_new_tokens, frozenset(stop_tokens), vocab, numbers, fewest)
     with inference(model):
         for group in _groups(ids, num_samples, batch_size):
             run.group(ids, group, num_samples)
@@ -136,10 +139,11 @@ class _Run:
 
     def __init__(
         self, model: GPT, params: SamplingParams, new: int, stops: frozenset[int], vocab: int,
-        numbers: NDArray[np.int64],
+        numbers: NDArray[np.int64], fewest: int,
     ) -> None:  # fmt: skip
         self.model, self.params, self.new, self.vocab, self.numbers = model, params, new, vocab, numbers
         self.stops = np.array(sorted(stops), dtype=np.int64)
+        self.fewest = fewest  # rows of a step
         shape = (len(numbers), new)
         self.tokens = np.zeros(shape, np.int32)
         self.logprobs, self.entropies = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -169,16 +173,22 @@ class _Run:
     ) -> tuple[_Batch, Tensor]:
         """The batch of ``places`` and the logits (rows, V) of what follows; each prompt is run once."""
         prompts, row_of = np.unique(places // samples, return_inverse=True)
-        tokens = np.stack([ids[i] for i in _filled(prompts)]).astype(np.int64)
-        capacity = tokens.shape[1] + self.new - 1
-        cache = new_cache(self.model, len(tokens), capacity if samples == 1 else tokens.shape[1])
-        logits = self.model(torch.from_numpy(tokens).to(self._device), cache=cache)
-        self.timing.prefill_tokens += len(prompts) * tokens.shape[1]
-        rows = _filled(row_of)
-        if samples > 1:
-            cache = KVCache.gather([(cache, row) for row in rows.tolist()], capacity)
-            logits = logits[torch.from_numpy(rows).to(self._device)]
-        return _Batch(cache, _filled(places), np.arange(len(rows)) < len(places)), logits
+        length = len(ids[prompts[0]])
+        size = SMALL if length > 1 else len(prompts)
+        parts, caches = [], []
+        for first in range(0, len(prompts), size):
+            some = prompts[first : first + size]
+            tokens = np.stack([ids[i] for i in _filled(some, -(-(SMALL + 1) // length))]).astype(np.int64)
+            cache = new_cache(self.model, len(tokens), length)
+            logits = self.model(torch.from_numpy(tokens).to(self._device), cache=cache)
+            parts.append(logits[: len(some)])
+            caches += [(cache, row) for row in range(len(some))]
+        self.timing.prefill_tokens += len(prompts) * length
+        rows = _filled(row_of, self.fewest)
+        wide = KVCache.gather([caches[row] for row in rows], length + self.new - 1)
+        alive = np.arange(len(rows)) < len(places)
+        logits = torch.cat(parts)[torch.from_numpy(rows).to(self._device)]
+        return _Batch(wide, _filled(places, self.fewest), alive), logits
 
     def _sample(self, batch: _Batch, logits: Tensor, position: int) -> None:
         """The next token of each response that has not ended."""
@@ -202,7 +212,7 @@ class _Run:
 
     def _compact(self, batch: _Batch) -> None:
         """Drop the rows of finished responses once they are a quarter of the cache, whose copy a step or two repay."""
-        rows = _filled(np.flatnonzero(batch.alive))
+        rows = _filled(np.flatnonzero(batch.alive), self.fewest)
         if 4 * len(rows) <= 3 * len(batch.alive):
             living = int(batch.alive.sum())
             batch.cache = KVCache.gather([(batch.cache, row) for row in rows.tolist()])
@@ -214,7 +224,7 @@ class _Run:
         return next(self.model.parameters()).device
 
 
-def _filled(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``rows``, their first one repeated until they are ``_FEWEST_ROWS``."""
-    missing = max(0, _FEWEST_ROWS - len(rows))
+def _filled(rows: NDArray[np.int64], fewest: int) -> NDArray[np.int64]:
+    """``rows``, their first one repeated until they are ``fewest``."""
+    missing = max(0, fewest - len(rows))
     return np.concatenate([rows, np.repeat(rows[:1], missing)])

@@ -76,6 +76,12 @@ def test_a_sequence_does_not_depend_on_its_batch(params, dtype):
     assert all(same(whole, i, few, j) for j, i in enumerate(some))
     pieces = rollout(model, prompts, batch_size=66, **options)
     assert all(same(whole, i, pieces, i) for i in range(150))
+    small = rollout(model, prompts, batch_size=64, **options)
+    fewer = rollout(model, [prompts[i] for i in some], sequences=some, batch_size=3, **options)
+    assert all(same(small, i, fewer, j) for j, i in enumerate(some))
+    assert np.abs(small.select(some).logprobs[:4] - few.logprobs[:4]).max() <= (
+        1e-5 if dtype == torch.float32 else 0.1
+    )
 
 
 def test_samples_of_one_prompt_share_its_prefill_and_differ(model):
@@ -98,7 +104,8 @@ def test_finished_rows_leave_the_cache(model, monkeypatch):
     model_stops = rollout(
         model, [[5, 6]] * 300, max_new_tokens=30, params=SamplingParams(1.0, 0, 1.0, 0), stop_tokens=range(25),
     )  # fmt: skip
-    assert rows[0] == 300 and 65 <= rows[-1] <= 86  # fewer than 65 would change the bits of a product
+    assert rows[:6] == [64, 64, 64, 64, 44, 300]  # prompts, 64 at a time, and the first step
+    assert 65 <= rows[-1] <= 86  # fewer than 65 would change the bits of a product
     assert any(86 < n < 300 for n in rows)
     assert model_stops.response_lengths.max() <= 30
 
