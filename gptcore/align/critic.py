@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gptcore.align.policy import Packed, packed, token_batches
+from gptcore.align.reward_model import RewardModel
 from gptcore.infer import Rollouts
 from gptcore.models import GPT
 
@@ -33,6 +34,14 @@ class Critic(nn.Module):
             critic.weight.copy_(weight.reshape(-1))
             critic.bias.fill_(float(bias))
         return critic
+
+    @classmethod
+    def of_reward_model(cls, model: RewardModel) -> Critic:
+        """A critic that begins as ``model``, normalisation included (Ouyang et al. 2022, appendix C.4), which is its
+        trunk from then on."""
+        head, deviation = model.reward_head, model.score_std
+        bias = (head.bias.detach().float() - model.score_mean) / deviation
+        return cls.from_scalar_head(model, head.weight.detach().float() / deviation, float(bias))
 
     def values(self, batch: Packed, hidden: Tensor | None) -> Tensor:
         """(R,) f32: of the states in which the response tokens were chosen; ``hidden`` (N', C) is the actor's, of use

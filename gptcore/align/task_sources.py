@@ -31,8 +31,9 @@ class TasksSpec(Spec):
     ``truth``). ``held_out``: so many tasks are kept to measure on. ``reward`` and ``gold``, which is only logged:
     "task", the built-in task's own; "exact", 1 where the answer is the truth, white space at its ends aside;
     "FILE.py:FUNCTION" or "MODULE:FUNCTION", called with the task (``prompt``, ``truth``, ``extra``) and the answer's
-    text. ``template``: "none", "plain", "chatml", a Jinja file or a model's directory; default what the model was kept
-    with, or none.
+    text; the directory of a run of 'gptcore reward', for its model's score. ``critic``: such a directory too, as whose
+    model the critic begins. ``template``: "none", "plain", "chatml", a Jinja file or a model's directory; default what
+    the model was kept with, or none.
     """
 
     section: ClassVar[str] = "tasks"
@@ -41,6 +42,7 @@ class TasksSpec(Spec):
     held_out: int = 256
     reward: str | None = None
     gold: str | None = None
+    critic: str | None = None
     template: str | None = None
 
     def validate(self) -> None:

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 from gptcore.errors import UserError
 
 if TYPE_CHECKING:
+    from gptcore.align.answers import Reward
+    from gptcore.align.critic import Critic
     from gptcore.align.ppo import Result
     from gptcore.align.reinforcement_spec import PPOSpec
+    from gptcore.align.reward_model import RewardModel
+    from gptcore.align.task_sources import Source
     from gptcore.data.chat import Chat
     from gptcore.data.loader import Loader
+    from gptcore.data.vocabulary import Tokenizer
     from gptcore.models import GPT
     from gptcore.train import TrainConfig
 
@@ -28,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "tasks", nargs="*", metavar="TASKS", help="a built-in task, or files of prompts (JSONL, Parquet)"
     )
-    parser.add_argument("--reward", metavar="WHAT", help="task, exact, FILE.py:FUNCTION or MODULE:FUNCTION")
+    parser.add_argument("--reward", metavar="WHAT", help="task, exact, FILE.py:FUNCTION or a reward model")
     parser.add_argument("--gold", metavar="WHAT", help="a second judge, which is only logged")
     parser.add_argument("--reference", metavar="MODEL", help="what not to drift from (MODEL itself)")
     parser.add_argument(
@@ -103,8 +108,8 @@ def _train(
     source = task_sources.tasks_of(asked, config.seed)
     room = actor.config.context_length - spec.max_new_tokens + 1
     prompts = Prompts(source.train, chat, room=room, seed=config.seed)
-    reward = task_sources.reward_of(asked.reward, source)
-    gold = None if asked.gold is None else task_sources.reward_of(asked.gold, source, "tasks.gold")
+    reward = _judge(asked.reward, source, tokenizer, "tasks.reward")
+    gold = None if asked.gold is None else _judge(asked.gold, source, tokenizer, "tasks.gold")
     evaluate = None
     if source.held_out:
         kept = Prompts(source.held_out, chat, room=room)
@@ -116,7 +121,37 @@ def _train(
         config, spec, actor=actor, reference=_reference(args, table["start"], spec, config), prompts=prompts,
         reward=reward, gold=gold, evaluate=evaluate, quiet=args.quiet,
         pretraining=_pretraining(config, table, chat) if spec.pretraining_coefficient else None,
+        critic=None if asked.critic is None else _critic(asked.critic, tokenizer, spec, config),
     )  # fmt: skip
+
+
+def _judge(name: str | None, source: Source, tokenizer: Tokenizer, what: str) -> Reward:
+    """The reward that ``name`` means, a reward model's where it is a directory."""
+    from gptcore.align import task_sources
+    from gptcore.align.answers import by_model
+
+    if name is None or not Path(name).is_dir():
+        return task_sources.reward_of(name, source, what)
+    return by_model(_reward_model(name, tokenizer).scores)
+
+
+def _reward_model(path: str, tokenizer: Tokenizer) -> RewardModel:
+    """That of the run at ``path``, which must read the policy's tokens."""
+    from gptcore.align import reward_model
+    from gptcore.data import tokenizer as tokenizers
+
+    model, own = reward_model.load(path)
+    tokenizers.require_same(own.fingerprint, path, tokenizer.fingerprint, "the policy")
+    return model.eval()
+
+
+def _critic(path: str, tokenizer: Tokenizer, spec: PPOSpec, config: TrainConfig) -> Critic:
+    """A critic that begins as the reward model at ``path``."""
+    from gptcore.align.critic import Critic
+
+    if spec.estimator != "gae":
+        raise UserError(f"tasks.critic: {spec.estimator} has no critic; leave it out")
+    return Critic.of_reward_model(_reward_model(path, tokenizer)).to(config.device)
 
 
 def _chat(tokenizer: Any, start: str, template: str | None) -> Chat:

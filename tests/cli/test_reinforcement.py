@@ -98,3 +98,24 @@ def test_bad_input_is_one_sentence(tmp_path, trained, tasks, fails):
         "unknown task 'arithmetik'; did you mean 'arithmetic'"
     )
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_reward_model_judges_and_begins_the_critic(tmp_path, trained, tasks, works, fails):
+    rankings = tmp_path / "ranked.jsonl"
+    answers = [{"answer": "2", "rank": 1}, {"answer": "33", "rank": 2}]
+    rankings.write_text(
+        "".join(json.dumps({"prompt": f"{i}+1=", "answers": answers}) + "\n" for i in range(8))
+    )
+    works(
+        "reward", rankings, "--start", trained, "--out", tmp_path / "rm", "--steps", "2", "--template", "none",
+        "--quiet", "--set", "data.length=16", "--set", "data.batch=4",
+    )  # fmt: skip
+    words = [
+        "ppo", trained, tasks, "--config", settings(tmp_path, "ppo"), "--out", tmp_path / "rl", "--quiet",
+        "--reward", tmp_path / "rm", "--set", "tasks.held_out=3", "--steps", "1",
+    ]  # fmt: skip
+    works(*words, "--set", f"tasks.critic={tmp_path / 'rm'}")
+    line = next(line for line in read(tmp_path / "rl" / "metrics.jsonl") if line["kind"] == "train")
+    assert line["reward_std"] > 0.0 and line["value_loss"] > 0.0
+    no_judge = ["--set", f"tasks.critic={trained}", "--out", tmp_path / "x"]
+    assert "differs" in fails(*words, *no_judge)
