@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptcore.align.losses import reward as losses
 from gptcore.align.rankings import Ranked, batch_of
+from gptcore.checkpoint.huggingface import from_hf_classifier
 from gptcore.data.examples import Tokenised, lay_out
 from gptcore.data.vocabulary import Tokenizer
 from gptcore.errors import UserError
@@ -82,6 +83,19 @@ class RewardModel(GPT):
         made.centring, made.ties = centring, ties
         if made.head is not None:
             made.head.requires_grad_(False)
+        return made
+
+    @classmethod
+    def from_hf(cls, path: str | os.PathLike[str]) -> RewardModel:
+        """A Hugging Face model for sequence classification with one label, as reward models are published.
+
+        Raises:
+            UserError: as ``checkpoint.from_hf``, and for several labels.
+        """
+        model, score = from_hf_classifier(path)
+        made = cls.over(model)
+        with torch.no_grad():
+            made.reward_head.weight.copy_(score)
         return made
 
     def forward(  # type: ignore[override]

@@ -8,9 +8,16 @@ transformers itself is not needed. :func:`from_hf` reads what it, or the hub, ho
 from __future__ import annotations
 
 from gptcore.checkpoint.huggingface.configuration import FAMILIES, family_of, read_config, write_config
-from gptcore.checkpoint.huggingface.files import TOKENIZER_FILES, copy_tokenizer, directory_of, from_hf, to_hf
+from gptcore.checkpoint.huggingface.files import (
+    TOKENIZER_FILES,
+    copy_tokenizer,
+    directory_of,
+    from_hf,
+    from_hf_classifier,
+    to_hf,
+)
 
 __all__ = [
-    "FAMILIES", "TOKENIZER_FILES", "copy_tokenizer", "directory_of", "family_of", "from_hf", "read_config",
-    "to_hf", "write_config",
+    "FAMILIES", "TOKENIZER_FILES", "copy_tokenizer", "directory_of", "family_of", "from_hf", "from_hf_classifier",
+    "read_config", "to_hf", "write_config",
 ]  # fmt: skip

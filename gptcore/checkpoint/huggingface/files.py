@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 # The weights of a model in any of its forms, with their indices: what a new model must not meet.
 _WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_SCORE = "score.weight"  # of a model for sequence classification
 _SHARD_BYTES = 5 * 10**9
 
 
@@ -69,6 +71,36 @@ def from_hf(
     with _Weights(directory) as weights, torch.no_grad():
         _fill(model, family_of(hf), weights)
     return model.eval()
+
+
+def from_hf_classifier(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[GPT, Tensor]:
+    """The trunk of a ``...ForSequenceClassification`` of one label, and the (1, C) matrix that scores its last token.
+
+    As :func:`from_hf` otherwise; the words' head, which such a model has not, is the embedding.
+    """
+    from gptcore.models import GPT
+    from gptcore.torch_required import torch
+
+    directory = directory_of(path)
+    hf = {**language_part(_read_json(directory / "config.json")), "tie_word_embeddings": True}
+    model = GPT(read_config(hf), dtype=dtype or _dtype(hf), device="meta")
+    model.to_empty(device=device)
+    with _Weights(directory) as weights, torch.no_grad():
+        if _SCORE not in weights.names():
+            raise UserError(f"{directory}: holds no '{_SCORE}'; expected a model for sequence classification")
+        _fill(model, family_of(hf), weights, beside={_SCORE})
+        with weights.tensor(_SCORE) as tensor:
+            score = tensor.to(model.token_embedding.weight, copy=True)
+    if tuple(score.shape) != (1, model.config.width):
+        raise UserError(
+            f"'{_SCORE}' has shape {tuple(score.shape)}, expected (1, {model.config.width}): one label"
+        )
+    return model.eval(), score
 
 
 def to_hf(
@@ -245,10 +277,10 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
-def _fill(model: GPT, family: str, weights: _Weights) -> None:
-    """Copy every tensor to its place; refuse what is missing, misshapen or left over."""
+def _fill(model: GPT, family: str, weights: _Weights, beside: AbstractSet[str] = frozenset()) -> None:
+    """Copy every tensor to its place; refuse what is missing, misshapen or left over, but for ``beside``."""
     parameters = dict(model.named_parameters())
-    stored = _stored_names(family, weights.names())
+    stored = _stored_names(family, weights.names() - beside)
     used: set[str] = set()
     for piece in layout.pieces(family, model.config, parameters):
         for index, name in enumerate(piece.theirs):
