@@ -39,11 +39,11 @@ class RoadSpec(Spec):
     demonstrations: int = 4000
     noise: float = 0.45
     sft_steps: int = 700
-    ranked_prompts: int = 3000
+    ranked_prompts: int = 5000
     k: int = 6
     ranking_noise: float = 0.1
     reward_batch: int = 16
-    reward_steps: int = 400
+    reward_steps: int = 1200
     reward_lr: float = 1e-3
     ppo_iterations: int = 50
     episodes: int = 512
