@@ -71,7 +71,7 @@ def selected(rollouts: Rollouts, scores: NDArray[np.float64], spec: ExpertIterat
 
 
 class Imitator(Learner):
-    """Learns from experience by cloning its best answers."""
+    """Learns from experience by cloning its best answers; an average of the weights has one term a round."""
 
     def learn(self, experience: Experience, iteration: int, lr: float, beta: float) -> dict[str, float]:
         """Updates on the selected answers; none where no answer reaches the threshold."""
@@ -88,6 +88,8 @@ class Imitator(Learner):
             minibatch=spec.minibatch, seed=derive(self.seed, iteration), max_tokens=spec.micro_tokens,
         )  # fmt: skip
         self.updates += int(seen["updates"])
+        if self.average is not None:
+            self.average.update(self.actor)
         return {**seen, "kept_share": share, "kept_reward": float(experience.scores[rows].mean())}
 
 
