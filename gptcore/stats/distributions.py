@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from statistics import NormalDist
@@ -64,6 +65,7 @@ def student_two_sided(t: float, freedom: float) -> float:
     return beta_cdf(freedom / (freedom + t * t), freedom / 2, 0.5)
 
 
+@functools.lru_cache(maxsize=256)  # an interval asks for the same one again and again
 def student_quantile(p: float, freedom: float) -> float:
     """t with P(T <= t) = p."""
     share("student_quantile", "p", p)
