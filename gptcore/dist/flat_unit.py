@@ -83,9 +83,15 @@ class FlatUnit:
     # --- slices ----------------------------------------------------------------------------------------------
 
     def pieces(self, rank: int | None = None) -> list[Piece]:
-        """The parts of parameters in a rank's slice (this rank's; ``rank`` -1 is all of the unit), without padding."""
+        """The parts of parameters in a rank's slice (this rank's), without padding."""
         rank = self.member.rank if rank is None else rank
-        low, high = (0, self.numel) if rank < 0 else (self.bounds[rank], self.bounds[rank + 1])
+        return self._pieces(self.bounds[rank], self.bounds[rank + 1])
+
+    def all_pieces(self) -> list[Piece]:
+        """The parameters, without padding."""
+        return self._pieces(0, self.numel)
+
+    def _pieces(self, low: int, high: int) -> list[Piece]:
         found = []
         for number, (offset, p) in enumerate(zip(self.offsets, self.parameters, strict=True)):
             start, stop = max(low - offset, 0), min(high - offset, p.numel())

@@ -71,6 +71,12 @@ class TensorShard:
         """That of ``like`` with ``size`` things along the dimension that is cut."""
         return [*like.shape[: self.dim], size, *like.shape[self.dim + 1 :]]
 
+    @property
+    def is_first_with_its_own(self) -> bool:
+        """Whether no rank before this one has any of its pieces."""
+        before = {piece for pieces in self.pieces[: self.member.rank] for piece in pieces}
+        return before.isdisjoint(self.own)
+
     def counted_here(self, part: Tensor) -> list[Tensor]:
         """Views of what no rank before this one has too: over all ranks everything once."""
         elsewhere = {piece for pieces in self.pieces[: self.member.rank] for piece in pieces}

@@ -11,7 +11,7 @@ import torch
 from gptcore.errors import unknown_name
 from gptcore.optim.adafactor_phases import check_complete, drive, in_step
 from gptcore.optim.fused import Call, FusedOptimizer
-from gptcore.optim.slices import BlockSums, Whole
+from gptcore.optim.slices import BlockSums, StatePlace, Whole
 
 
 class Adafactor(FusedOptimizer):
@@ -133,6 +133,15 @@ class Adafactor(FusedOptimizer):
         if group.get("beta1") is not None and "exp_avg" not in state:
             state["exp_avg"] = _zeros(p, p.shape)
         return int(state["step"]) + 1
+
+    def state_place(self, key: str, shape: tuple[int, ...], start: int, stop: int) -> StatePlace:
+        """A number for each row; of the columns' all with every owner."""
+        if key == "row_var":
+            return StatePlace(start // shape[-1], stop // shape[-1], (*shape[:-1], 1), (-1, 1))
+        if key == "col_var":
+            whole = (*shape[:-2], 1, shape[-1])
+            return StatePlace(0, math.prod(whole), whole, whole, shared=True)
+        return super().state_place(key, shape, start, stop)
 
     def _update(
         self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from gptcore.optim.fused import Call, FusedOptimizer
-from gptcore.optim.slices import Whole
+from gptcore.optim.slices import StatePlace, Whole
 
 # Smaller tensors (biases, gains of norms) keep f32 moments: Dettmers et al. 2022 and bitsandbytes do so.
 _QUANTISED_FROM = 4096
@@ -97,6 +98,12 @@ class AdamW8bit(FusedOptimizer):
                     state[name] = torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
                     state[name + "_scale"] = torch.zeros(-(-p.numel() // _BLOCK), device=p.device)
         return 2 * (int(state["step"]) + 1) + small
+
+    def state_place(self, key: str, shape: tuple[int, ...], start: int, stop: int) -> StatePlace:
+        """One scale for each block of codes."""
+        if key.endswith("_scale"):
+            return StatePlace(start // _BLOCK, -(-stop // _BLOCK), (-(-math.prod(shape) // _BLOCK),))
+        return super().state_place(key, shape, start, stop)
 
     def _update(
         self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None

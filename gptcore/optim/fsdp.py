@@ -13,7 +13,7 @@ from gptcore.optim.adamw import Adam
 from gptcore.optim.fused import MASTERED, FusedOptimizer
 from gptcore.optim.sgd import SGD
 from gptcore.optim.slices import Whole
-from gptcore.optim.zero import Owned
+from gptcore.optim.zero_layout import Owned
 from gptcore.optim.zero_sums import norm_of_all
 
 if TYPE_CHECKING:

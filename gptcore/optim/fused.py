@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gptcore.optim.slices import Whole, whole_of
+from gptcore.optim.slices import StatePlace, Whole, whole_of
 
 # What is trained by an f32 master.
 MASTERED = (torch.bfloat16, torch.float16)
@@ -95,6 +95,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     ) -> tuple[float | None, bool]:
         """Run the kernel: the norm before clipping, and whether a gradient was not finite."""
         raise NotImplementedError
+
+    def state_place(self, key: str, shape: tuple[int, ...], start: int, stop: int) -> StatePlace:
+        """Where state ``key`` of elements ``start`` to ``stop - 1`` of a parameter of ``shape`` lies in that of all."""
+        if key == "step":
+            return StatePlace(0, 1, (), (), shared=True)
+        return StatePlace(start, stop, shape)
 
     # --- steps ---------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from gptcore.optim.fused import FusedOptimizer
+    from gptcore.optim.zero import ZeroOptimizer
 
 
 class LossScaler:
@@ -78,7 +79,7 @@ class LossScaler:
         """``loss`` times the scale."""
         return loss * self._scale
 
-    def step(self, optimizer: FusedOptimizer, *, micro_batches: int = 1) -> bool:
+    def step(self, optimizer: FusedOptimizer | ZeroOptimizer, *, micro_batches: int = 1) -> bool:
         """``optimizer.step`` on gradients of scaled losses summed over ``micro_batches``, and :meth:`update`; tells
         whether the update was applied."""
         optimizer.step(grad_scale=self._scale * micro_batches)

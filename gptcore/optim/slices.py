@@ -14,7 +14,7 @@ import torch
 
 from gptcore.ops.adafactor_blocks import row_block
 
-__all__ = ["BlockSums", "Whole", "join_blocks", "row_block", "whole_of"]
+__all__ = ["BlockSums", "StatePlace", "Whole", "join_blocks", "row_block", "whole_of"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,24 @@ def whole_of(p: torch.Tensor, number: int) -> Whole:
     """``p.whole``, or where it has none that of ``p`` itself, at this position of the optimizer's list."""
     whole: Whole | None = getattr(p, "whole", None)
     return Whole(p.numel(), tuple(p.shape), 0, number) if whole is None else whole
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """Where a state of some elements of a parameter belongs.
+
+    Args:
+        start, stop: in the state of the whole parameter, flattened.
+        shape: of the state of the whole parameter.
+        kept: in which the owner of those elements has its part.
+        shared: every owner of the parameter has all of it, the same.
+    """
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    kept: tuple[int, ...] = (-1,)
+    shared: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,45 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as c10d
 from torch import Tensor, nn
 
-from gptcore.dist.flat_unit import FlatUnit, Piece
-from gptcore.dist.gather_on_use import GatherOnUse, blocks_of
 from gptcore.dist.group import Member, agree, member_of
 from gptcore.dist.shard import sharded_parameters
-from gptcore.dist.unit_gradients import Leaves, Message, UnitGradients
+from gptcore.dist.unit_gradients import Leaves
+from gptcore.optim import zero_whole
 from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.fused import FusedOptimizer
-from gptcore.optim.slices import Whole
-from gptcore.optim.zero_layout import as_gradients_come, units_of
+from gptcore.optim.zero_backward import Backward
+from gptcore.optim.zero_layout import Layout, Owned
+from gptcore.optim.zero_offload import HostParts
 from gptcore.optim.zero_sums import norm_of_all, step_in_phases
-
-
-class _Place(NamedTuple):
-    """Where a parameter is: number ``number`` of unit ``unit``."""
-
-    unit: int
-    number: int
-
-
-class Owned(NamedTuple):
-    """Elements ``start`` to ``stop - 1`` of ``parameter``, flattened, which this rank answers for.
-
-    ``weights`` are those elements; ``part`` is the wrapped optimizer's parameter that they are in, whose first element
-    is number ``part_start`` of ``parameter``.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    start: int
-    stop: int
-    weights: Tensor
-    part: nn.Parameter
-    part_start: int
+from gptcore.optim.zero_tensor import CutGradients
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -73,7 +51,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     ``step`` divides gradients by the number of ranks, as ``DistributedDataParallel`` does, and by ``grad_scale``; so
     for a mean over ``accumulation`` leaves give that. Clipping is the optimizer's ``max_norm``: parameters have no
-    ``grad``, and ``torch.nn.utils.clip_grad_norm_`` would find nothing.
+    ``grad``, and ``torch.nn.utils.clip_grad_norm_`` would find nothing. Its norm is of all slices, those of other ranks
+    of a tensor group among them where ``module`` is cut by ``tensor_parallel``.
 
     Args:
         optimizer: one of ours that has not stepped yet; it goes on to work on this rank's slices.
@@ -87,6 +66,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
             their numbers, whatever the ranks; in stages 0 and 1 a rank's leaves, then the ranks' sums, so that the bits
             depend on the number of ranks.
         bucket: elements of gradient that are sent together, about.
+        offload: of a model on a GPU keep states, masters and a copy of the weights that this rank owns in host memory,
+            and update them there (Ren et al. 2021, "ZeRO-Offload", section 4): summed gradients come down, weights go
+            up. Load weights before this optimizer is made: it writes its copies over the model's. The same bits.
 
     Raises:
         TypeError: an optimizer that is none of ours.
@@ -103,26 +85,25 @@ class ZeroOptimizer(torch.optim.Optimizer):
         accumulation: int = 1,
         fixed_tree: bool = True,
         bucket: int = 8 << 20,
+        offload: bool = False,
     ) -> None:
         _check(optimizer, stage, module, accumulation, bucket)
         single = group is None and not (c10d.is_available() and c10d.is_initialized())
         self.member = Member(None, 0, 1) if single else member_of("ZeroOptimizer", group)
+        self._cut = CutGradients(module, self.member)
         self.stage, self.module, self.optimizer = stage, module, optimizer
         self.accumulation, self.fixed_tree = accumulation, fixed_tree
         super().__init__([dict(group) for group in optimizer.param_groups], optimizer.defaults)
         self.last_grad_norm: float | None = 0.0
         self.found_inf = False
         self._agree()
-        self._build_units(bucket)
-        self._leaves = self._leaves_of_step()
-        self._gradients: list[UnitGradients] = []
-        self._pieces: dict[nn.Parameter, tuple[_Place, Piece]] = {}
-        self._hand_pieces_to_optimizer()
-        self._begin_step()
-        for p in self._places:
-            p.register_post_accumulate_grad_hook(self._arrived)
-
-    # --- layout ----------------------------------------------------------------------------------------------
+        self._layout = Layout(self._parameters(), optimizer, self.member, stage, module, bucket)
+        self.units = self._layout.units
+        if module is not None and (weights := self._layout.weights) is not None:
+            module.register_forward_pre_hook(lambda module, inputs: weights.forward_begins())
+        self._host = HostParts() if offload else None
+        self._layout.hand_to(optimizer, nn.Parameter if self._host is None else self._host.part)
+        self._backward = Backward(self._layout, self.member, self._leaves)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -139,64 +120,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
         }  # fmt: skip
         agree("ZeroOptimizer", self.member, same)
 
-    def _build_units(self, bucket: int) -> None:
-        trained = [p for p in self._parameters() if p.requires_grad]
-        blocks: list[tuple[nn.Module, list[FlatUnit]]] = []
-        rest = dict.fromkeys(as_gradients_come(trained, self.module))
-        self.units: list[FlatUnit] = []
-        if self.stage == 3 and self.module is not None:
-            for block in reversed(blocks_of(self.module)):
-                own = [p for p in block.parameters() if p in rest]
-                for p in own:
-                    del rest[p]
-                blocks.append((block, units_of(own, self.optimizer, self.member, None)))
-        root = units_of(rest, self.optimizer, self.member, bucket)
-        self.units = [*(unit for _, units in blocks for unit in units), *root]
-        self._places = {
-            p: _Place(i, number)
-            for i, unit in enumerate(self.units)
-            for number, p in enumerate(unit.parameters)
-        }
-        self._weights = GatherOnUse(blocks, root) if self.stage == 3 else None
-        if self._weights is not None and self.module is not None:
-            self.module.register_forward_pre_hook(lambda module, inputs: self._weights.forward_begins())
-
-    def _hand_pieces_to_optimizer(self) -> None:
-        """The wrapped optimizer has slices for parameters from now on."""
-        of_parameter: dict[nn.Parameter, list[nn.Parameter]] = {}
-        numbers = {p: number for number, p in enumerate(self._parameters())}
-        for i, unit in enumerate(self.units):
-            for piece in unit.pieces(-1 if self.stage == 0 else None):
-                whole = unit.parameters[piece.number]
-                weights = unit.flat if self.stage == 0 else unit.own
-                at = piece.at - (0 if self.stage == 0 else unit.low)
-                part = nn.Parameter(weights[at : at + piece.stop - piece.start])
-                part.whole = Whole(  # type: ignore[attr-defined]
-                    whole.numel(), tuple(whole.shape), piece.start, numbers[whole]
-                )
-                self._pieces[part] = _Place(i, piece.number), piece
-                of_parameter.setdefault(whole, []).append(part)
-        for group in self.optimizer.param_groups:
-            group["params"] = [part for p in group["params"] for part in of_parameter.get(p, [])]
+    # --- what is where ---------------------------------------------------------------------------------------
 
     def owned(self, *, whole_parts: bool = False) -> Iterator[Owned]:
         """What this rank answers for: of every element of every trained parameter one rank does.
 
         ``whole_parts``: instead what its optimizer works on, which in stage 0 is everything.
         """
+        return self._layout.owned(self._names(), whole_parts)
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        """Of all parameters: the module's, or for want of it their numbers."""
         names = {} if self.module is None else {p: name for name, p in self.module.named_parameters()}
-        numbers = {p: f"parameter{i}" for i, p in enumerate(self._parameters())}
-        for part, (place, piece) in self._pieces.items():
-            unit = self.units[place.unit]
-            p = unit.parameters[place.number]
-            start, stop = piece.start, piece.stop
-            if self.stage == 0 and not whole_parts:
-                low, high = unit.low - unit.offsets[place.number], unit.high - unit.offsets[place.number]
-                start, stop = max(start, low), min(stop, high)
-            if start < stop:
-                elements = part.detach()[start - piece.start : stop - piece.start]
-                name = names.get(p, numbers[p])
-                yield Owned(name, p, start, stop, elements, part, piece.start)
+        return {p: names.get(p, f"parameter{i}") for i, p in enumerate(self._parameters())}
 
     def exchange(self, optimizer: FusedOptimizer) -> None:
         """Go on with another optimizer over the slices that the present one has, in the same groups."""
@@ -208,13 +144,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def trained(self) -> set[nn.Parameter]:
         """The parameters that are divided and updated."""
-        return set(self._places)
+        return set(self._layout.places)
 
     @torch.no_grad()
     def weights_changed(self) -> None:
         """Give all ranks what each has written to the weights that it owns; every rank calls it."""
-        if self._weights is not None:
-            self._weights.free()
+        if self._host is not None:
+            self._host.up()
+        if self._layout.weights is not None:
+            self._layout.weights.free()
         elif self.stage > 0:
             for unit in self.units:
                 unit.start_gather()
@@ -224,76 +162,23 @@ class ZeroOptimizer(torch.optim.Optimizer):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All weights, on every rank, for reading; every rank enters it."""
-        if self._weights is None:
+        weights = self._layout.weights
+        if weights is None:
             yield
             return
-        self._weights.gather()
+        weights.gather()
         try:
             yield
         finally:
-            self._weights.free()
-
-    # --- backward --------------------------------------------------------------------------------------------
+            weights.free()
 
     def leaves(self, rank: int | None = None) -> range:
         """The numbers, from 0, of the leaves of an update that are ``rank``'s (this one's), in the order in which it
         runs them: neighbours in stages 0 and 1, every N-th of N ranks' in stages 2 and 3."""
-        return self._leaves_of_step().of_rank(self.member.rank if rank is None else rank)
+        return self._leaves().of_rank(self.member.rank if rank is None else rank)
 
-    def _leaves_of_step(self) -> Leaves:
+    def _leaves(self) -> Leaves:
         return Leaves(self.member.ranks, self.accumulation, self.fixed_tree, self.stage >= 2)
-
-    def _begin_step(self) -> None:
-        self._leaf = 0  # backward passes that are through
-        self._open = False  # whether one is under way
-        self._next = 0  # the unit that is to end it next
-        self._used: set[nn.Parameter] = set()
-        leaves = self._leaves_of_step()
-        if not self._gradients or leaves != self._leaves:
-            self._leaves = leaves
-            messages: list[Message] = []
-            self._gradients = [UnitGradients(unit, leaves, messages) for unit in self.units]
-
-    def _arrived(self, p: nn.Parameter) -> None:
-        """Called by autograd with a parameter's gradient of this leaf in place."""
-        if not self._open:
-            self._begin_leaf()
-        self._used.add(p)
-        if self._leaves.total == 1:
-            return  # nothing is added to it: it is used where it lies
-        unit, number = self._places[p]
-        assert p.grad is not None
-        self._gradients[unit].put(number, p.grad)
-        p.grad = None
-        # In the order of units on every rank, whatever the order in which they are complete.
-        while self._next < len(self.units) and self._gradients[self._next].complete:
-            self._end_unit()
-
-    def _begin_leaf(self) -> None:
-        if self._leaf == self.accumulation:
-            raise RuntimeError(
-                f"ZeroOptimizer: got backward pass {self._leaf + 1} of a step, expected {self.accumulation}; "
-                "call step, or set accumulation"
-            )
-        if self._leaf == 0 and self._leaves.each != self.accumulation:
-            self._begin_step()
-        self._open = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_leaf)
-
-    def _end_unit(self) -> None:
-        self._gradients[self._next].end_leaf(self._leaf)
-        if self._weights is not None:
-            self._weights.has_gradients(self.units[self._next])
-        self._next += 1
-
-    def _end_leaf(self) -> None:
-        """Called by autograd when a backward pass is through."""
-        while self._next < len(self.units) and self._leaves.total > 1:
-            self._end_unit()
-        if self._weights is not None:
-            self._weights.backward_ends()
-        self._open, self._next = False, 0
-        self._leaf += 1
 
     # --- the step --------------------------------------------------------------------------------------------
 
@@ -319,59 +204,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._leaf != self.accumulation:
+        if self._backward.done != self.accumulation:
             raise RuntimeError(
-                f"ZeroOptimizer.step: got {self._leaf} backward passes since the last step, "
+                f"ZeroOptimizer.step: got {self._backward.done} backward passes since the last step, "
                 f"expected {self.accumulation}"
             )
         scale = grad_scale * self.member.ranks
-        gradients = self._summed_gradients()
+        gradients = self._backward.sums()
+        if self._host is not None:
+            gradients = self._host.down(gradients)
         # In stage 0 every rank has all gradients.
         owners = self.member if self.stage else Member(None, 0, 1)
-        norm, self.found_inf = norm_of_all(list(gradients.values()), scale, owners)
+        counted = self._cut.counted(gradients, self._layout)
+        norm, self.found_inf = norm_of_all(counted, scale, owners, self._cut.tensor)
         self.last_grad_norm = norm
         if not self.found_inf and (admit is None or admit(norm)):
             self._update(gradients, norm, scale)
-        self._begin_step()
+        self._backward.begin_step()
         return loss
-
-    def _summed_gradients(self) -> dict[Tensor, Tensor]:
-        """Of this rank's pieces (in stage 0 of all) whose parameter some leaf of some rank used."""
-        used = self._used_anywhere()
-        if self._leaves.total == 1:
-            return {part: p.grad.reshape(-1) for part, p in self._wholes() if p.grad is not None}
-        sums = []
-        for unit, gradients in zip(self.units, self._gradients, strict=True):
-            own = gradients.total()
-            sums.append((self._whole(unit, own), 0) if self.stage == 0 else (own, unit.low))
-        found: dict[Tensor, Tensor] = {}
-        for part, p in self._wholes():
-            if p in used:
-                place, piece = self._pieces[part]
-                values, low = sums[place.unit]
-                found[part] = values[piece.at - low : piece.at - low + part.numel()]
-        return found
-
-    def _wholes(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """The pieces that the wrapped optimizer has, each with the parameter that it is of."""
-        for part, (place, _) in self._pieces.items():
-            yield part, self.units[place.unit].parameters[place.number]
-
-    def _whole(self, unit: FlatUnit, own: Tensor) -> Tensor:
-        """All ranks' slices of a gradient."""
-        if self.member.ranks == 1:
-            return own
-        whole = own.new_empty(unit.numel)
-        whole[unit.low : unit.low + len(own)] = own
-        unit.exchange_slices(whole)
-        return whole
-
-    def _used_anywhere(self) -> set[nn.Parameter]:
-        if self.member.ranks == 1 or not self._places:
-            return self._used
-        flags = torch.tensor([p in self._used for p in self._places], dtype=torch.int32)
-        c10d.all_reduce(flags, op=c10d.ReduceOp.MAX, group=self.member.group)
-        return {p for p, flag in zip(self._places, flags.tolist(), strict=True) if flag}
 
     def _update(self, gradients: dict[Tensor, Tensor], norm: float, scale: float) -> None:
         for outer, inner in zip(self.param_groups, self.optimizer.param_groups, strict=True):
@@ -384,13 +234,40 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.optimizer.zero_grad()
         self.weights_changed()
 
+    # --- saved state -----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the wrapped optimizer in one process, whole, on every rank: every rank calls it.
+
+        It knows nothing of ranks or stages: any number of them takes it back, at any stage, and so does the plain
+        optimizer. States are in host memory, all of them on each rank: 8 bytes a parameter under AdamW, 12 with
+        masters. (The checkpoints of ``gptcore train`` gather nothing.) Of a model cut by ``tensor_parallel`` they are
+        those of this rank's slices.
+        """
+        saved = super().state_dict()
+        saved["state"] = zero_whole.gathered(self, self.member, self._numbers())
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take this rank's slices of what :meth:`state_dict` gave, or the wrapped optimizer's in one process.
+
+        Weights are the model's: load them before this optimizer is made.
+
+        Raises:
+            ValueError: groups or states of another shape.
+        """
+        states = zero_whole.slices(self, self._numbers(), state_dict["state"])
+        super().load_state_dict({**state_dict, "state": {}})
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self._names().values())}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, those of leaves since the last step among them; all ranks call it."""
         super().zero_grad(set_to_none)
-        if self._leaf:
-            for gradients in self._gradients if self._leaves.total > 1 else []:
-                gradients.forget()
-            self._begin_step()
+        self._backward.forget()
 
 
 def _check(optimizer: Any, stage: int, module: Any, accumulation: int, bucket: int) -> None:

@@ -7,28 +7,29 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 import torch.distributed as c10d
 from torch import Tensor
 
 from gptcore.dist.flat_unit import BLOCK
-from gptcore.dist.group import Member
+from gptcore.dist.group import Member, gather_numbers
 from gptcore.optim.adafactor import Adafactor
 from gptcore.optim.slices import BlockSums, Whole, join_blocks
 
 
-def norm_of_all(gradients: Sequence[Tensor], scale: float, member: Member) -> tuple[float, bool]:
-    """The norm over ``scale`` of all ranks' gradients, and whether one of them is not finite; slices of ``BLOCK``s."""
+def norm_of_all(gradients: Sequence[Tensor], scale: float, *members: Member) -> tuple[float, bool]:
+    """The norm over ``scale`` of all ranks' gradients, and whether one of them is not finite; slices of ``BLOCK``s.
+
+    ``members``: the groups over which they are, one after the other, as the dimensions of a mesh.
+    """
     from gptcore.ops.grad_norm import square_sums
 
     sums, found_inf = square_sums(gradients, BLOCK)
     terms: list[float] = [*_exact_terms(sums.tolist())]
-    if member.ranks > 1:
-        own = torch.tensor([*terms, float(found_inf)], dtype=torch.float64)
-        all_ranks = own.new_empty(member.ranks, len(own))
-        c10d.all_gather(list(all_ranks.unbind()), own, group=member.group)
-        terms = all_ranks[:, :-1].reshape(-1).tolist()
-        found_inf = bool(all_ranks[:, -1].any())
+    for member in members:
+        if member.ranks > 1:
+            numbers = gather_numbers([*_exact_terms(terms), float(found_inf)], member)
+            found_inf = any(numbers[3::4])
+            terms = [number for i, number in enumerate(numbers) if i % 4 < 3]
     return math.nan if found_inf else math.sqrt(math.fsum(terms)) / scale, found_inf
 
 

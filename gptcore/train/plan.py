@@ -138,10 +138,11 @@ def _resident(run: Run, ranks: int, stage: int) -> _Resident:
     weights = e * _share(run.parameters, ranks if stage == 3 else 1)
     gathered = e * (run.root + 2 * run.largest_block) if stage == 3 else 0
     host = 0
-    if run.offload != "none":
-        host, masters, moments = masters + moments, 0, 0
-    if run.offload == "parameters" and stage == 3:
-        host, weights = host + weights, 0
+    if run.offload != "none":  # with a copy of the rank's weights and the f32 sum of their gradients
+        own = _share(run.parameters, ranks if stage else 1)
+        host, masters, moments = masters + moments + (e + 4) * own, 0, 0
+    if run.offload == "parameters" and stage == 3:  # that copy is then the only one
+        weights = 0
     return _Resident(weights, gathered, masters, moments, host)
 
 

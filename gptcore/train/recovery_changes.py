@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptcore.errors import UserError
+from gptcore.optim.divided import Divided
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.optim.sgd import SGD
-from gptcore.optim.zero_state import Divided
 from gptcore.train.config import TrainConfig
 from gptcore.train.recovery_spec import Change
 from gptcore.train.state import saved_state

@@ -15,7 +15,7 @@ from gptcore.dist import Member
 from gptcore.errors import UserError
 from gptcore.models.config import GPTConfig
 from gptcore.optim import LossScaler
-from gptcore.optim.zero_state import Divided
+from gptcore.optim.divided import Divided
 from gptcore.train import checkpoints_kept, sharding, state
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches

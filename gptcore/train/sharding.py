@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from gptcore.checkpoint import MODEL_PREFIX, Checkpoint, Slice
-from gptcore.errors import UserError
 from gptcore.optim import ZeroOptimizer, zero_state
+from gptcore.optim.divided import Divided
 from gptcore.optim.fused import FusedOptimizer
-from gptcore.optim.zero_state import Divided
 from gptcore.train import processes
 from gptcore.train.config import TrainConfig
 from gptcore.train.state import ADAPTER_PREFIX, OPTIMIZER_PREFIX, refuse_other_model, stored
@@ -21,19 +20,9 @@ Optimizer = FusedOptimizer | Divided
 
 
 def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Module) -> Optimizer:
-    """``optimizer``, or around it one for several processes, leaves to add in a fixed order, or states to divide.
-
-    Raises:
-        UserError: float16 in several processes or with divided states.
-    """
+    """``optimizer``, or around it one for several processes, leaves to add in a fixed order, or states to divide."""
     spec, data = config.parallel, config.data
     alone = processes.member().ranks == 1 and not spec.zero
-    if config.dtype == "float16":
-        if not alone:
-            raise UserError(
-                "dtype: got float16, which trains in one process without parallel.zero; use bfloat16"
-            )
-        return optimizer
     adds = spec.in_fixed_tree and data.batch * data.accumulate > config.grain
     if alone and not adds:
         return optimizer

@@ -15,7 +15,7 @@ from gptcore.dist.leaf_sums import LeafSums, Node, maximal_nodes
 from gptcore.optim import AdamW, ZeroOptimizer
 from tests.dist.processes import cases_of, shared_verdicts
 
-MODULES = ("tests.dist.zero_cases",)
+MODULES = ("tests.dist.zero_cases", "tests.dist.zero_state_cases")
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])

@@ -273,7 +273,7 @@ def under_way(world: World) -> None:
 
         def look(p: nn.Parameter, seen: Any = (optimizer, of_blocks, messages, sums, blocks)) -> None:
             optimizer, of_blocks, messages, sums, blocks = seen
-            gradients = optimizer._gradients
+            gradients = optimizer._backward._gradients
             messages.append(len(gradients[0]._messages))
             sums.append(max(len(g._owned) for g in gradients))
             blocks.append(sum(not unit.freed for unit in of_blocks))
@@ -285,7 +285,7 @@ def under_way(world: World) -> None:
         optimizer.step(grad_scale=each)
         # Leaves come in the order of their numbers: after 2 N of 4 N one sum, after 3 N two.
         assert (max(messages), max(sums)) == (2, 2)
-        assert stage == 2 or max(blocks) <= 2 + len(optimizer._weights.root)
+        assert stage == 2 or max(blocks) <= 2 + len(optimizer._layout.weights.root)
 
 
 def mistakes(world: World) -> None:

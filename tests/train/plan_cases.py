@@ -21,12 +21,14 @@ CONFIG = presets.get("gpt2").merged(
 BUCKET = 200_000
 
 
-def what_a_rank_holds(world: World, *, element_bytes: int, stage: int, each: int, fixed_tree: bool) -> None:
+def what_a_rank_holds(
+    world: World, *, element_bytes: int, stage: int, each: int, fixed_tree: bool, offload: bool = False
+) -> None:
     before = held()
     model = GPT(CONFIG, dtype=torch.float32 if element_bytes == 4 else torch.bfloat16)
     optimizer = ZeroOptimizer(
         AdamW(decay_groups(model, 0.1)), stage=stage, module=model, group=world.group, accumulation=each,
-        fixed_tree=fixed_tree, bucket=BUCKET,
+        fixed_tree=fixed_tree, bucket=BUCKET, offload=offload,
     )  # fmt: skip
     tokens = torch.randint(1000, (1, 257))
 
@@ -41,22 +43,26 @@ def what_a_rank_holds(world: World, *, element_bytes: int, stage: int, each: int
     most = kept + allocations(update).peak
     run = Run(
         CONFIG, OptimizerSpec(), element_bytes, sequences=each * world.ranks, length=256, grain=1,
-        fixed_tree=fixed_tree, bucket=BUCKET,
+        fixed_tree=fixed_tree, bucket=BUCKET, offload="optimizer" if offload else "none",
     )  # fmt: skip
     planned = memory(run, world.ranks, stage)
-    between = planned.weights + planned.masters + planned.moments
+    # Here the device's memory is the host's too.
+    between = planned.weights + planned.masters + planned.moments + planned.host
     if stage < 2:  # whose leaves leave their places
         between += planned.gradient + planned.partial_sums
     assert between == pytest.approx(kept, rel=0.05)
     # Torch does not see the kernels' scratch.
-    assert planned.total - planned.workspace == pytest.approx(most, rel=0.055 if stage == 3 else 0.05)
+    assert planned.total + planned.host - planned.workspace == pytest.approx(
+        most, rel=0.055 if stage == 3 else 0.05
+    )
 
 
 CASES: dict[str, Case] = {
-    f"stage {stage}, {element_bytes} bytes, {each} leaves, {'tree' if tree else 'sum'}": partial(
-        what_a_rank_holds, element_bytes=element_bytes, stage=stage, each=each, fixed_tree=tree
+    f"stage {stage}, {element_bytes} bytes, {each} leaves, {'tree' if tree else 'sum'}{', offload' * offload}": partial(
+        what_a_rank_holds,
+        element_bytes=element_bytes, stage=stage, each=each, fixed_tree=tree, offload=offload,
     )
     for stage in (0, 1, 2, 3)
     for element_bytes in (4, 2)
-    for each, tree in ((1, True), (4, True), (4, False))
-}
+    for each, tree, offload in ((1, True, False), (4, True, False), (4, False, False), (1, True, True))
+}  # fmt: skip

@@ -142,10 +142,6 @@ def test_micro_batches_and_checkpointed_activations(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="dtype: got float16, which trains in one process without parallel.zero"
-    ):
-        trained(tmp_path, range(0), parallel={"zero": 1})
-    with pytest.raises(
         UserError, match="loss_scale: LossScaler: argument 'init_scale': got 0.5, expected 1.0"
     ):
         from_table({"loss_scale": {"init_scale": 0.5}})
