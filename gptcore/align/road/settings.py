@@ -11,7 +11,7 @@ from gptcore.models.schema import Spec, at_least
 
 @dataclass(frozen=True)
 class RoadSpec(Spec):
-    """The settings of :func:`gptcore.align.road.run.run`; the defaults are the road of about ten minutes on two cores.
+    """The settings of :func:`gptcore.align.road.run.run`.
 
     Model: ``layers``, ``width``, ``heads``. ``held_out`` prompts are measured on, greedily and at temperature 1; the
     demonstrations have a share ``noise`` of mistakes, the rankings ``ranking_noise``.
@@ -49,7 +49,7 @@ class RoadSpec(Spec):
     episodes: int = 512
     minibatch: int = 128
     epochs: int = 4
-    ppo_lr: float = 5e-4
+    ppo_lr: float = 1e-4
     beta: float = 0.02
     expert_rounds: int = 4
     expert_prompts: int = 1500
