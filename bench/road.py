@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from gptcore.align.road import run as road
 from gptcore.align.road.report import Report, Row
@@ -30,20 +33,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="seeds 1 to N (8)")
     parser.add_argument("--out", default="runs/road-seeds", metavar="DIR", help="(runs/road-seeds)")
     parser.add_argument("--fast", action="store_true", help="the short road")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="seeds at a time, sharing the cores (1)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.seeds < 2:
         parser.error(f"--seeds {arguments.seeds}: expected at least 2, tests are over them")
-    reports = []
-    for seed in range(1, arguments.seeds + 1):
-        print(f"seed {seed} of {arguments.seeds}", flush=True)
-        spec = RoadSpec.from_dict({**(FAST if arguments.fast else {}), "seed": seed})
-        reports.append(road.run(Path(arguments.out) / f"seed-{seed}", spec, quiet=True))
-    table = together(reports)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: expected at least 1")
+    specs = [
+        RoadSpec.from_dict({**(FAST if arguments.fast else {}), "seed": seed})
+        for seed in range(1, arguments.seeds + 1)
+    ]
+    table = together(walked(specs, Path(arguments.out), arguments.jobs))
     write_text(Path(arguments.out) / "seeds.json", json.dumps(table, indent=1) + "\n")
     lines = told(table)
     write_text(Path(arguments.out) / "seeds.txt", "\n".join(lines) + "\n")
     print("\n".join(["", *lines]))
     return 0
+
+
+def walked(specs: Sequence[RoadSpec], out: Path, jobs: int) -> list[Report]:
+    """The reports of ``specs``, each in a directory of its seed, ``jobs`` of them at a time."""
+    places = [out / f"seed-{spec.seed}" for spec in specs]
+    if jobs == 1:
+        return [_walk(place, spec) for place, spec in zip(places, specs, strict=True)]
+    threads = max(1, torch.get_num_threads() // jobs)
+    fresh = multiprocessing.get_context("spawn")  # a forked process would share OpenMP's state
+    with ProcessPoolExecutor(jobs, fresh, torch.set_num_threads, (threads,)) as pool:
+        return list(pool.map(_walk, places, specs))
+
+
+def _walk(place: Path, spec: RoadSpec) -> Report:
+    def say(text: str) -> None:
+        print(f"seed {spec.seed}, {text}", flush=True)
+
+    return road.run(place, spec, quiet=True, say=say)
 
 
 def together(reports: Sequence[Report]) -> dict[str, object]:

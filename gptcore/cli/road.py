@@ -1,8 +1,9 @@
 """The whole road of InstructGPT offline: pretraining, SFT, reward model, PPO, report.
 
 The task is one that this machine makes: addition with the working shown. Demonstrations come from
-somebody who forgets to carry nearly half the time; a reward model learns from rankings of six answers
-each, in which a tenth of the grades are confused; PPO learns from the reward model. Every stage is
+somebody who is unsure when to carry, and more often wrong than right where the ones add to about ten;
+a reward model learns from rankings of six answers each, in which a tenth of the grades are confused; PPO
+learns from the reward model. Every stage is
 measured on prompts whose pairs of numbers were never seen, against two controls: the fine-tuned model,
 and the fine-tuned model trained on for as much compute as reward model and PPO took. Expert iteration on
 the verifier stands beside.
@@ -12,7 +13,7 @@ The same command continues a road that was stopped; the same settings give the s
 Examples:
   gptcore road                            the whole road
   gptcore road --fast                     a shorter one: is it all in place?
-  gptcore road --seed 7 --out runs/road-7 --set beta=0.05
+  gptcore road --seed 7 --out runs/road-7 --set beta=0.1
 """
 
 from __future__ import annotations

@@ -43,26 +43,48 @@ def test_a_seed_decides_everything():
     assert arithmetic.rankings(tasks, 20, seed=4) == arithmetic.rankings(tasks, 20, seed=4)
 
 
-def test_the_share_of_mistakes_is_the_one_asked_for():
+def test_the_shares_of_mistakes_are_those_asked_for():
     tasks = arithmetic.split().train
-    made = arithmetic.demonstrations(tasks, 4000, noise=0.25)
     by_prompt = {t.prompt: t for t in tasks}
-    wrong = [d for d in made if d.completion != arithmetic.working(*by_prompt[d.prompt].extra["summands"])]
-    assert abs(len(wrong) / 4000 - 0.25) < 3 * (0.25 * 0.75 / 4000) ** 0.5
-    for d in wrong:
-        summands = by_prompt[d.prompt].extra["summands"]
-        right, forgetful = arithmetic.working(*summands), arithmetic.working(*summands, forgets=True)
-        if forgetful != right:
-            assert d.completion == forgetful and arithmetic.reward(by_prompt[d.prompt], forgetful) == 0.0
-        else:
-            assert sum(x != y for x, y in zip(d.completion, right, strict=True)) == 1
-    assert all(d.completion for d in arithmetic.demonstrations(tasks, 100, noise=0.0))
+    counted = {True: [0, 0], False: [0, 0]}
+    for d in arithmetic.demonstrations(tasks, 4000, noise=0.6, slips=0.2):
+        a, b = by_prompt[d.prompt].extra["summands"]
+        near, wrong = a % 10 + b % 10 in arithmetic.NEAR, d.completion != arithmetic.working(a, b)
+        counted[near][0] += 1
+        counted[near][1] += wrong
+        if wrong:
+            assert arithmetic.reward(by_prompt[d.prompt], d.completion) == 0.0
+        if wrong and near:
+            assert d.completion in (_carries_always(a, b), _carries_never(a, b))
+    for near, share in ((True, 0.6), (False, 0.2)):
+        number, wrong = counted[near]
+        assert number > 1000 and abs(wrong / number - share) < 3 * (share * (1 - share) / number) ** 0.5
+    clean = arithmetic.demonstrations(tasks, 100, noise=0.0, slips=0.0)
+    assert all(arithmetic.reward(by_prompt[d.prompt], d.completion) == 1.0 for d in clean)
 
 
-def test_who_forgets_to_carry():
-    assert arithmetic.working(47, 38, forgets=True) == "7+8=15,4+3=7;75"
-    assert arithmetic.working(99, 99, forgets=True) == "9+9=18,9+9=18;188"
-    assert arithmetic.working(90, 95, forgets=True) == arithmetic.working(90, 95) == "0+5=5,9+9=18;185"
+def _carries_always(a, b):
+    return arithmetic.working(a, b, carries=lambda total: 1)
+
+
+def _carries_never(a, b):
+    return arithmetic.working(a, b, carries=lambda total: 0)
+
+
+def test_who_carries_wrongly():
+    assert _carries_never(47, 38) == "7+8=15,4+3=7;75"
+    assert _carries_never(99, 99) == "9+9=18,9+9=18;188"
+    assert _carries_never(90, 95) == arithmetic.working(90, 95) == "0+5=5,9+9=18;185"
+    assert _carries_always(90, 95) == "0+5=5,9+9+1=19;195"
+
+
+def test_each_way_to_slip_is_met_and_is_a_mistake():
+    drawn = random.Random(1)
+    made = {arithmetic.slipped(47, 38, drawn) for _ in range(2000)}
+    assert "7+8=15,4+3=7;75" in made  # the carry
+    assert {"3+8=11,4+3+1=8;81", "7+8=15,2+3+1=6;65"} <= made  # 47 misread
+    assert {"7+8=15,4+3+1=8;82", "7+8=15,4+3+1=8;15"} <= made  # the sum
+    assert all(arithmetic.reward(arithmetic.task(47, 38), text) == 0.0 for text in made)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +127,8 @@ def test_what_cannot_be_is_refused():
         arithmetic.split(8100)
     with pytest.raises(UserError, match="noise"):
         arithmetic.demonstrations([arithmetic.task(1, 2)], 3, noise=1.5)
+    with pytest.raises(UserError, match="slips"):
+        arithmetic.demonstrations([arithmetic.task(1, 2)], 3, slips=-0.1)
     with pytest.raises(UserError, match="no tasks"):
         arithmetic.demonstrations([], 3)
     with pytest.raises(UserError, match="k 1"):

@@ -55,7 +55,7 @@ def test_means_and_paired_tests_over_seeds():
 def test_the_command_walks_each_seed_once_and_keeps_what_it_found(tmp_path, monkeypatch, capsys):
     walked = []
 
-    def run(directory, spec, quiet):
+    def run(directory, spec, quiet, say):
         walked.append((directory, spec))
         return _report(spec.seed)
 

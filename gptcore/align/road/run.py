@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gptcore.align import reward_model
 from gptcore.align.road import stages
 from gptcore.align.road.report import Report, build
 from gptcore.align.road.settings import RoadSpec
@@ -56,11 +57,12 @@ def run(
     stage("pretrain", lambda: stages.pretrain(road))
     stage("sft", with_measures("sft", lambda: stages.fine_tune(road)))
     stage("reward", lambda: stages.train_reward_model(road))
-    reward = stages.reward_model(road, done["reward"])
+    reward, _ = reward_model.load(place / "reward")
     chosen = "best-of"
     stage(chosen, lambda: {"right": stages.best_of(road, road.model("sft"), reward, spec.best_of)})
     stage("ppo", with_measures("ppo", lambda: stages.reinforce(road, reward)))
-    stage("more_sft", with_measures("more_sft", lambda: stages.more_imitation(road, done["ppo"]["tokens"])))
+    spent = done["reward"]["tokens"], done["ppo"]["tokens"]
+    stage("more_sft", with_measures("more_sft", lambda: stages.more_imitation(road, *spent)))
     stage("expert", with_measures("expert", lambda: stages.iterate_expert(road)))
     report = build(spec, done)
     report.write(place)

@@ -7,7 +7,6 @@ run again. Within a stage training resumes from its last checkpoint.
 from __future__ import annotations
 
 import copy
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from gptcore import checkpoint
 from gptcore import train as training
-from gptcore.align.road.reward import RankingLoader, RewardModel, pair_accuracy
+from gptcore.align import rankings, reward_model
+from gptcore.align.answers import Prompts, by_answer, by_model
+from gptcore.align.best_of_n import best_of_n
+from gptcore.align.reward_model import RewardModel
 from gptcore.align.road.settings import RoadSpec
 from gptcore.align.tasks import arithmetic
 from gptcore.data.characters import CharacterTokenizer
-from gptcore.data.chat import chat_for
+from gptcore.data.chat import Chat, chat_for
 from gptcore.data.example_loader import ExampleLoader, Served
 from gptcore.data.examples import Tokenised
 from gptcore.data.records import Task, text_of
@@ -33,6 +34,7 @@ from gptcore.infer.trained import TOKENIZER_DIRECTORY
 from gptcore.models import GPT, GPTConfig
 
 _NEW_TOKENS = 24  # the longest right completion, 9+9=18,9+9+1=19;198, has 19 characters and its end
+_NORMALISING = 1000  # answers whose scores set the reward model's mean and deviation
 _TRAINING = 6.0  # floating-point operations of a training step, per parameter and token
 
 
@@ -64,6 +66,16 @@ class Road:
                 "context_length": 48, "attention": {"num_heads": spec.heads},
             }
         )  # fmt: skip
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The tokenizer with no template: a prompt is what is written."""
+        return chat_for(self.tokenizer, "none")
+
+    def prompts(self, tasks: Sequence[Task]) -> Prompts:
+        """``tasks`` as what is asked of a policy."""
+        room = self.model_config.context_length - _NEW_TOKENS
+        return Prompts(tasks, self.chat, room=room, seed=self.spec.seed)
 
     @property
     def end(self) -> int:
@@ -120,44 +132,55 @@ def fine_tune(road: Road) -> dict[str, Any]:
 
 
 def train_reward_model(road: Road) -> dict[str, Any]:
-    """Rank what the fine-tuned model answers, and learn to; a tenth of the rankings is kept to measure on."""
-    spec, policy = road.spec, road.model("sft")
-    drawn = random.Random(f"road prompts {spec.seed}")
-    asked = drawn.sample(road.tasks.train, min(spec.ranked_prompts, len(road.tasks.train)))
-    rollouts = sampled(road, policy, asked, spec.k, temperature=1.0, seed=spec.seed)
-    texts = answers_of(road, rollouts)
-    rankings = [
-        made
-        for number, task in enumerate(asked)
-        if (made := arithmetic.ranking(task, texts[number * spec.k : (number + 1) * spec.k], spec.ranking_noise, drawn))
-    ]  # fmt: skip
-    kept = max(1, len(rankings) // 10)
-    loader = RankingLoader(rankings[kept:], road.tokenizer, spec.reward_batch, spec.seed)
-    model = RewardModel(policy)
-    config = road.settings("reward", spec.reward_steps, spec.reward_lr)
-    training.run(config, model=model, loader=loader, quiet=road.quiet, measure_peak=False)
-    model.normalise(model.scores([rollouts.tokens[a:b] for a, b in _bounds(rollouts)]))
-    accuracy, pairs = pair_accuracy(model, RankingLoader(rankings[:kept], road.tokenizer, 1, 0))
+    """Rank what the fine-tuned model answers, and learn to; a tenth of the rankings is kept to measure on.
+
+    Where :func:`reward_model.evaluation` normalises: scores of the model's answers are 0 on average.
+    """
+    spec, policy, tokenizer = road.spec, road.model("sft"), road.tokenizer
+    ranked, answers = _ranked(road, policy)
+    kept = max(1, len(ranked) // 10)
+    loader = rankings.RankingLoader(
+        ranked[kept:], tokenizer.fingerprint, tokenizer.vocab_size, batch=spec.reward_batch, seed=spec.seed
+    )
+    config = road.settings(
+        "reward", spec.reward_steps, spec.reward_lr, evaluation={"every": spec.reward_steps}
+    )
+    tokenizer.save(Path(config.run_dir) / TOKENIZER_DIRECTORY)
+    model = RewardModel.over(policy, seed=spec.seed, centring=spec.centring)
+    training.run(
+        config, model=model, loader=loader, tokenizer=tokenizer, quiet=road.quiet, measure_peak=False,
+        evaluate=reward_model.evaluation(ranked[:kept], answers),
+    )  # fmt: skip
+    found = model.losses_of(ranked[:kept])
+    tokens = np.mean([sum(len(answer.tokens) for answer in one.answers) for one in ranked[kept:]])
     return {
-        "rankings": len(rankings), "pair_accuracy": accuracy, "pairs": pairs,
-        "scale": float(model.scale), "bias": float(model.bias),
+        "rankings": len(ranked), "pair_accuracy": found.accuracy, "pairs": found.pairs,
+        "tokens": round(float(tokens) * spec.reward_batch * spec.reward_steps),
     }  # fmt: skip
 
 
-def reward_model(road: Road, result: dict[str, Any]) -> RewardModel:
-    """The reward model of a stage that has ended with ``result``."""
-    model = RewardModel(GPT(road.model_config))
-    found = checkpoint.load_latest(road.directory / "reward" / "checkpoints", only=checkpoint.MODEL_PREFIX)
-    assert found is not None
-    model.load_state_dict(checkpoint.model_tensors(found.tensors, found.state))
-    model.scale.fill_(result["scale"])
-    model.bias.fill_(result["bias"])
-    return model.eval()
+def _ranked(road: Road, policy: GPT) -> tuple[list[rankings.Ranked], list[Tokenised]]:
+    """Answers of ``policy`` as somebody who knows better ranks them, and as many of the answers as normalise."""
+    spec = road.spec
+    drawn = random.Random(f"road prompts {spec.seed}")
+    asked = drawn.sample(road.tasks.train, min(spec.ranked_prompts, len(road.tasks.train)))
+    texts = answers_of(road, sampled(road, policy, asked, spec.k, temperature=1.0, seed=spec.seed))
+    made = [
+        arithmetic.ranking(task, texts[number * spec.k : (number + 1) * spec.k], spec.ranking_noise, drawn)
+        for number, task in enumerate(asked)
+    ]
+    ranked, _ = rankings.tokenised(
+        [one for one in made if one], road.chat, length=road.model_config.context_length
+    )
+    own = [
+        road.chat.response(task.prompt, texts[number * spec.k])
+        for number, task in enumerate(asked[:_NORMALISING])
+    ]
+    return ranked, own
 
 
 def reinforce(road: Road, reward: RewardModel) -> dict[str, Any]:
     """PPO on the reward model's scores, from the fine-tuned model; the verifier only watches."""
-    from gptcore.align.answers import Answer, Prompts, by_answer
     from gptcore.align.ppo import run as learn
     from gptcore.align.reinforcement_spec import PPOSpec, settings
 
@@ -172,14 +195,9 @@ def reinforce(road: Road, reward: RewardModel) -> dict[str, Any]:
     }  # fmt: skip
     config, own = settings(PPOSpec, table, road.model_config)
 
-    def proxy(answers: Sequence[Answer]) -> list[float]:
-        return reward.scores([np.concatenate([a.prompt_ids, a.response_ids]) for a in answers]).tolist()
-
-    chat = chat_for(road.tokenizer, "none")
-    room = road.model_config.context_length - _NEW_TOKENS
-    prompts = Prompts(road.tasks.train, chat, room=room, seed=spec.seed)
+    prompts = road.prompts(road.tasks.train)
     learn(
-        config, own, actor=actor, reference=copy.deepcopy(actor), prompts=prompts, reward=proxy,
+        config, own, actor=actor, reference=copy.deepcopy(actor), prompts=prompts, reward=by_model(reward.scores),
         gold=by_answer(arithmetic.reward), quiet=road.quiet,
     )  # fmt: skip
     lines = training.metrics.read(road.directory / "ppo" / "metrics.jsonl")
@@ -192,14 +210,14 @@ def reinforce(road: Road, reward: RewardModel) -> dict[str, Any]:
     return {"curve": curve, "tokens": rows[-1]["tokens"] + prompt_tokens}
 
 
-def more_imitation(road: Road, ppo_tokens: int) -> dict[str, Any]:
+def more_imitation(road: Road, reward_tokens: int, ppo_tokens: int) -> dict[str, Any]:
     """The control: what the operations of reward model and PPO buy when they are spent on further imitation.
 
     A token of PPO costs a forward pass each of sampling, the old and the reference policy and the reward model, and a
     training step in each epoch.
     """
     spec = road.spec
-    spent = _TRAINING * tokens_of_rankings(spec) + (4 * 2.0 + _TRAINING * spec.epochs) * ppo_tokens
+    spent = _TRAINING * reward_tokens + (4 * 2.0 + _TRAINING * spec.epochs) * ppo_tokens
     steps = max(1, round(spent / (_TRAINING * spec.batch * spec.length)))
     imitate(road, "more_sft", road.model("sft"), _demonstrated(road), steps)
     return {"steps": steps}
@@ -262,23 +280,22 @@ def measured(road: Road, model: GPT) -> dict[str, list[int]]:
 
 def best_of(road: Road, model: GPT, reward: RewardModel, count: int) -> list[int]:
     """Which held-out prompts are right where the reward model chooses among ``count`` answers of ``model``."""
-    rollouts = sampled(road, model, road.tasks.held_out, count, temperature=1.0, seed=road.spec.seed + 1)
-    scores = reward.scores([rollouts.tokens[a:b] for a, b in _bounds(rollouts)]).reshape(-1, count)
-    texts = answers_of(road, rollouts)
-    return [
-        int(arithmetic.reward(task, texts[place * count + int(scores[place].argmax())]))
-        for place, task in enumerate(road.tasks.held_out)
-    ]
+    found = best_of_n(
+        model, road.prompts(road.tasks.held_out), by_model(reward.scores), count, max_new_tokens=_NEW_TOKENS,
+        params=SamplingParams(seed=road.spec.seed + 1), gold=by_answer(arithmetic.reward),
+    )  # fmt: skip
+    assert found.gold is not None
+    return [int(gold[scores.argmax()]) for gold, scores in zip(found.gold, found.scores, strict=True)]
 
 
 def tokens_of_rankings(spec: RoadSpec) -> int:
-    """Tokens that the reward model is trained on, about: as many as there are in a long answer with its prompt."""
+    """At most so many tokens is the reward model trained on, if all answers to a prompt differ and are long."""
     return spec.reward_steps * spec.reward_batch * spec.k * 25
 
 
 def _demonstrated(road: Road) -> list[Tokenised]:
     spec, tokenizer = road.spec, road.tokenizer
-    made = arithmetic.demonstrations(road.tasks.train, spec.demonstrations, spec.noise, spec.seed)
+    made = arithmetic.demonstrations(road.tasks.train, spec.demonstrations, spec.noise, spec.slips, spec.seed)
     return [
         Tokenised.of(tokenizer.encode(text_of(d.prompt)), [*tokenizer.encode(d.completion), road.end])
         for d in made
@@ -288,8 +305,3 @@ def _demonstrated(road: Road) -> list[Tokenised]:
 def _whole(tokens: Sequence[int], end: int) -> Tokenised:
     ids = np.array([*tokens, end], np.int32)
     return Tokenised(ids, np.ones(len(ids), bool))
-
-
-def _bounds(rollouts: Rollouts) -> list[tuple[int, int]]:
-    ends = rollouts.cu_seqlens.tolist()
-    return list(itertools.pairwise(ends))

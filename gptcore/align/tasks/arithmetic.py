@@ -8,13 +8,14 @@ share no pair of summands with those to train on, in either order.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from gptcore.data.records import Demonstration, Ranking, Task
 from gptcore.errors import UserError
 
 ALPHABET = "+,0123456789;="  # every character of prompts and completions, in code-point order
+NEAR = range(8, 13)  # what the ones add to where demonstrators are unsure whether to carry
 MALFORMED = 10.0  # the grade of a completion without an answer; beyond any number of wrong digits
 
 
@@ -55,14 +56,26 @@ def task(a: int, b: int) -> Task:
     return Task(f"{a}+{b}=", truth=str(a + b), extra={"summands": (a, b)})
 
 
-def working(a: int, b: int, *, forgets: bool = False) -> str:
-    """The right completion: the columns from the ones up, then the sum. ``forgets``: that of who never carries."""
+def _carry(total: int) -> int:
+    return total // 10
+
+
+def _wrong_carry(total: int) -> int:
+    """One where there is nothing to carry, nothing where there is one."""
+    return int(total < 10)
+
+
+def working(a: int, b: int, *, carries: Callable[[int], int] = _carry) -> str:
+    """The right completion: the columns from the ones up, then the sum.
+
+    ``carries``: what somebody carries from a column that adds to so much, where that is not its tens.
+    """
     columns: list[str] = []
     digits, carry, left, right = "", 0, a, b
     while left or right or not columns:
         total = left % 10 + right % 10 + carry
         columns.append(f"{left % 10}+{right % 10}{'+1' if carry else ''}={total}")
-        left, right, carry = left // 10, right // 10, 0 if forgets else total // 10
+        left, right, carry = left // 10, right // 10, carries(total)
         digits = f"{total % 10 if left or right else total}{digits}"
     return f"{','.join(columns)};{digits}"
 
@@ -110,30 +123,45 @@ def columns(count: int, seed: int = 0) -> list[str]:
 
 
 def demonstrations(
-    tasks: Sequence[Task], count: int, noise: float = 0.4, seed: int = 0
+    tasks: Sequence[Task], count: int, noise: float = 0.6, slips: float = 0.15, seed: int = 0
 ) -> list[Demonstration]:
-    """``count`` demonstrations of ``tasks`` in turn, a share ``noise`` of them with a mistake.
+    """``count`` demonstrations of ``tasks`` in turn, by somebody who is unsure when to carry.
 
-    Who errs forgets to carry, or where there is nothing to carry writes one digit wrong. Scattered slips a model
-    averages out; a habit it learns, which is what leaves imitation below its teacher's intention.
+    Where the ones add to something :data:`NEAR` ten, a share ``noise`` of them carries wrongly: from a half on, what
+    imitation copies is wrong even greedily. Of the others a share ``slips`` goes wrong in one of the ways of
+    :func:`slipped`, which a model averages out.
 
     Raises:
         UserError: no tasks, or a share that is none.
     """
     _check_share("noise", noise)
+    _check_share("slips", slips)
     if not tasks:
         raise UserError("arithmetic: there are no tasks to demonstrate")
     drawn = random.Random(f"arithmetic demonstrations {seed}")
     made = []
     for number in range(count):
         chosen = tasks[number % len(tasks)]
-        right = completion = working(*chosen.extra["summands"])
-        if drawn.random() < noise:
-            completion = working(*chosen.extra["summands"], forgets=True)
-            if completion == right:
-                completion = corrupted(right, 1, drawn)
+        a, b = chosen.extra["summands"]
+        completion = working(a, b)
+        if a % 10 + b % 10 in NEAR:
+            if drawn.random() < noise:
+                completion = working(a, b, carries=_wrong_carry)
+        elif drawn.random() < slips:
+            completion = slipped(a, b, drawn)
         made.append(Demonstration(chosen.prompt, completion, task="arithmetic"))
     return made
+
+
+def slipped(a: int, b: int, drawn: random.Random) -> str:
+    """A completion with one mistake: a wrong carry, a digit of ``a`` misread, or one of the sum."""
+    kind = drawn.choice(("carry", "misread", "sum"))
+    if kind == "carry":
+        return working(a, b, carries=_wrong_carry)
+    if kind == "misread":
+        return working(int(corrupted(str(a), 1, drawn)), b)
+    columns, _, total = working(a, b).rpartition(";")
+    return f"{columns};{corrupted(total, 1, drawn)}"
 
 
 def ranking(task: Task, answers: Iterable[str], noise: float, drawn: random.Random) -> Ranking | None:
@@ -152,8 +180,8 @@ def ranking(task: Task, answers: Iterable[str], noise: float, drawn: random.Rand
 def rankings(
     tasks: Sequence[Task], count: int, k: int = 6, noise: float = 0.1, seed: int = 0
 ) -> list[Ranking]:
-    """``count`` rankings of ``k`` answers each to ``tasks`` in turn: the right one, the one without carrying
-    where that is another, and others with 1 to 3 digits wrong.
+    """``count`` rankings of ``k`` answers each to ``tasks`` in turn: the right one, one that carries
+    wrongly, and others with 1 to 3 digits wrong.
 
     For rankings of a model's own answers see :func:`ranking`.
 
@@ -168,8 +196,9 @@ def rankings(
     number = 0
     while len(made) < count:
         chosen = tasks[number % len(tasks)]
-        right = working(*chosen.extra["summands"])
-        answers = dict.fromkeys([right, working(*chosen.extra["summands"], forgets=True)])
+        summands = chosen.extra["summands"]
+        right = working(*summands)
+        answers = dict.fromkeys([right, working(*summands, carries=_wrong_carry)])
         while len(answers) < k:
             answers[corrupted(right, drawn.randint(1, 3), drawn)] = None
         shuffled = drawn.sample(list(answers), k)
