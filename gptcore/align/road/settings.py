@@ -78,6 +78,6 @@ class RoadSpec(Spec):
 
 
 FAST = {
-    "held_out": 600, "ranked_prompts": 3000, "reward_steps": 900, "ppo_iterations": 15,
+    "held_out": 600, "ranked_prompts": 2500, "reward_steps": 600, "ppo_iterations": 12,
     "expert_rounds": 1, "expert_prompts": 600,
 }  # fmt: skip
