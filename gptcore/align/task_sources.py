@@ -62,15 +62,29 @@ def tasks_of(spec: TasksSpec, seed: int) -> Source:
     paths = [spec.path] if isinstance(spec.path, str) else list(spec.path)
     if paths[0] in BUILT_IN:
         return _built_in(paths[0], spec.held_out, seed)
-    if len(paths) == 1 and not Path(paths[0]).exists() and not Path(paths[0]).suffix:
-        raise unknown_name("task", paths[0], BUILT_IN)
-    records = list(record_files.read(paths, Task).records)
-    random.Random(f"held-out tasks {seed}").shuffle(records)
+    records = _read(paths, seed)
     if spec.held_out >= len(records):
         raise UserError(
             f"tasks.held_out: {spec.held_out} of the {len(records)} tasks, none is left to learn from"
         )
     return Source(tuple(records[spec.held_out :]), tuple(records[: spec.held_out]), None)
+
+
+def measured_on(spec: TasksSpec, seed: int) -> Source:
+    """As :func:`tasks_of` where nothing is learnt: of files, ``held_out`` tasks or all there are."""
+    paths = [spec.path] if isinstance(spec.path, str) else list(spec.path)
+    if paths[0] in BUILT_IN:
+        return _built_in(paths[0], spec.held_out, seed)._replace(train=())
+    return Source((), tuple(_read(paths, seed)[: spec.held_out]), None)
+
+
+def _read(paths: Sequence[str], seed: int) -> list[Task]:
+    """The tasks of files in an order drawn from ``seed``."""
+    if len(paths) == 1 and not Path(paths[0]).exists() and not Path(paths[0]).suffix:
+        raise unknown_name("task", paths[0], BUILT_IN)
+    records = list(record_files.read(paths, Task).records)
+    random.Random(f"held-out tasks {seed}").shuffle(records)
+    return records
 
 
 def _built_in(name: str, held_out: int, seed: int) -> Source:
@@ -99,7 +113,7 @@ def reward_of(name: str | None, source: Source, what: str = "tasks.reward") -> R
             raise UserError(f"{what}: 'task' is the reward of a built-in task; these come from files")
         return by_answer(source.judge)
     if name == "exact":
-        _require_truth(source.train, what)
+        _require_truth((*source.train, *source.held_out), what)
         return by_answer(exact)
     place, colon, function = name.rpartition(":")
     if not colon or not function.isidentifier():

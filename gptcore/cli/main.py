@@ -32,6 +32,7 @@ VERBS = {
     "reward": "train a reward model on rankings",
     "dpo": "learn from preferences without a reward model",
     "redteam": "attack a model that has a secret, and say how often it tells",
+    "compare": "let assistants answer the same prompts, and judge them in pairs",
     "generate": "continue a text with a trained GPT",
     "convert": "turn a Hugging Face model into a run, or a run into one",
     "checkpoint": "verify, show, reshard, export and import checkpoints",

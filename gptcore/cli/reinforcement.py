@@ -99,7 +99,7 @@ def _train(
         from gptcore import backend
 
         backend.set_num_threads(config.threads)
-    chat = _chat(tokenizer, table["start"], asked.template)
+    chat = chat_of(tokenizer, table["start"], asked.template)
     if chat.tokenizer.vocab_size > actor.config.vocab_size:
         raise UserError(
             f"tasks.template: {asked.template} needs tokens that the model has not; fine-tune it with it first, with "
@@ -108,8 +108,8 @@ def _train(
     source = task_sources.tasks_of(asked, config.seed)
     room = actor.config.context_length - spec.max_new_tokens + 1
     prompts = Prompts(source.train, chat, room=room, seed=config.seed)
-    reward = _judge(asked.reward, source, tokenizer, "tasks.reward")
-    gold = None if asked.gold is None else _judge(asked.gold, source, tokenizer, "tasks.gold")
+    reward = judge_of(asked.reward, source, tokenizer, "tasks.reward")
+    gold = None if asked.gold is None else judge_of(asked.gold, source, tokenizer, "tasks.gold")
     evaluate = None
     if source.held_out:
         kept = Prompts(source.held_out, chat, room=room)
@@ -125,7 +125,7 @@ def _train(
     )  # fmt: skip
 
 
-def _judge(name: str | None, source: Source, tokenizer: Tokenizer, what: str) -> Reward:
+def judge_of(name: str | None, source: Source, tokenizer: Tokenizer, what: str) -> Reward:
     """The reward that ``name`` means, a reward model's where it is a directory."""
     from gptcore.align import task_sources
     from gptcore.align.answers import by_model
@@ -154,7 +154,7 @@ def _critic(path: str, tokenizer: Tokenizer, spec: PPOSpec, config: TrainConfig)
     return Critic.of_reward_model(_reward_model(path, tokenizer)).to(config.device)
 
 
-def _chat(tokenizer: Any, start: str, template: str | None) -> Chat:
+def chat_of(tokenizer: Any, start: str, template: str | None) -> Chat:
     """The template named, or the one that the model was kept with, or none."""
     from gptcore.data import chat_template
     from gptcore.data.chat import chat_for

@@ -36,6 +36,7 @@ SURFACE = {
         "MODEL", "--attacks", "--out", "--part", "--questions", "--seed", "--temperature", "--tokens", "--writer",
         "--written",
     ],
+    "compare": ["MODEL...", "--judge", "--out", "--prompts", "--seed", "--tasks", "--temperature", "--tokens"],
     "road": ["--fast", "--out", "--quiet", "--seed", "--set"],
     "generate": [
         "MODEL", "--chat", "--ignore-end", "--max-new-tokens", "--prompt", "--prompt-file", "--quiet", "--samples",
