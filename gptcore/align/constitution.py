@@ -178,23 +178,14 @@ def asked(speaker: Speaker) -> tuple[Critic, Reviser]:
     def critic(
         tasks: Sequence[Task], answers: Sequence[str], principles: Sequence[Principle]
     ) -> list[Critique]:
-        prompts = [
-            f"{transcript(task, answer)}\n\nCritique request: {principle.critique}\n\nCritique:"
-            for task, answer, principle in zip(tasks, answers, principles, strict=True)
-        ]
-        said = [text.strip() for text in speaker(prompts)]
+        said = [text.strip() for text in speaker(list(map(critique_request, tasks, answers, principles)))]
         return [
             Critique(principle, bool(text) and not text.lower().startswith("no"), text)
             for principle, text in zip(principles, said, strict=True)
         ]
 
     def reviser(tasks: Sequence[Task], answers: Sequence[str], critiques: Sequence[Critique]) -> list[str]:
-        prompts = [
-            f"{transcript(task, answer)}\n\nCritique: {critique.text}\n\nRevision request: "
-            f"{critique.principle.revision}\n\nRevision:"
-            for task, answer, critique in zip(tasks, answers, critiques, strict=True)
-        ]
-        return [text.strip() for text in speaker(prompts)]
+        return [text.strip() for text in speaker(list(map(revision_request, tasks, answers, critiques)))]
 
     return critic, reviser
 
@@ -203,10 +194,7 @@ def asked_to_judge(speaker: Speaker) -> Judge:
     """A judge that asks a model whether an answer keeps a principle: "yes" is 1, "no" 0, anything else 1/2."""
 
     def judge(tasks: Sequence[Task], answers: Sequence[str], principles: Sequence[Principle]) -> list[float]:
-        prompts = [
-            f"{transcript(task, answer)}\n\nPrinciple: {principle.text}\nDoes the answer keep it? Yes or no:"
-            for task, answer, principle in zip(tasks, answers, principles, strict=True)
-        ]
+        prompts = list(map(judgement_request, tasks, answers, principles))
         said = [text.strip().lower() for text in speaker(prompts)]
         return [1.0 if text.startswith("yes") else 0.0 if text.startswith("no") else 0.5 for text in said]
 
@@ -218,6 +206,24 @@ def agreement(first: Sequence[Critique], second: Sequence[Critique]) -> float:
     if not first or len(first) != len(second):
         raise UserError(f"agreement: got {len(first)} and {len(second)} critiques, expected as many of both")
     return sum(a.found == b.found for a, b in zip(first, second, strict=True)) / len(first)
+
+
+def critique_request(task: Task, answer: str, principle: Principle) -> str:
+    """What a model is asked that criticises ``answer`` by ``principle``; what it says next is the critique."""
+    return f"{transcript(task, answer)}\n\nCritique request: {principle.critique}\n\nCritique:"
+
+
+def revision_request(task: Task, answer: str, critique: Critique) -> str:
+    """What a model is asked that revises ``answer`` after ``critique``; what it says next is the revision."""
+    return (
+        f"{transcript(task, answer)}\n\nCritique: {critique.text}\n\nRevision request: "
+        f"{critique.principle.revision}\n\nRevision:"
+    )
+
+
+def judgement_request(task: Task, answer: str, principle: Principle) -> str:
+    """What a model is asked that judges whether ``answer`` keeps ``principle``; it begins with yes or no."""
+    return f"{transcript(task, answer)}\n\nPrinciple: {principle.text}\nDoes the answer keep it? Yes or no:"
 
 
 def transcript(task: Task, answer: str) -> str:

@@ -61,12 +61,13 @@ class Filter:
 @dataclass
 class Grown:
     """What came of it: ``kept`` in the order they entered, the seeds not among them; ``rejected`` by reason, with the
-    text of each in ``rejects``; ``rounds`` asked."""
+    text of each in ``rejects``; ``rounds`` asked; ``growth``: how many were kept after each of them."""
 
     kept: list[str] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
     rejects: list[tuple[str, str]] = field(default_factory=list)
     rounds: int = 0
+    growth: list[int] = field(default_factory=list)
 
 
 Propose = Callable[[Sequence[str]], Sequence[str]]  # from some instructions, new ones
@@ -112,6 +113,7 @@ def grow(
             elif len(grown.kept) < count:
                 grown.kept.append(text)
                 there.append(words_of(text))
+        grown.growth.append(len(grown.kept))
     return grown
 
 

@@ -1,6 +1,6 @@
 """Attack a model that has a secret to keep, and say how often it tells: a rate with Wilson's interval.
 
-The attacks are templates, two hundred in all, of which those of --part are made; --written N adds attacks
+The attacks are templates, 1,080 in all, of which those of --part are made; --written N adds attacks
 that a model writes after examples of them (--writer, by default MODEL itself), with its rejects by reason.
 Harmless questions are asked beside, since who never answers never leaks.
 

@@ -74,7 +74,7 @@ def test_a_set_grows_and_counts_its_rejects():
         return [new[(len(asked) - 1) % 3], "Write a poem about the sea.", "", "Do it"]
 
     grown = grow(SEEDS, propose, 3, shown=4, seed=1)
-    assert grown.kept == new and grown.rounds == 3
+    assert grown.kept == new and grown.rounds == 3 and grown.growth == [1, 2, 3]
     assert grown.rejected == {"duplicate": 3, "empty": 3, "too short": 3} and len(grown.rejects) == 9
     assert all(len(set(examples)) == len(examples) <= 4 for examples in asked)
     assert any(set(examples) & set(new) for examples in asked[1:])
