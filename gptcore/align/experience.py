@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from gptcore.align.losses import advantages as estimates
 from gptcore.align.losses import kl
 from gptcore.align.losses.layout import sequence_sum
 from gptcore.align.reinforcement_spec import PPOSpec
+from gptcore.align.shares import ALONE, Shares
 from gptcore.infer import Rollouts, rollout
+from gptcore.infer.rollouts import joined
 from gptcore.models import GPT
 
 # A model of its own, or a function whose context makes the actor the reference: adapters switched off, say.
@@ -43,9 +46,24 @@ class Experience:
     metrics: dict[str, float]
 
 
+class _Judged(NamedTuple):
+    """Responses of one process: (B,) float64 rewards and, where they are measured, gold ones; (R,) f32 numbers."""
+
+    rollouts: Rollouts
+    answers: list[Answer]
+    scores: NDArray[np.float64]
+    gold: NDArray[np.float64] | None
+    old: NDArray[np.float32]
+    values: NDArray[np.float32] | None
+    ref: NDArray[np.float32] | None
+
+
 @dataclass
 class Collector:
-    """Samples and judges. ``gold`` is measured on the same answers and learnt from by nobody."""
+    """Samples and judges. ``gold`` is measured on the same answers and learnt from by nobody.
+
+    Of several processes each samples and judges its share of the prompts, and all have the whole experience.
+    """
 
     actor: GPT
     critic: Critic | None
@@ -56,6 +74,7 @@ class Collector:
     spec: PPOSpec
     stop_tokens: Sequence[int]
     seed: int
+    shares: Shares = ALONE
 
     @property
     def vocab_size(self) -> int:
@@ -66,20 +85,13 @@ class Collector:
         """The experience of the iteration with zero-based index ``iteration``, a function of it and of the weights."""
         spec, count = self.spec, self.spec.episodes // self.spec.samples
         places = self.prompts.at(iteration * count, count)
-        rollouts = rollout(
-            self.actor, [self.prompts.ids[place] for place in places], max_new_tokens=spec.max_new_tokens,
-            params=spec.sampling(self.seed), stop_tokens=self.stop_tokens, num_samples=spec.samples,
-            sequences=(iteration * spec.episodes + np.arange(spec.episodes)).tolist(), vocab_size=self.vocab_size,
-            batch_size=min(spec.sampling_batch, spec.episodes),
-        )  # fmt: skip
-        answers = self.prompts.answers(rollouts, np.repeat(places, spec.samples).tolist())
-        scores = rewarded(self.reward, answers)
+        found = _joined(self.shares.of_all(lambda: self._judged(iteration, places)))
+        rollouts, answers, scores = found.rollouts, found.answers, found.scores
         metrics = _described(rollouts, answers, scores)
-        if self.gold is not None:
-            metrics["gold_reward"] = float(rewarded(self.gold, answers, "gold reward").mean())
+        if found.gold is not None:
+            metrics["gold_reward"] = float(found.gold.mean())
         shaped = spec.shaping().shaped(scores, rollouts, spec.max_new_tokens)
-        old, values = self._policy(rollouts)
-        ref = self._reference(rollouts)
+        old, values, ref = torch.from_numpy(found.old), _tensor(found.values), _tensor(found.ref)
         divergence = torch.zeros_like(old) if ref is None else kl.estimate(spec.kl_estimator, old, ref)
         whole = _bounds(rollouts)
         drift = 0.0 if ref is None else float(sequence_sum(kl.k1(old, ref), whole).mean())
@@ -92,7 +104,24 @@ class Collector:
             learnt.returns if values is not None else None, drift, is_constant(shaped), metrics,
         )  # fmt: skip
 
-    def _policy(self, rollouts: Rollouts) -> tuple[Tensor, Tensor | None]:
+    def _judged(self, iteration: int, places: Sequence[int]) -> _Judged:
+        """This process's share of the iteration's prompts, answered; random numbers are those of a response's place
+        among all."""
+        spec, own = self.spec, self.shares.prompts(len(places))
+        first, stop = own.start * spec.samples, own.stop * spec.samples
+        rollouts = rollout(
+            self.actor, [self.prompts.ids[places[i]] for i in own], max_new_tokens=spec.max_new_tokens,
+            params=spec.sampling(self.seed), stop_tokens=self.stop_tokens, num_samples=spec.samples,
+            sequences=(iteration * spec.episodes + np.arange(first, stop)).tolist(), vocab_size=self.vocab_size,
+            batch_size=min(spec.sampling_batch, spec.episodes),
+        )  # fmt: skip
+        answers = self.prompts.answers(rollouts, np.repeat([places[i] for i in own], spec.samples).tolist())
+        scores = rewarded(self.reward, answers)
+        gold = None if self.gold is None else rewarded(self.gold, answers, "gold reward")
+        old, values = self._policy(rollouts)
+        return _Judged(rollouts, answers, scores, gold, old, values, self._reference(rollouts))
+
+    def _policy(self, rollouts: Rollouts) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """(R,) log-probabilities of the policy that sampled, and the critic's values."""
         critic, spec = self.critic, self.spec
         values = None
@@ -106,15 +135,15 @@ class Collector:
             )
             values = out.values if shares else values
             logprobs = out.logprobs if spec.old_logprobs == "trainer" else logprobs
-        return torch.from_numpy(logprobs), None if values is None else torch.from_numpy(values)
+        return logprobs, values
 
-    def _reference(self, rollouts: Rollouts) -> Tensor | None:
+    def _reference(self, rollouts: Rollouts) -> NDArray[np.float32] | None:
         if self.reference is None:
             return None
         if isinstance(self.reference, GPT):
-            return torch.from_numpy(self._evaluated(self.reference, rollouts).logprobs)
+            return self._evaluated(self.reference, rollouts).logprobs
         with self.reference():
-            return torch.from_numpy(self._evaluated(self.actor, rollouts).logprobs)
+            return self._evaluated(self.actor, rollouts).logprobs
 
     def _evaluated(
         self, model: GPT, rollouts: Rollouts, values: Callable[[policy.Packed, Tensor], Tensor] | None = None
@@ -152,6 +181,19 @@ class Collector:
         if self.spec.estimator == "rloo":
             return estimates.rloo(groups).flatten()
         return estimates.group_relative(groups, scale=self.spec.estimator == "grpo").flatten()
+
+
+def _joined(parts: Sequence[_Judged]) -> _Judged:
+    """What all processes have, in the order of the prompts."""
+    if len(parts) == 1:
+        return parts[0]
+    rollouts, answers, *arrays = zip(*parts, strict=True)
+    whole = [None if part[0] is None else np.concatenate(part) for part in arrays]
+    return _Judged(joined(rollouts), [one for part in answers for one in part], *whole)  # type: ignore[arg-type]
+
+
+def _tensor(array: NDArray[np.float32] | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)
 
 
 def _bounds(rollouts: Rollouts) -> Tensor:

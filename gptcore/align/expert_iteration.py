@@ -86,6 +86,7 @@ class Imitator(Learner):
         seen = clone(
             self.actor, self.optimizer, experience.rollouts.select(rows), epochs=spec.epochs,
             minibatch=spec.minibatch, seed=derive(self.seed, iteration), max_tokens=spec.micro_tokens,
+            shares=self.shares,
         )  # fmt: skip
         self.updates += int(seen["updates"])
         if self.average is not None:

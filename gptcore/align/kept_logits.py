@@ -35,7 +35,13 @@ class Logits(NamedTuple):
 
 
 def kept_logprobs(
-    x: Tensor, weight: Tensor, sets: KeptSets, logits: Logits, temperature: float
+    x: Tensor,
+    weight: Tensor,
+    sets: KeptSets,
+    logits: Logits,
+    temperature: float,
+    *,
+    entropy_slopes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (R,) f32 nats of the softmax at ``temperature`` over each token's set.
 
@@ -44,7 +50,7 @@ def kept_logprobs(
         sets: the set of each token. logits: the model's scale, soft cap and bias. temperature: above 0.
 
     Returns:
-        logprobs, differentiable in x, weight and bias; entropies, detached.
+        logprobs, differentiable in x, weight and bias; entropies, detached unless ``entropy_slopes`` are wanted.
     """
     z = _KeptProducts.apply(x, weight, sets.ids, sets.rows)
     if logits.bias is not None:
@@ -58,10 +64,12 @@ def kept_logprobs(
     shifted = z - largest[sets.rows]
     total = z.new_zeros(count).index_add(0, sets.rows, shifted.exp()).log()
     logprobs = shifted[sets.sampled] - total
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_slopes and torch.is_grad_enabled()):
         each = shifted - total[sets.rows]
-        # a token barred by a bias of -inf has probability 0, and 0 * inf is not 0
-        terms = torch.where(each > -torch.inf, each.exp() * each, 0.0)
+        # a token barred by a bias of -inf has probability 0, and 0 * inf is not 0, nor is its slope
+        possible = each > -torch.inf
+        finite = torch.where(possible, each, 0.0)
+        terms = torch.where(possible, finite.exp() * finite, 0.0)
         entropies = -z.new_zeros(count).index_add(0, sets.rows, terms)
     return logprobs, entropies
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptcore import ops
 from gptcore.align.kept_logits import KeptSets, Logits, kept_logprobs
+from gptcore.align.sampled_entropy import entropies
 from gptcore.errors import UserError
 from gptcore.infer import Rollouts
 from gptcore.models import GPT
@@ -39,7 +40,8 @@ class Packed(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """logprobs: (R,) f32, differentiable. entropies: (R,) f32, detached. hidden: (N', C), what the head reads from."""
+    """logprobs: (R,) f32, differentiable. entropies: (R,) f32, detached unless asked otherwise. hidden: (N', C), what
+    the head reads from."""
 
     logprobs: Tensor
     entropies: Tensor
@@ -70,12 +72,20 @@ def packed(rollouts: Rollouts, device: torch.device | str = "cpu") -> Packed:
     )
 
 
-def scores(model: GPT, batch: Packed, *, temperature: float = 1.0, vocab_size: int | None = None) -> Scores:
+def scores(
+    model: GPT,
+    batch: Packed,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    entropy_slopes: bool = False,
+) -> Scores:
     """Log-probabilities, entropies and hidden states of ``batch`` under ``model``.
 
     Args:
         temperature, vocab_size: those that the responses were sampled with. The sets of a truncation are in ``batch``;
             a reference model is read on the same sets, so that its divergence from itself is 0.
+        entropy_slopes: make the entropies differentiable, for some more products with the head.
 
     Raises:
         UserError: temperature 0, which is no distribution to learn.
@@ -87,18 +97,20 @@ def scores(model: GPT, batch: Packed, *, temperature: float = 1.0, vocab_size: i
     if vocab_size is not None and vocab_size < weight.shape[0]:
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     rows, hidden = rows.view(-1, rows.shape[-1]), hidden.view(-1, hidden.shape[-1])
+    logits = Logits(config.logit_scale, config.logit_soft_cap, bias)
     if batch.kept is not None:
-        logits = Logits(config.logit_scale, config.logit_soft_cap, bias)
-        parts = kept_logprobs(rows.index_select(0, batch.before), weight, batch.kept, logits, temperature)
+        read = rows.index_select(0, batch.before)
+        parts = kept_logprobs(read, weight, batch.kept, logits, temperature, entropy_slopes=entropy_slopes)
         return Scores(*parts, hidden)
     cap = config.logit_soft_cap
     out = ops.token_logprobs(
         rows, weight, batch.targets[0], bias=bias, logit_scale=config.logit_scale / temperature,
         logit_soft_cap=None if cap is None else cap / temperature, return_entropy=True,
     )  # fmt: skip
-    return Scores(
-        out.logprobs.index_select(0, batch.before), out.entropy.index_select(0, batch.before), hidden
-    )
+    entropy = out.entropy.index_select(0, batch.before)
+    if entropy_slopes:
+        entropy = entropies(rows.index_select(0, batch.before), weight, logits, temperature, known=entropy)
+    return Scores(out.logprobs.index_select(0, batch.before), entropy, hidden)
 
 
 class Evaluated(NamedTuple):

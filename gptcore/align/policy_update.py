@@ -19,10 +19,11 @@ from gptcore.align.experience import Experience
 from gptcore.align.losses import aggregation, kl, policy_gradient
 from gptcore.align.losses.values import value_loss
 from gptcore.align.reinforcement_spec import PPOSpec
+from gptcore.align.shares import ALONE, Shares, accumulate, begin, step
 from gptcore.data.permutation import derive
 from gptcore.models import GPT
-from gptcore.optim.fused import FusedOptimizer
 from gptcore.train.evaluation import Batches, tensors_of
+from gptcore.train.sharding import Optimizer
 from gptcore.train.step import NonFiniteError
 
 
@@ -52,17 +53,21 @@ class _Part:
 
 @dataclass
 class Learner:
-    """Updates actor and critic. ``updates`` counts them over the run, which is also the place in ``pretraining``."""
+    """Updates actor and critic. ``updates`` counts them over the run, which is also the place in ``pretraining``.
+
+    Of several processes all have the experience, and each learns from its leaves of every update.
+    """
 
     actor: GPT
     critic: Critic | None
-    optimizer: FusedOptimizer
-    critic_optimizer: FusedOptimizer | None
+    optimizer: Optimizer
+    critic_optimizer: Optimizer | None
     pretraining: Batches | None
     spec: PPOSpec
     seed: int
     vocab_size: int
     average: Average | None = None
+    shares: Shares = ALONE
     updates: int = 0
     _sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -105,41 +110,54 @@ class Learner:
         tokens = len(chosen.logprobs)
         by_token = aggregation.AGGREGATIONS[spec.aggregation] == "token_mean"
         total = float(tokens if by_token else len(rows))
-        self._zero_grad()
-        parts = list(policy.token_batches(np.diff(chosen.cu_seqlens), spec.micro_tokens))
-        several = len(parts) > 1 or self.pretraining is not None
-        divergence = 0.0
-        for part in parts:
-            loss, seen = self._loss(experience, rows[part], total, tokens, beta)
-            if not math.isfinite(seen["loss"]):
-                self._zero_grad()
-                raise NonFiniteError(
-                    f"the policy's loss is {seen['loss']} in iteration {iteration + 1}; {_ADVICE}"
-                )
-            loss.backward()
+        leaves = self.shares.leaves(np.diff(chosen.cu_seqlens), spec.micro_tokens)
+        texts = self.shares.numbers(spec.pretraining_batches) if self.pretraining is not None else range(0)
+        begin(self.optimizer, len(leaves) + len(texts))
+        if self.critic_optimizer is not None:
+            begin(self.critic_optimizer, len(leaves))  # which text does not reach
+        several, found = len(leaves) + len(texts) > 1, []
+        for leaf in leaves:
+            loss, seen = self._loss(experience, rows[leaf.rows], total, tokens, beta)
+            (loss * leaf.weight).backward()
             self._accumulate(several)
-            divergence += seen["approx_kl"]
-            for name, value in seen.items():
-                self._sums[name] += value
-        for index in range(spec.pretraining_batches if self.pretraining is not None else 0):
-            self._remember(index)
+            found.append((leaf.number, {name: value * leaf.weight for name, value in seen.items()}))
+        for index in texts:
+            found.append((len(rows) + index, {"pretraining_loss": self._remember(index)}))
             self._accumulate(several)
-        return divergence
+        sums = self.shares.sums(found)
+        if not math.isfinite(sums["loss"]):
+            self._zero_grad()
+            raise NonFiniteError(
+                f"the policy's loss is {sums['loss']} in iteration {iteration + 1}; {_ADVICE}"
+            )
+        if self.critic is not None:
+            sums["explained_variance"] = _explained(sums, experience, rows)
+        for name, value in sums.items():
+            self._sums[name] += value
+        return sums["approx_kl"]
 
     def _accumulate(self, several: bool) -> None:
-        if several:
-            self.optimizer.accumulate()
-            if self.critic_optimizer is not None:
-                self.critic_optimizer.accumulate()
+        for optimizer in (self.optimizer, self.critic_optimizer) if several else ():
+            if optimizer is not None:
+                accumulate(optimizer)
 
     def _loss(
         self, experience: Experience, rows: NDArray[np.int64], total: float, tokens: int, beta: float
     ) -> tuple[Tensor, dict[str, float]]:
         """A micro-batch's part of the minibatch's loss, and of its diagnostics."""
         spec, part = self.spec, _Part.of(experience, rows, next(self.actor.parameters()).device)
-        out = policy.scores(self.actor, part.batch, temperature=spec.temperature, vocab_size=self.vocab_size)
+        out = policy.scores(
+            self.actor, part.batch, temperature=spec.temperature, vocab_size=self.vocab_size,
+            entropy_slopes=spec.entropy_coefficient != 0.0,
+        )  # fmt: skip
         loss, seen = self._policy_loss(part, out.logprobs, total, beta)
-        means = {"clip_share", "ratio", "approx_kl", "value_clip_share", "explained_variance"}
+        if spec.entropy_coefficient:
+            bonus = policy_gradient.entropy_bonus(
+                out.entropies, part.mask, cu_seqlens=part.bounds, total=float(tokens)
+            )
+            loss = loss - spec.entropy_coefficient * bonus
+            seen["entropy_bonus"] = bonus
+        means = {"clip_share", "ratio", "approx_kl", "value_clip_share", "residual", "residual_square"}
         if self.critic is not None:
             values = self.critic.values(part.batch, out.hidden)
             error = value_loss(
@@ -147,9 +165,10 @@ class Learner:
                 clip=spec.value_clip, total=float(tokens),
             )  # fmt: skip
             loss = loss + spec.value_coefficient * error.loss
+            residual = part.take(experience.returns).double() - values.detach().double()
             seen |= {
-                "value_loss": error.loss, "value_clip_share": error.clip_share,
-                "explained_variance": error.explained_variance,
+                "value_loss": error.loss, "value_clip_share": error.clip_share, "residual": residual.mean(),
+                "residual_square": residual.square().mean(),
             }  # fmt: skip
         share = len(part.places) / tokens  # of what is a mean over the micro-batch, not a part of a sum
         found = {
@@ -177,26 +196,36 @@ class Learner:
         penalty = kl.estimate(spec.kl_estimator, logprobs, part.take(experience.ref_logprobs))
         return got.loss + beta * aggregation.aggregate(penalty, part.mask, **how), seen
 
-    def _remember(self, index: int) -> None:
-        """PPO-ptx: gamma times the gradient of the loss on a batch of pretraining text."""
+    def _remember(self, index: int) -> float:
+        """PPO-ptx: gamma times the gradient of the loss on a batch of pretraining text; its share of their mean."""
         spec = self.spec
         assert self.pretraining is not None
         batch = self.pretraining.batch_at(self.updates * spec.pretraining_batches + index)
         tokens, targets, options = tensors_of(batch, next(self.actor.parameters()).device)
         loss = self.actor(tokens, targets, **options).loss
         (loss * (spec.pretraining_coefficient / spec.pretraining_batches)).backward()
-        self._sums["pretraining_loss"] += float(loss.detach()) / spec.pretraining_batches
+        return float(loss.detach()) / spec.pretraining_batches
 
     def _step(self, iteration: int, lr: float) -> None:
-        self.optimizer.step()
+        step(self.optimizer)
         if self.optimizer.found_inf:
             raise NonFiniteError(f"a gradient is not finite in iteration {iteration + 1}; {_ADVICE}")
         self._sums["grad_norm"] += float(self.optimizer.last_grad_norm or 0.0)
         if self.critic_optimizer is not None:
-            self.critic_optimizer.step()
+            step(self.critic_optimizer)
         self.updates += 1
         if self.average is not None:
             self.average.update(self.actor)
+
+
+def _explained(sums: dict[str, float], experience: Experience, rows: NDArray[np.int64]) -> float:
+    """The share of the variance of a minibatch's returns that the values explain, 0 where returns are constant; takes
+    the moments of what they leave, which its parts could add up, out of ``sums``."""
+    assert experience.returns is not None
+    mean, square = sums.pop("residual"), sums.pop("residual_square")
+    places = torch.from_numpy(experience.rollouts.response_places_of(rows))
+    spread = float(experience.returns[places].double().var(correction=0))
+    return 1.0 - (square - mean * mean) / spread if spread > 0.0 else 0.0
 
 
 _ADVICE = "lower optimizer.lr, clip rewards, or raise beta; the last checkpoint is intact"

@@ -4,7 +4,7 @@
 
 One iteration samples responses (``experience``), judges them, and learns from them (``policy_update``). Prompts,
 samples and shuffles are functions of the seed and the iteration, so a run that was stopped and resumed equals one that
-never was, bit for bit.
+never was, bit for bit. Started by torchrun, processes share it (``shares``).
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from gptcore.align.experience import Collector, Experience, Reference
 from gptcore.align.losses import kl
 from gptcore.align.policy_update import Average, Learner
 from gptcore.align.reinforcement_spec import PPOSpec
+from gptcore.align.shares import Shares, shares_of
 from gptcore.align.trpo import TrustRegionLearner
 from gptcore.data import chat
 from gptcore.errors import UserError
 from gptcore.infer.trained import TOKENIZER_DIRECTORY
 from gptcore.models import GPT
 from gptcore.report.progress import Progress
-from gptcore.train import optimizers, state
+from gptcore.train import optimizers, processes, run_state, state
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
 from gptcore.train.measure import due
@@ -64,6 +65,7 @@ class _Run:
     directory: RunDirectory
     identity: dict[str, Any]
     evaluate: Evaluate | None
+    shares: Shares
     quiet: bool
     step: int = 0
     beta: float = 0.0
@@ -96,7 +98,8 @@ def run(
         config, spec: the settings; see :func:`gptcore.align.reinforcement_spec.settings`.
         actor: trained in place. reference: what it may not drift from: a frozen model, or a function whose context
             makes the actor the reference (adapters off); None: no divergence is measured.
-        prompts: what is asked, with tokenizer and template. reward: judges answers. gold: another judge, only logged.
+        prompts: what is asked, with tokenizer and template. reward: judges answers, in each process those to its share
+            of the prompts. gold: another judge, only logged.
         critic: with ``estimator = "gae"``; default a new one, on the actor's trunk or on a copy of it.
         pretraining: batches of text for ``pretraining_coefficient``, the mean loss on them weighted by it.
         evaluate: actor → named numbers, at the start, every ``config.evaluation.every`` iterations and at the end.
@@ -110,54 +113,78 @@ def run(
         NonFiniteError: NaN or infinite loss or gradient; the last checkpoint is intact.
         SystemExit: after SIGINT or SIGTERM, with 128 + signal, once the checkpoint is written.
     """
-    _check(config, spec, prompts, reference, pretraining)
-    tokenizer = prompts.chat.tokenizer
+    shares = shares_of(config.parallel, spec.grain)
+    _check(config, spec, shares, reference, pretraining)
     stops = prompts.chat.stop_ids if stop_tokens is None else stop_tokens
     actor.eval()  # no dropout: it would make ratios differ from 1 where nothing has changed
     if isinstance(reference, GPT):
         reference.eval().requires_grad_(False)
     if spec.estimator == "gae" and critic is None:
         critic = _new_critic(actor, spec)
-    optimizer = optimizers.build(config.optimizer, actor, seed=config.seed)
-    own = optimizers.build(config.optimizer, critic, seed=config.seed) if critic is not None else None
-    collector = Collector(actor, critic, reference, prompts, reward, gold, spec, stops, config.seed)
-    if learner is None:
-        learner = Learner if spec.trust_region is None else TrustRegionLearner
-    pupil = learner(
-        actor, critic, optimizer, own, pretraining, spec, config.seed, collector.vocab_size,
-        None if spec.ema_decay is None else Average(actor, spec.ema_decay),
-    )  # fmt: skip
+    collector = Collector(actor, critic, reference, prompts, reward, gold, spec, stops, config.seed, shares)
+    pupil = _learner(config, learner, collector, pretraining)
     torch.manual_seed(config.seed)
-    with RunDirectory(config.run_dir) as directory:
-        identity = state.identity(config, actor, None, tokenizer)
+    with (
+        processes.naming_lost_ranks(shares.member, Path(config.run_dir)),
+        RunDirectory(config.run_dir, shares.member.rank) as directory,
+    ):
+        identity = state.identity(config, actor, None, prompts.chat.tokenizer)
         settings = {**config.to_dict(), spec.section: spec.to_dict()}
         identity["config"] = settings
-        now = _Run(config, spec, collector, pupil, directory, identity, evaluate, quiet, beta=spec.beta)
-        checkpoint.clean(directory.checkpoints)
+        quiet = quiet or not shares.first
+        now = _Run(
+            config, spec, collector, pupil, directory, identity, evaluate, shares, quiet, beta=spec.beta
+        )
+        processes.first_alone(shares.member, lambda: checkpoint.clean(directory.checkpoints))
         resumed = _resume(now, resume)
         directory.write_config(settings)
-        chat.save(prompts.chat, directory.path / TOKENIZER_DIRECTORY)
+        if shares.first:
+            chat.save(prompts.chat, directory.path / TOKENIZER_DIRECTORY)
         began = time.perf_counter()
         metrics = MetricsFile(directory.metrics, now.step if resumed else -1)
         try:
             _iterate(now, metrics)
         finally:
             metrics.close()
-        if pupil.average is not None:
+        if pupil.average is not None and shares.first:
             reinforcement_state.save_average(pupil, directory.path / "average", now.step, identity)
             chat.save(prompts.chat, directory.path / "average" / TOKENIZER_DIRECTORY)
         path = checkpoint.path_of(directory.checkpoints, now.step)
         return Result(now.step, now.metrics, now.evaluation, path, time.perf_counter() - began)
 
 
+def _learner(
+    config: TrainConfig, kind: type[Learner] | None, collector: Collector, pretraining: Batches | None
+) -> Learner:
+    """What learns from the experience, of ``kind`` or as the settings say."""
+    spec, shares, actor, critic = collector.spec, collector.shares, collector.actor, collector.critic
+    if kind is None:
+        kind = Learner if spec.trust_region is None else TrustRegionLearner
+    optimizer = optimizers.build(config.optimizer, actor, seed=config.seed)
+    own = optimizers.build(config.optimizer, critic, seed=config.seed) if critic is not None else None
+    average = None if spec.ema_decay is None else Average(actor, spec.ema_decay)
+    return kind(
+        actor, critic,
+        optimizer if issubclass(kind, TrustRegionLearner) else shares.optimizer(optimizer, actor),  # which steps itself
+        None if own is None or critic is None else shares.optimizer(own, critic),
+        pretraining, spec, config.seed, collector.vocab_size, average, shares,
+    )  # fmt: skip
+
+
 def _check(
     config: TrainConfig,
     spec: PPOSpec,
-    prompts: Prompts,
+    shares: Shares,
     reference: Reference | None,
     pretraining: Batches | None,
 ) -> None:
-    where = f"{spec.section}."
+    where, ranks = f"{spec.section}.", shares.member.ranks
+    if pretraining is not None and spec.pretraining_batches % ranks:
+        raise UserError(
+            f"{where}pretraining_batches: got {spec.pretraining_batches} an update, expected a multiple of the {ranks} "
+            "processes; take more of them, and a smaller data.batch"
+        )
+    shares.prompts(spec.episodes // spec.samples)
     if spec.beta and reference is None:
         raise UserError(
             f"{where}beta is {spec.beta}, but there is no reference; give one or set {where}beta=0"
@@ -208,16 +235,18 @@ def _iterate(now: _Run, metrics: MetricsFile) -> None:
                     horizon=spec.kl_horizon,
                 )
             _measure(now, metrics, progress)
-            if stop.signal or now.step == config.steps or due(now.step, config.checkpoint.every):
+            signal = max(now.shares.gathered(stop.signal or 0))
+            if signal or now.step == config.steps or due(now.step, config.checkpoint.every):
                 _save(now, metrics)
-            if stop.signal:
+            if signal:
                 progress.close()
-                print(
-                    f"gptcore: stopped at iteration {now.step}; the same command continues the run in "
-                    f"{now.directory.path}",
-                    file=sys.stderr,
-                )
-                raise SystemExit(128 + stop.signal)
+                if now.shares.first:
+                    print(
+                        f"gptcore: stopped at iteration {now.step}; the same command continues the run in "
+                        f"{now.directory.path}",
+                        file=sys.stderr,
+                    )
+                raise SystemExit(128 + signal)
 
 
 def _log(
@@ -256,6 +285,8 @@ def _measure(now: _Run, metrics: MetricsFile, progress: Progress) -> None:
     every = now.config.evaluation.every
     if now.evaluate is None or not every or not (now.step == now.config.steps or due(now.step, every)):
         return
+    if not now.shares.first:
+        return  # which alone is asked; the others wait for it
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         now.evaluation = {name: float(value) for name, value in now.evaluate(now.learner.actor).items()}
     metrics.write("evaluation", now.step, **now.evaluation)
@@ -271,7 +302,10 @@ def _save(now: _Run, metrics: MetricsFile) -> None:
         "evaluation": now.evaluation,
     }  # fmt: skip
     keep = now.config.checkpoint.keep_last
-    checkpoint.save(now.directory.checkpoints, now.step, tensors, {**now.identity, **values}, keep)
+    checkpoint.save(
+        now.directory.checkpoints, now.step, tensors, {**now.identity, **values}, keep,
+        member=now.shares.member, patience=now.config.parallel.timeout,
+    )  # fmt: skip
 
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -284,7 +318,7 @@ def _resume(now: _Run, resume: bool) -> bool:
     directory = now.directory.checkpoints
     if not resume and checkpoint.steps(directory):
         raise UserError(f"{now.directory.path} holds a run; resume it, or choose another run_dir")
-    found = checkpoint.load_latest(directory)
+    found = run_state.opened(now.shares.member, lambda: checkpoint.latest(directory))
     if found is None:
         return False
     saved = found.state
@@ -293,7 +327,7 @@ def _resume(now: _Run, resume: bool) -> bool:
     state.compare(found.path, saved, now.identity)
     if saved["step"] > now.config.steps:
         raise UserError(f"{found.path} is at iteration {saved['step']}, beyond steps = {now.config.steps}")
-    reinforcement_state.restore(now.learner, found.tensors, saved)
+    reinforcement_state.restore(now.learner, found)
     own = saved["run"]
     now.step, now.beta, now.seconds, now.tokens = saved["step"], own["beta"], own["seconds"], own["tokens"]
     now.metrics, now.evaluation = own["metrics"], own["evaluation"]

@@ -22,6 +22,7 @@ from gptcore.data.examples import Tokenised, lay_out
 from gptcore.data.packing import IGNORE
 from gptcore.errors import UserError
 from gptcore.models import GPT, adapters
+from gptcore.train import processes
 from gptcore.train.evaluation import tensors_of
 
 Parts = tuple[Tensor, ...]  # of chosen answers, rejected ones, and those to other prompts
@@ -100,24 +101,28 @@ class PreferencePolicy(GPT):
 
 @torch.no_grad()
 def logprobs_of(model: GPT, answers: Sequence[Tokenised]) -> Tensor:
-    """(S,) f32 on the CPU: log-probabilities of whole answers, so many at once as make a row.
+    """(S,) f32 on the CPU: log-probabilities of whole answers, so many at once as make a row. Several processes, whose
+    models and answers are the same, each take some of the rows; the bits are those of one.
 
     Raises:
         UserError: log-probabilities that are not finite.
     """
-    was, device = model.training, model.token_embedding.weight.device
+    was, device, groups = model.training, model.token_embedding.weight.device, _groups(answers)
+    place = processes.member()
     model.eval()
-    found = [torch.empty(0)]
+    found: dict[int, Tensor] = {}
     try:
-        for group in _groups(answers):
-            row = lay_out(group)
+        for number in range(place.rank, len(groups), place.ranks):
+            row = lay_out(groups[number])
             bounds = torch.from_numpy(row.cu_seqlens).to(device)
             targets = torch.from_numpy(row.targets).to(device)
             out = model(torch.from_numpy(row.tokens).to(device), targets, cu_seqlens=bounds, reduction="none")
-            found.append(losses.answer_logprobs(-out.loss, targets != IGNORE, cu_seqlens=bounds).cpu())
+            found[number] = losses.answer_logprobs(-out.loss, targets != IGNORE, cu_seqlens=bounds).cpu()
     finally:
         model.train(was)
-    sums = torch.cat(found)
+    for of_rank in processes.of_each(place, found):
+        found |= of_rank
+    sums = torch.cat([torch.empty(0), *(found[number] for number in range(len(groups)))])
     if not bool(sums.isfinite().all()):
         raise UserError("the reference gives log-probabilities that are not finite")
     return sums

@@ -48,15 +48,18 @@ class PPOSpec(Spec):
     samples of a prompt, the last those of the batch; ``whiten_advantages`` for gae.
 
     Loss: ``clip``, ``clip_high`` upwards, ``dual_clip``, ``ratio`` per token or sequence (GSPO); ``aggregation`` of
-    tokens (token_mean, grpo, dr_grpo, dapo, reinforce, ...); ``target_kl`` (nats a token, of the policy from that which
-    sampled) ends the epochs of an iteration early; ``value_clip``, ``value_coefficient``; ``critic`` on the actor's
-    trunk or on its own, with ``critic_lr`` (default the actor's). ``pretraining_coefficient`` is PPO-ptx's gamma
-    (InstructGPT: 27.8), over ``pretraining_batches`` batches an update. ``ema_decay`` keeps an average of the weights.
-    ``trust_region`` (nats a token) replaces the optimizer by TRPO's step.
+    tokens (token_mean, grpo, dr_grpo, dapo, reinforce, ...); less ``entropy_coefficient`` times the mean entropy of
+    the distributions sampled from, nats a token (Schulman et al. 2017, eq. 9); ``target_kl`` (nats a token, of the
+    policy from that which sampled) ends the epochs of an iteration early; ``value_clip``, ``value_coefficient``;
+    ``critic`` on the actor's trunk or on its own, with ``critic_lr`` (default the actor's). ``pretraining_coefficient``
+    is PPO-ptx's gamma (InstructGPT: 27.8), over ``pretraining_batches`` batches an update. ``ema_decay`` keeps an
+    average of the weights. ``trust_region`` (nats a token) replaces the optimizer by TRPO's step.
 
     ``micro_tokens`` bounds the tokens of a forward pass of learning, ``sampling_batch`` the responses that are sampled
-    at a time, and with them the cache; neither changes a result. Every ``sample_every`` iterations ``samples_shown``
-    answers are shown.
+    at a time, and with them the cache; neither changes a result. Several processes share prompts and updates, with one
+    process's results but for rounding, or where ``grain`` responses go through forward and backward together, whatever
+    ``micro_tokens`` says, with its bits (0: as many as there is room for). Every ``sample_every`` iterations
+    ``samples_shown`` answers are shown.
     """
 
     section: ClassVar[str] = "ppo"
@@ -90,6 +93,7 @@ class PPOSpec(Spec):
     dual_clip: float | None = None
     ratio: Literal["token", "sequence"] = "token"
     aggregation: str = "token_mean"
+    entropy_coefficient: float = 0.0
     target_kl: float | None = None
     value_clip: float | None = 0.2
     value_coefficient: float = 0.1
@@ -100,6 +104,7 @@ class PPOSpec(Spec):
     ema_decay: float | None = None
     trust_region: float | None = None
     micro_tokens: int = 4096
+    grain: int = 0
     sampling_batch: int = 512
     sample_every: int = 10
     samples_shown: int = 2
@@ -116,6 +121,7 @@ class PPOSpec(Spec):
             missing_end_penalty=self.missing_end_penalty, clip=self.clip, clip_high=self.clip_high,
             value_clip=self.value_clip, value_coefficient=self.value_coefficient, critic_lr=self.critic_lr,
             pretraining_coefficient=self.pretraining_coefficient, sample_every=self.sample_every,
+            entropy_coefficient=self.entropy_coefficient, grain=self.grain,
         )  # fmt: skip
         at_least(where, 1.0, dual_clip=self.dual_clip)
         for name in ("temperature", "reward_clip", "kl_target", "kl_horizon", "target_kl", "trust_region"):
@@ -144,10 +150,12 @@ class PPOSpec(Spec):
             raise UserError(
                 f"{where}critic: a trust region is the policy's alone; set {where}critic=separate"
             )
-        second = "pretraining_coefficient" if self.pretraining_coefficient else "kl_in"
-        if self.trust_region is not None and (
-            self.pretraining_coefficient or (self.beta and self.kl_in == "loss")
-        ):
+        seconds = {
+            "pretraining_coefficient": self.pretraining_coefficient, "entropy_coefficient": self.entropy_coefficient,
+            "kl_in": self.beta if self.kl_in == "loss" else 0.0,
+        }  # fmt: skip
+        second = next((name for name, weight in seconds.items() if weight), None)
+        if self.trust_region is not None and second:
             raise UserError(
                 f"{where}{second}: a trust region's step has no second loss; leave one of the two out"
             )
@@ -197,4 +205,9 @@ def settings(spec: type[PPOSpec], table: Mapping[str, Any], model: GPTConfig) ->
     """
     training = {name: value for name, value in table.items() if name != spec.section}
     base = merge(BASE, {"model": model.to_dict(), "data": {"length": model.context_length}})
+    chosen = training.get("optimizer", {})
+    if isinstance(chosen, Mapping) and chosen.get("name", "adam") not in ("adam", "adamw"):
+        base["optimizer"] = {
+            name: value for name, value in base["optimizer"].items() if name != "eps"
+        }  # Adam's
     return from_table(merge(base, training)), spec.from_dict(table.get(spec.section, {}))

@@ -196,6 +196,8 @@ GRPO: dict[str, Alias] = {
     "importance_sampling_level": "grpo.ratio",
     "loss_type": _one_of("grpo.aggregation", {name: name for name in ("grpo", "bnpo", "dr_grpo", "dapo")}),
     "scale_rewards": _flag("grpo.estimator", "grpo", "dr_grpo"),
+    "entropy_coef": "grpo.entropy_coefficient",
+    "use_adaptive_entropy": _only(False, "the weight of the entropy is not adapted here"),
 }
 REWARD: dict[str, Alias] = {
     "num_train_epochs": "reward.epochs",

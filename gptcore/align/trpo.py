@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gptcore.align import policy
 from gptcore.align.experience import Experience
-from gptcore.align.losses import policy_gradient
+from gptcore.align.losses import aggregation, policy_gradient
 from gptcore.align.losses.kl import exact
 from gptcore.align.losses.values import value_loss
 from gptcore.align.policy_update import Learner, minibatches
+from gptcore.align.shares import accumulate, begin, step
 from gptcore.errors import UserError
 from gptcore.models import GPT
 from gptcore.train.step import NonFiniteError
@@ -47,12 +49,13 @@ def trust_region_step(
     surrogate: Callable[[], Tensor],
     divergence: Callable[[], Tensor],
     bound: float,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Outcome:
     """Lower ``surrogate`` while ``divergence`` stays within ``bound``; ``parameters`` (f32) are changed in place.
 
     Args:
         surrogate: the loss, with gradients, 0-d. divergence: from where the parameters are now, 0-d; its gradient is 0
-            there.
+            there. total: sums up what several processes have of either, and of its gradient.
 
     Raises:
         UserError: parameters that are not f32.
@@ -63,19 +66,17 @@ def trust_region_step(
             "a trust region's curvature is a difference of gradients, for which weights must be float32"
         )
     start = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
-    before = surrogate()
-    gradient = _flat(before, parameters)
+    own = surrogate()
+    before, gradient = float(total(own.detach())), total(_flat(own, parameters))
     if not bool(gradient.isfinite().all()):
-        raise NonFiniteError(
-            "the surrogate's gradient is not finite; nothing was learnt from it", float(before)
-        )
+        raise NonFiniteError("the surrogate's gradient is not finite; nothing was learnt from it", before)
 
     def curvature(vector: Tensor) -> Tensor:
         size = _PERTURBATION / float(vector.norm().clamp(min=1e-30))
         sides = []
         for sign in (size, -size):
             _put(start + sign * vector, parameters)
-            sides.append(_flat(divergence(), parameters))
+            sides.append(total(_flat(divergence(), parameters)))
         _put(start, parameters)
         return (sides[0] - sides[1]) / (2 * size) + _DAMPING * vector
 
@@ -87,7 +88,7 @@ def trust_region_step(
     for halvings in range(_BACKTRACKS):
         _put(start + length * 0.5**halvings * direction, parameters)
         with torch.no_grad():
-            moved, gained = float(divergence()), float(before) - float(surrogate())
+            moved, gained = float(total(divergence())), before - float(total(surrogate()))
         if moved <= bound and gained > 0.0:
             return Outcome(moved, gained, halvings, True)
     _put(start, parameters)
@@ -136,11 +137,15 @@ class TrustRegionLearner(Learner):
 
     def learn(self, experience: Experience, iteration: int, lr: float, beta: float) -> dict[str, float]:
         """The step, then the critic's epochs."""
-        spec, rollouts = self.spec, experience.rollouts
+        spec, everyone = self.spec, experience.rollouts
         assert spec.trust_region is not None
+        rows, weight = self._rows(len(everyone))
+        rollouts, places = everyone.select(rows), torch.from_numpy(everyone.response_places_of(rows))
         batch = policy.packed(rollouts, next(self.actor.parameters()).device)
         mask = torch.ones(len(rollouts.logprobs), dtype=torch.bool)
         bounds = torch.from_numpy(rollouts.response_offsets.astype(np.int32))
+        tokens = float(len(everyone.logprobs))
+        by_token = aggregation.AGGREGATIONS[spec.aggregation] == "token_mean"
         with torch.no_grad():
             old = whole_logits(self.actor, batch, spec.temperature, self.vocab_size)
         chosen = batch.targets[0][batch.before][:, None]
@@ -149,16 +154,17 @@ class TrustRegionLearner(Learner):
         def surrogate() -> Tensor:
             now = whole_logits(self.actor, batch, spec.temperature, self.vocab_size)
             logprobs = now.log_softmax(-1).gather(1, chosen)[:, 0]
-            return policy_gradient.surrogate(
-                logprobs, old_logprobs, experience.advantages, mask, aggregation=spec.aggregation, cu_seqlens=bounds,
-                length=spec.max_new_tokens,
+            return weight * policy_gradient.surrogate(
+                logprobs, old_logprobs, experience.advantages[places], mask, aggregation=spec.aggregation,
+                cu_seqlens=bounds, length=spec.max_new_tokens, total=tokens if by_token else float(len(everyone)),
             )  # fmt: skip
 
         def divergence() -> Tensor:
-            return exact(old, whole_logits(self.actor, batch, spec.temperature, self.vocab_size)).mean()
+            now = whole_logits(self.actor, batch, spec.temperature, self.vocab_size)
+            return exact(old, now).sum() * (weight / tokens)
 
         parameters = [p for p in self.actor.parameters() if p.requires_grad]
-        got = trust_region_step(parameters, surrogate, divergence, spec.trust_region)
+        got = trust_region_step(parameters, surrogate, divergence, spec.trust_region, self.shares.total)
         self.updates += 1
         if self.average is not None:
             self.average.update(self.actor)
@@ -172,18 +178,36 @@ class TrustRegionLearner(Learner):
         if self.critic is None or self.critic_optimizer is None:
             return {}
         spec, losses = self.spec, []
-        assert experience.returns is not None and experience.values is not None
         for group in self.critic_optimizer.param_groups:
             group["lr"] = self._critic_rate(lr)
         for rows in minibatches(len(experience.rollouts), spec, self.seed, iteration):
-            batch = policy.packed(experience.rollouts.select(rows), self.critic.weight.device)
-            places = torch.from_numpy(experience.rollouts.response_places_of(rows))
-            values = self.critic.values(batch, None)
-            mask = torch.ones_like(values, dtype=torch.bool)
-            old = experience.values[places]
-            error = value_loss(values, experience.returns[places], mask, old_values=old, clip=spec.value_clip)
-            self.critic_optimizer.zero_grad()
-            error.loss.backward()
-            self.critic_optimizer.step()
-            losses.append(float(error.loss.detach()))
+            chosen = experience.rollouts.select(rows)
+            leaves = self.shares.leaves(np.diff(chosen.cu_seqlens), spec.micro_tokens)
+            begin(self.critic_optimizer, len(leaves))
+            found = []
+            for leaf in leaves:
+                loss = leaf.weight * self._value_loss(experience, rows[leaf.rows], len(chosen.logprobs))
+                loss.backward()
+                if len(leaves) > 1:
+                    accumulate(self.critic_optimizer)
+                found.append((leaf.number, {"loss": float(loss.detach())}))
+            step(self.critic_optimizer)
+            losses.append(self.shares.sums(found)["loss"])
         return {"value_loss": float(np.mean(losses))}
+
+    def _value_loss(self, experience: Experience, rows: NDArray[np.int64], tokens: int) -> Tensor:
+        """The responses' part of the loss of an update with so many tokens."""
+        assert self.critic is not None and experience.returns is not None and experience.values is not None
+        places = torch.from_numpy(experience.rollouts.response_places_of(rows))
+        batch = policy.packed(experience.rollouts.select(rows), self.critic.weight.device)
+        values = self.critic.values(batch, None)
+        return value_loss(
+            values, experience.returns[places], torch.ones_like(values, dtype=torch.bool),
+            old_values=experience.values[places], clip=self.spec.value_clip, total=float(tokens),
+        ).loss  # fmt: skip
+
+    def _rows(self, episodes: int) -> tuple[NDArray[np.int64], float]:
+        """This process's responses; where they are fewer than the processes, a last one counts 0 times."""
+        rank, ranks = self.shares.member.rank, self.shares.member.ranks
+        rows = np.array_split(np.arange(episodes), ranks)[rank]
+        return (rows, 1.0) if len(rows) else (np.zeros(1, np.int64), 0.0)

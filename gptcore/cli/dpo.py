@@ -16,6 +16,7 @@ Examples:
   gptcore dpo --start runs/sft comparisons.jsonl --loss simpo --set preference.gamma=1.0 --lora 16
   gptcore dpo --start runs/sft thumbs.jsonl --loss kto --out runs/kto
   gptcore dpo --resume runs/kto
+  torchrun --nproc-per-node 2 -m gptcore dpo --start runs/sft comparisons.jsonl --set data.accumulate=2
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gptcore.align import comparisons
     from gptcore.align.preference_spec import PreferenceSpec
+    from gptcore.cli import pipeline
 
     table, own = comparison_stages.tables(args, _STAGE, loss_type=args.loss)
     spec = PreferenceSpec.from_dict(own)
-    stage = comparisons.prepare_preferences(table, spec)
-    comparison_stages.begin(args, _STAGE, stage, table, spec)
-    print(_closing(comparisons.train(stage, quiet=args.quiet), stage.config.run_dir))
+    with pipeline.processes_of(table) as member:
+        stage = comparisons.prepare_preferences(table, spec)
+        comparison_stages.begin(args, _STAGE, stage, table, spec)
+        result = comparisons.train(stage, quiet=args.quiet or member.rank > 0, writes=member.rank == 0)
+        if member.rank == 0:
+            print(_closing(result, stage.config.run_dir))
     return 0
 
 

@@ -6,10 +6,11 @@ Here all floors meet: only the command line knows them all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gptcore.errors import UserError
 
@@ -30,6 +31,15 @@ class Data:
     tokenizer: Tokenizer
     train: TokenDataset
     held_out: TokenDataset
+
+
+def processes_of(table: Mapping[str, Any]) -> AbstractContextManager[Member]:
+    """This process's place among those that torchrun started, as settings that are not complete yet say."""
+    from gptcore.train import processes
+    from gptcore.train.config import ParallelSpec
+
+    timeout = ParallelSpec.from_dict(table.get("parallel", {})).timeout
+    return processes.started(str(table.get("device", "cpu")), timeout)
 
 
 def train(config: TrainConfig, *, quiet: bool = False, member: Member | None = None) -> Result:

@@ -17,6 +17,7 @@ Examples:
   gptcore ppo runs/sft prompts.jsonl --reward judge.py:score --set ppo.beta=0.05
   gptcore ppo runs/sft docstrings --text builtin --set ppo.pretraining_coefficient=1.0
   gptcore ppo --config my.toml --set ppo.kl_target=6
+  torchrun --nproc-per-node 2 -m gptcore ppo runs/sft arithmetic --zero 1 --set ppo.grain=16
 """
 
 from __future__ import annotations

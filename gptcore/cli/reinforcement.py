@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gptcore.align.reinforcement_spec import PPOSpec
     from gptcore.align.reward_model import RewardModel
     from gptcore.align.task_sources import Source
+    from gptcore.cli.pipeline import Data
     from gptcore.data.chat import Chat
     from gptcore.data.loader import Loader
     from gptcore.data.vocabulary import Tokenizer
@@ -47,12 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting")
     parser.add_argument("--out", metavar="DIR", help="directory of the run")
     parser.add_argument("--steps", type=int, metavar="N", help="iterations (100)")
+    parser.add_argument(
+        "--zero", type=int, choices=(0, 1, 2), help="what torchrun's processes divide, as in train (0)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress line")
 
 
 def run(args: argparse.Namespace, kind: type[PPOSpec], train: Callable[..., Result]) -> int:
     """Read the settings, build what they name, and train."""
     from gptcore.align.task_sources import TasksSpec
+    from gptcore.cli import pipeline
 
     table = _table(args, kind.section)
     asked = TasksSpec.from_dict(table.pop("tasks", {}))
@@ -61,8 +66,10 @@ def run(args: argparse.Namespace, kind: type[PPOSpec], train: Callable[..., Resu
         raise UserError(
             f"give the model to start from, as in 'gptcore {kind.section.replace('_', '-')} runs/sft'"
         )
-    result = _train(args, kind, train, table, asked)
-    _say(result, Path(table["run_dir"]))
+    with pipeline.processes_of(table) as member:
+        result = _train(args, kind, train, table, asked)
+        if member.rank == 0:
+            _say(result, Path(table["run_dir"]))
     return 0
 
 
@@ -73,6 +80,7 @@ def _table(args: argparse.Namespace, section: str) -> dict[str, Any]:
     tasks = {"path": args.tasks or None, "reward": args.reward, "gold": args.gold}
     given: dict[str, Any] = {"start": args.model, "run_dir": args.out, "steps": args.steps}
     given["data"] = {"path": args.text} if args.text else None
+    given["parallel"] = None if args.zero is None else {"zero": args.zero}
     given["tasks"] = {name: value for name, value in tasks.items() if value is not None}
     over = {name: value for name, value in given.items() if value is not None}
     table, own = stage_settings.read(section, args.config, args.set, over, more=["tasks"])
@@ -182,10 +190,15 @@ def _pretraining(config: TrainConfig, table: dict[str, Any], chat: Chat) -> Load
     from gptcore.cli import pipeline
     from gptcore.data.loader import Loader
     from gptcore.infer import trained
+    from gptcore.train import processes
 
     place = os.fspath(trained.tokenizer_place(table["start"]))
     with_tokenizer = config.merged({"data": {"tokenizer": place}})
-    data = pipeline.open_data(with_tokenizer, quiet=True)
+    opened: list[Data] = []
+    processes.first_alone(
+        processes.member(), lambda: opened.append(pipeline.open_data(with_tokenizer, quiet=True))
+    )
+    data = opened[0] if opened else pipeline.open_data(with_tokenizer, quiet=True, prepared=True)
     spec = config.data
     return Loader(data.train, spec.batch, spec.length, config.seed, mode=spec.mode, documents=spec.packed)
 

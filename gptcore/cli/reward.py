@@ -17,6 +17,7 @@ Examples:
   gptcore reward --start runs/sft nectar.parquet --out runs/judge --lora 8 --set reward.margin=0.5
   gptcore reward --start runs/sft comparisons.jsonl --members 3 --set reward.folds=3
   gptcore reward --resume runs/judge
+  torchrun --nproc-per-node 2 -m gptcore reward --start runs/sft comparisons.jsonl --set data.accumulate=2
 """
 
 from __future__ import annotations
@@ -44,16 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gptcore.align.reward_spec import RewardSpec
+    from gptcore.cli import pipeline
 
     table, own = comparison_stages.tables(args, _STAGE, members=args.members)
     spec = RewardSpec.from_dict(own)
     out = Path(table.get("run_dir", "runs/reward"))
-    if args.resume or spec.members == 1:
-        _train(args, table, spec, _member(out))
-        return 0
-    for member in range(spec.members):
-        _train(args, {**table, "run_dir": str(out / f"{_MEMBER}{member}")}, spec, member)
-    print(f"an ensemble: {out / _MEMBER}0 to {spec.members - 1}")
+    with pipeline.processes_of(table) as place:
+        if args.resume or spec.members == 1:
+            _train(args, table, spec, _member(out), place.rank == 0)
+            return 0
+        for member in range(spec.members):
+            own_table = {**table, "run_dir": str(out / f"{_MEMBER}{member}")}
+            _train(args, own_table, spec, member, place.rank == 0)
+        if place.rank == 0:
+            print(f"an ensemble: {out / _MEMBER}0 to {spec.members - 1}")
     return 0
 
 
@@ -63,12 +68,17 @@ def _member(run_dir: Path) -> int:
     return int(number) if number != run_dir.name and number.isdigit() else 0
 
 
-def _train(args: argparse.Namespace, table: dict[str, Any], spec: RewardSpec, member: int) -> None:
+def _train(
+    args: argparse.Namespace, table: dict[str, Any], spec: RewardSpec, member: int, speaks: bool
+) -> None:
     from gptcore.align import comparisons
 
     stage = comparisons.prepare_reward(table, spec, member=member)
     comparison_stages.begin(args, _STAGE, stage, table, spec)
-    print(_closing(stage, comparisons.train(stage, quiet=args.quiet)))
+    result = comparisons.train(stage, quiet=args.quiet or not speaks, writes=speaks)
+    closing = _closing(stage, result)  # of all processes, since the weights may be divided
+    if speaks:
+        print(closing)
 
 
 def _closing(stage: Stage[Ranked], result: Result) -> str:

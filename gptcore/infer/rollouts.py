@@ -132,6 +132,35 @@ def pack(
     )
 
 
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """The responses of all ``parts``, one after the other, as if one call had sampled them; seconds are the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    timings = [part.timing for part in parts]
+    kept = [part.kept for part in parts if part.kept is not None]
+    return Rollouts(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        cu_seqlens=_offsets(np.concatenate([np.diff(part.cu_seqlens) for part in parts])).astype(np.int32),
+        prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
+        response_offsets=_offsets(np.concatenate([part.response_lengths for part in parts])),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        entropies=np.concatenate([part.entropies for part in parts]),
+        stopped=np.concatenate([part.stopped for part in parts]),
+        kept=None
+        if not kept
+        else Kept(
+            np.concatenate([sets.ids for sets in kept]),
+            _offsets(np.concatenate([np.diff(sets.offsets) for sets in kept])),
+        ),
+        timing=Timing(
+            sum(timing.prefill_tokens for timing in timings),
+            max(timing.prefill_seconds for timing in timings),
+            sum(timing.decode_tokens for timing in timings),
+            max(timing.decode_seconds for timing in timings),
+        ),
+    )
+
+
 def _joined(
     steps: Sequence[tuple[NDArray[np.int64], int, NDArray[np.int64], NDArray[np.int32]]],
     response_offsets: NDArray[np.int64],

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as c10d
@@ -15,6 +15,8 @@ import torch.distributed as c10d
 from gptcore.checkpoint import SilentRankError
 from gptcore.dist import Member, member_of
 from gptcore.errors import UserError
+
+Value = TypeVar("Value")
 
 
 class LostRankError(UserError):
@@ -72,6 +74,14 @@ def from_first(place: Member, value: Any) -> Any:
     told = [value]
     c10d.broadcast_object_list(told, c10d.get_global_rank(place.group, 0), group=place.group)
     return told[0]
+
+
+def of_each(place: Member, value: Value) -> list[Value]:
+    """Every rank's ``value``, by rank, on every rank."""
+    found = [value] * place.ranks
+    if place.ranks > 1:
+        c10d.all_gather_object(found, value, group=place.group)
+    return found
 
 
 @contextlib.contextmanager

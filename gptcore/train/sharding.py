@@ -3,12 +3,13 @@ ranks wrote at any stage."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gptcore.checkpoint import MODEL_PREFIX, Checkpoint, Slice
+from gptcore.checkpoint import MODEL_PREFIX, Slice
 from gptcore.optim import ZeroOptimizer, zero_state
 from gptcore.optim.divided import Divided
 from gptcore.optim.fused import FusedOptimizer
@@ -17,6 +18,22 @@ from gptcore.train.config import TrainConfig
 from gptcore.train.state import ADAPTER_PREFIX, OPTIMIZER_PREFIX, refuse_other_model, stored
 
 Optimizer = FusedOptimizer | Divided
+
+
+class Opened(Protocol):
+    """What is read of a checkpoint; :class:`gptcore.checkpoint.Checkpoint` is one."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def state(self) -> Mapping[str, Any]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor: ...
 
 
 def sharded(config: TrainConfig, optimizer: FusedOptimizer, model: torch.nn.Module) -> Optimizer:
@@ -54,7 +71,7 @@ def collect(
     return owned, whole, {"tied": tied, "optimizer": {}}
 
 
-def restore(model: torch.nn.Module, optimizer: Divided, opened: Checkpoint) -> None:
+def restore(model: torch.nn.Module, optimizer: Divided, opened: Opened) -> None:
     """Read this rank's part; every rank calls it.
 
     Raises:
@@ -81,7 +98,7 @@ def restore(model: torch.nn.Module, optimizer: Divided, opened: Checkpoint) -> N
     _restore_optimizer(optimizer, opened)
 
 
-def _restore_optimizer(optimizer: Divided, opened: Checkpoint) -> None:
+def _restore_optimizer(optimizer: Divided, opened: Opened) -> None:
     keys: dict[str, list[str]] = {}
     for full in opened.names:
         if full.startswith(OPTIMIZER_PREFIX):

@@ -185,8 +185,7 @@ def test_gradients_do_not_depend_on_micro_batches_or_order(own):
     ):
         for name, gradient in whole.items():
             assert (gradient - other[name]).abs().max() <= 1e-6 * max(1.0, float(gradient.abs().max())), name
-        # explained variance is a mean over micro-batches of what is no mean
-        for name in set(seen) - {"explained_variance"}:
+        for name in seen:
             assert others[name] == pytest.approx(seen[name], abs=1e-6), name
 
 
