@@ -91,6 +91,17 @@ class GPT(nn.Module):
             self.to_empty(device=device)
             initialise(self, config, seed)
 
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> GPT:
+        """As ``torch.nn.Module.to_empty``: parameters and buffers on ``device``, with no values yet."""
+
+        def empty(t: Tensor) -> Tensor:
+            if not t.is_meta:
+                return torch.empty_like(t, device=device)
+            # torch's own asks a meta tensor for its strides, by a decomposition that loads SymPy: 40 MB
+            return torch.empty(t.shape, dtype=t.dtype, device=device)
+
+        return self._apply(empty, recurse=recurse)
+
     def _build(self, config: GPTConfig) -> None:
         c, table = config.width, config.table_width
         self.token_embedding = Embedding(config.vocab_size, table)

@@ -15,6 +15,12 @@ _embedding = in_f32(ops.embedding)
 class Embedding(torch.nn.Embedding):
     """Rows of a table; ``max_norm``, ``scale_grad_by_freq`` and ``sparse`` go to torch and are reported."""
 
+    def reset_parameters(self) -> None:
+        """Draw the table as torch does; on the meta device, where there is nothing to draw, torch would load its
+        compiler for it: a second and 80 MB."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
             backend.note_fallback("embedding", "max_norm, scale_grad_by_freq or sparse")

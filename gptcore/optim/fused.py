@@ -130,7 +130,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients and f32 sums."""
-        super().zero_grad(set_to_none)
+        _unwrapped(torch.optim.Optimizer.zero_grad)(self, set_to_none)
         self._summed.clear()
         self._given = {}
 
@@ -229,7 +229,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch's: parameters from now on, with settings of their own where the group names them."""
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        _unwrapped(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's."""
+        state: dict[str, Any] = _unwrapped(torch.optim.Optimizer.state_dict)(self)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, bit for bit; also what torch's optimizer of this name returned.
@@ -241,7 +246,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Registered last, so it sees what the other hooks have made of the dict.
         hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
         try:
-            super().load_state_dict(state_dict)
+            _unwrapped(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         finally:
             hook.remove()
         saved = [i for group in loaded[0]["param_groups"] for i in group["params"]]
@@ -289,6 +294,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         betas = group["betas"]
         if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
             raise self._bad("betas", betas, "two numbers in [0, 1)")
+
+
+def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's method without what keeps its compiler out of it, which loads the compiler to do so: a second and 40 MB
+    with the first optimizer of a process."""
+    found: Callable[..., Any] = getattr(method, "__wrapped__", method)
+    return found
 
 
 def _refuse_unsupported(name: str, defaults: dict[str, Any]) -> None:

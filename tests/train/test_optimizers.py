@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,25 @@ def test_another_optimizer_than_the_checkpoints_is_refused(tmp_path: Path) -> No
         train(settings(tmp_path))
     with pytest.raises(UserError, match="state of optimizer adafactor hf, this run has adafactor torch"):
         train(settings(tmp_path, optimizer={"name": "adafactor"}))
+
+
+_STEP = """
+import sys, torch
+from gptcore.models import GPT, presets
+from gptcore.optim import AdamW
+model = GPT(presets.get("gpt2", {"num_layers": 1, "width": 64, "vocab_size": 64, "attention": {"num_heads": 2}}))
+tokens = torch.arange(64)[None]
+optimizer = AdamW(model.parameters())
+for _ in range(2):
+    optimizer.zero_grad()
+    model(tokens, tokens).loss.backward()
+    optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+found = {"torch._dynamo", "sympy"} & set(sys.modules)
+assert not found, found
+"""
+
+
+def test_training_does_not_load_torchs_compiler():
+    """It and SymPy are 80 MB and a second, which a process that compiles nothing has no use for."""
+    subprocess.run([sys.executable, "-c", _STEP], check=True)
