@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptcore import ops
+from gptcore.models import whole_block
 from gptcore.models.checkpointing import Checkpointing
 from gptcore.models.config import GPTConfig
 from gptcore.models.norm import Norm
@@ -167,6 +168,12 @@ class Block(nn.Module):
         self.attention_norm = Norm(spec, config.width) if sandwich else nn.Identity()
         self.mlp_norm = Norm(spec, config.width) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        # Whether it is the block of GPT-2: two norms of layers, each before its part, and nothing beside or within.
+        self.sequential = (
+            spec.placement == "pre" and spec.parallel == "none" and spec.kind == "layer_norm"
+            and isinstance(self.mlp, Mlp) and self.attention.q_norm is None and self.attention.sinks is None
+            and self.attention.slopes is None
+        )  # fmt: skip
 
     @property
     def gives_delta(self) -> bool:
@@ -176,6 +183,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, delta: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
         if not self.gives_delta:
             return self._normed_after(x, context), None
+        if whole_block.serves(self, x, delta, context):
+            return whole_block.run(self, x, delta, context)
         y, x = self.norm1.add(x, delta)
         if self.parallel == "none":
             delta = self._drop(self.attention_norm(self.attention(y, context)), context)

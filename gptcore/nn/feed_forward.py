@@ -13,10 +13,16 @@ from gptcore.nn.half_precision import in_f32, is_half
 from gptcore.nn.linear import Linear
 from gptcore.nn.support import covered
 from gptcore.nn.tensor_parallel import TensorPass
+from gptcore.ops.gated_activation import GELU_ERF, GELU_TANH, PACKED, RELU, SILU
 
 # What makes two halves of one projection, the gate first, into one; the others act on each value alone.
 GATED = ("swiglu", "geglu", "geglu_tanh")
 ACTIVATIONS = ("gelu", "gelu_erf", "relu", "silu", *GATED)
+# The kernel's number for each.
+KINDS = {
+    "gelu": GELU_TANH, "gelu_erf": GELU_ERF, "relu": RELU, "silu": SILU,
+    "swiglu": SILU + PACKED, "geglu": GELU_ERF + PACKED, "geglu_tanh": GELU_TANH + PACKED,
+}  # fmt: skip
 
 
 def activate(kind: str, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _ours(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if wanted and (bias is not None or _moves(x, weight)):
+    if wanted and (bias is not None or moves(x, weight)):
         return _Linear.apply(x, weight, bias)
     if wanted:
         return torch.nn.functional.linear(x, weight)
@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(a: Tensor, b: Tensor, *, transpose_a: bool = False, transpose_b: bool = False) -> Tensor:
     """op(a) @ op(b) for matrices of one dtype, in a fixed order of summation."""
-    if _moves(a, b):
+    if moves(a, b):
         return ops.matmul(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
     return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
 
@@ -79,8 +79,9 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _moves(a: Tensor, b: Tensor) -> bool:
-    """Whether the library's bits for a product of these matrices (a of any number of dimensions) may move."""
+def moves(a: Tensor, b: Tensor) -> bool:
+    """Whether the library's bits for a product of these matrices (a of any number of dimensions) may move, so that it
+    is ours."""
     if not _fixed_order:
         return False
     if a.dtype == torch.bfloat16:
@@ -96,7 +97,7 @@ def amx() -> bool:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *, decoding: bool) -> Tensor:
     rows = x.numel() // x.shape[-1]
-    if not _moves(x, weight) and not (decoding and rows <= SMALL):
+    if not moves(x, weight) and not (decoding and rows <= SMALL):
         return torch.nn.functional.linear(x, weight, bias)
     y = ops.matmul(x.reshape(rows, x.shape[-1]), weight, bias=bias, transpose_b=True)
     return y.view(*x.shape[:-1], weight.shape[0])
