@@ -133,12 +133,13 @@ class BackwardTask {
     const int64_t size = p_.head_dim;
     for (int64_t block = 0; block < row_blocks_; ++block) {
       const int64_t first = block * kRows, count = at_most(s_.rows() - first, kRows);
+      const int64_t padded = round_up(count, kStrip);  // no more is ever read: few where documents are short
       const int64_t columns = first * depth_, pairs = first / kPer * width_, panel = kRows / kPer * kLanes;
-      pack_columns<Units, T>(q, first, count, kRows, size, depth_, q_columns_ + columns);
-      pack_columns<Units, T>(dout, first, count, kRows, size, depth_, dout_columns_ + columns);
-      pack_pairs<Units, T>(q, first, count, kRows / kPer, panel, size, q_pairs_ + pairs);
-      pack_pairs<Units, T>(dout, first, count, kRows / kPer, panel, size, dout_pairs_ + pairs);
-      for (int64_t row = first; row < first + kRows; ++row) {
+      pack_columns<Units, T>(q, first, count, padded, size, depth_, q_columns_ + columns);
+      pack_columns<Units, T>(dout, first, count, padded, size, depth_, dout_columns_ + columns);
+      pack_pairs<Units, T>(q, first, count, padded / kPer, panel, size, q_pairs_ + pairs);
+      pack_pairs<Units, T>(dout, first, count, padded / kPer, panel, size, dout_pairs_ + pairs);
+      for (int64_t row = first; row < first + padded; ++row) {
         // Rows that see nothing, and those beyond the last, get probability exp2(-inf) = 0.
         const bool real = row < first + count;
         const float value = real ? lse(row) : -kInfinity;
@@ -166,7 +167,7 @@ class BackwardTask {
     for (int64_t head = 0; head < s_.group; ++head) {
       const Vec sink = splat(p_.sinks[s_.kv_head * s_.group + head] * kLog2e);
       double sum = 0;
-      for (int64_t r = 0; r < row_blocks_ * kRows; r += kLanes) {
+      for (int64_t r = 0; r < s_.rows(); r += kLanes) {
         alignas(64) float terms[kLanes];
         store(terms, exp2_of<true>(sink - load(lse_ + r)) * load(delta_ + r));
         for (int i = 0; i < kLanes; ++i) sum -= (r + i) % s_.group == head ? double{terms[i]} : 0;
