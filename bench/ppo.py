@@ -2,11 +2,13 @@
 
     python -m venv .peer && .peer/bin/pip install -c constraints.txt torch -r bench/peers/trl_ppo/requirements.txt
     python -m bench.ppo --peer-python .peer/bin/python                    random walks and GPT-2's shapes
-    python -m bench.ppo --peer-python .peer/bin/python --task gpt2_124m --dtype bfloat16
+    python -m bench.ppo --peer-python .peer/bin/python --task gpt2_124m --dtype float32 --critic separate
 
-Both sides start from the same weights, see the same prompts and are judged by the same rule; each run is a process of
-its own, in turn. The first update of a run is left out: buffers and caches are new in it. The peer's reward model is a
-table instead of a network. Last comes one JSON object for each task.
+Both sides start from the same weights, see the same prompts, make as many updates of as many responses, and are judged
+by the same rule; each run is a process of its own, in turn. The first iteration of a run is left out: buffers and
+caches are new in it. The peer's reward model is a table instead of a network. The peer runs in each of its precisions:
+float32, mixed (bf16 products, f32 weights, as ours in bfloat16) and bfloat16 (weights and Adam's moments too). Last
+comes one JSON object for each task, with how many times faster, cheaper and leaner ours is than each.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import gptcore  # noqa: F401  before torch
 
 HERE = Path(__file__).parent
+PRECISIONS = ("float32", "mixed", "bfloat16")
 
 
 def main() -> None:
@@ -34,7 +37,16 @@ def main() -> None:
         "--peer-python", metavar="FILE", help="of the peer's environment; without it ours alone runs"
     )
     parser.add_argument("--task", action="append", choices=SETTINGS, help="may be repeated (all)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of ours (bfloat16)"
+    )
+    parser.add_argument(
+        "--precision", action="append", choices=PRECISIONS, help="of the peer; may be repeated (all)"
+    )
+    parser.add_argument(
+        "--critic", choices=("shared", "separate"), default="shared",
+        help="ours: a head on the actor's trunk, or a model of its own, as the peer's always is (shared)",
+    )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of each side (all)"
     )
@@ -59,7 +71,7 @@ def random_walks(scratch: Path) -> dict[str, Any]:
     return {
         "model": str(scratch / "model"), "words": nodes, "vocab_size": 32, "end": nodes, "pad": 31,
         "prompts": [[node] for node in range(1, nodes)], "prompt_length": 1, "response": 10,
-        "episodes": 128, "minibatch": 32, "epochs": 4, "lr": 3e-4, "beta": 0.05, "updates": 12, "critic": "shared",
+        "episodes": 128, "minibatch": 32, "epochs": 4, "lr": 3e-4, "beta": 0.05, "updates": 12,
         "graph": {"successors": graph.successors, "distances": graph.distances, "longest": graph.longest},
     }  # fmt: skip
 
@@ -74,7 +86,6 @@ def gpt2_124m(scratch: Path) -> dict[str, Any]:
         "model": str(scratch / "model"), "words": 50256, "vocab_size": 50304, "end": 50256, "pad": 50303,
         "prompts": [[drawn.randrange(50256) for _ in range(64)] for _ in range(64)], "prompt_length": 64,
         "response": 64, "episodes": 16, "minibatch": 8, "epochs": 2, "lr": 3e-6, "beta": 0.05, "updates": 3,
-        "critic": "shared",
     }  # fmt: skip
 
 
@@ -105,37 +116,57 @@ def _save(where: Path, changes: dict[str, Any], texts: list[list[int]] | None) -
 
 
 def _measured(task: str, setting: dict[str, Any], args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """One JSON object: medians over the updates of all runs but each run's first."""
-    setting |= {"threads": args.threads, "dtype": args.dtype}
+    """One JSON object: medians over the iterations of all runs but each run's first."""
+    setting |= {"threads": args.threads, "dtype": args.dtype, "critic": args.critic}
     if args.updates:
         setting["updates"] = args.updates
-    sides = {"gptcore": [sys.executable, "-m", "bench.ppo_episodes"]}
-    if args.peer_python:
-        sides["trl"] = [args.peer_python, str(HERE / "peers" / "trl_ppo" / "episodes.py")]
+    ours = [sys.executable, "-m", "bench.ppo_episodes"]
+    sides = {"gptcore": (ours, "")}
+    for precision in (args.precision or PRECISIONS) if args.peer_python else ():
+        peer = [args.peer_python, str(HERE / "peers" / "trl_ppo" / "episodes.py")]
+        sides[f"trl_{precision}"] = (peer, precision)
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for repeat in range(args.repeats):
-        for side, command in sides.items():
-            setting["out"] = str(scratch / f"{side}-{repeat}")
+        for side, (command, precision) in sides.items():
             path = scratch / "setting.json"
-            path.write_text(json.dumps(setting))
+            path.write_text(
+                json.dumps({**setting, "precision": precision, "out": str(scratch / f"{side}-{repeat}")})
+            )
             runs[side].append(_run([*command, str(path)]))
-            print(f"{task} {side}: {_rate(runs[side][-1:], setting):.2f} episodes/s, "
-                  f"peak {runs[side][-1]['peak_mib']:.0f} MiB, reward {runs[side][-1]['rewards'][0]:.3f} -> "
-                  f"{runs[side][-1]['rewards'][-1]:.3f}", file=sys.stderr, flush=True)  # fmt: skip
-    record: dict[str, Any] = {
-        "case": f"ppo/{task}",
-        "dtype": args.dtype,
-        "threads": args.threads,
-        "repeats": args.repeats,
+            print(f"{task} {side}: {_summary(runs[side][-1:], setting)}", file=sys.stderr, flush=True)
+    found = {side: _summary(some, setting) for side, some in runs.items()}
+    return {
+        "case": f"ppo/{task}", "dtype": args.dtype, "critic": args.critic, "threads": args.threads,
+        "repeats": args.repeats, **found,
+        "ratios": {side: _ratios(found["gptcore"], peer) for side, peer in found.items() if side != "gptcore"},
+    }  # fmt: skip
+
+
+def _summary(runs: list[dict[str, Any]], setting: dict[str, Any]) -> dict[str, Any]:
+    """``episodes_per_s`` of wall time, processor milliseconds of an episode, MiB at the peak, in all and above what
+    lay in memory after the imports, and mean rewards of each run's first and last iteration."""
+    episodes = float(setting["episodes"])
+    wall, processor = (
+        statistics.median(value for run in runs for value in run[name][1:])
+        for name in ("seconds", "processor_seconds")
+    )
+    return {
+        "episodes_per_s": round(episodes / wall, 3),
+        "processor_ms": round(processor / episodes * 1e3, 3),
+        "peak_mib": round(max(run["peak_mib"] for run in runs)),
+        "over_imports_mib": round(max(run["peak_mib"] - run["imports_mib"] for run in runs)),
+        "rewards": [round(run["rewards"][end], 4) for run in runs for end in (0, -1)],
     }
-    for side, found in runs.items():
-        record[f"{side}_episodes_per_s"] = round(_rate(found, setting), 3)
-        record[f"{side}_peak_mib"] = round(max(run["peak_mib"] for run in found))
-        record[f"{side}_rewards"] = [round(run["rewards"][end], 4) for run in found for end in (0, -1)]
-    if args.peer_python:
-        record["ratio"] = round(record["gptcore_episodes_per_s"] / record["trl_episodes_per_s"], 2)
-        record["memory"] = round(record["gptcore_peak_mib"] / record["trl_peak_mib"], 3)
-    return record
+
+
+def _ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    """Above 1 in the first two: ours is faster; below 1 in the others: ours is leaner."""
+    return {
+        "episodes_per_s": round(ours["episodes_per_s"] / peer["episodes_per_s"], 2),
+        "processor": round(peer["processor_ms"] / ours["processor_ms"], 2),
+        "peak": round(ours["peak_mib"] / peer["peak_mib"], 3),
+        "over_imports": round(ours["over_imports_mib"] / peer["over_imports_mib"], 3),
+    }
 
 
 def _run(command: list[str]) -> dict[str, Any]:
@@ -146,13 +177,6 @@ def _run(command: list[str]) -> dict[str, Any]:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
-
-
-def _rate(runs: list[dict[str, Any]], setting: dict[str, Any]) -> float:
-    """Episodes a second, from the median time of an update."""
-    return float(setting["episodes"]) / statistics.median(
-        second for run in runs for second in run["seconds"][1:]
-    )
 
 
 if __name__ == "__main__":

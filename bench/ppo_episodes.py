@@ -5,11 +5,8 @@ python -m bench.ppo_episodes SETTING.json        prints one JSON object
 
 from __future__ import annotations
 
-import itertools
 import json
-import resource
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import gptcore  # noqa: F401  before torch, so that MKL is asked for fixed bits
 def main() -> None:
     import torch
 
+    from bench.peers.trl_ppo.record import Record
     from gptcore import backend, from_hf
     from gptcore.align import ppo
     from gptcore.align.answers import Prompts
@@ -30,7 +28,9 @@ def main() -> None:
     setting = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(setting["threads"])
     backend.set_num_threads(setting["threads"])
-    actor, reference = from_hf(setting["model"]), from_hf(setting["model"])
+    record = Record()
+    dtype = getattr(torch, setting["dtype"])
+    actor, reference = from_hf(setting["model"], dtype=dtype), from_hf(setting["model"], dtype=dtype)
     tokenizer = words(setting["words"])
     tasks = [Task(tokenizer.decode(ids)) for ids in setting["prompts"]]
     table = {
@@ -44,14 +44,9 @@ def main() -> None:
     }  # fmt: skip
     config, spec = settings(PPOSpec, table, actor.config)
     prompts = Prompts(tasks, Chat(tokenizer, None), room=setting["prompt_length"])
-    reward, times, rewards = _reward(setting)
-    actor.to(getattr(torch, setting["dtype"]))
-    reference.to(getattr(torch, setting["dtype"]))
+    reward = _reward(setting, record)
     ppo.run(config, spec, actor=actor, reference=reference, prompts=prompts, reward=reward, quiet=True)
-    times.append(time.perf_counter())
-    seconds = [after - before for before, after in itertools.pairwise(times)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "rewards": rewards, "peak_mib": peak}))
+    print(record.finish())
 
 
 def words(count: int) -> Any:
@@ -62,19 +57,15 @@ def words(count: int) -> Any:
     return CharacterTokenizer("".join(chr(first + place) for place in range(count)))
 
 
-def _reward(setting: dict[str, Any]) -> tuple[Any, list[float], list[float]]:
+def _reward(setting: dict[str, Any], record: Any) -> Any:
     from bench.peers.trl_ppo.worth import worth
-
-    times: list[float] = []
-    rewards: list[float] = []
 
     def reward(answers: Sequence[Any]) -> list[float]:
         scores = [worth(setting, [*a.prompt_ids.tolist(), *a.response_ids.tolist()]) for a in answers]
-        times.append(time.perf_counter())
-        rewards.append(sum(scores) / len(scores))
+        record.judged(scores)
         return scores
 
-    return reward, times, rewards
+    return reward
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def test_the_rule_is_the_tasks_own() -> None:
 
 def test_our_side_runs(tmp_path: Path) -> None:
     setting = ppo.random_walks(tmp_path) | {
-        "threads": 1, "dtype": "float32", "out": str(tmp_path / "run"), "updates": 2, "episodes": 32, "minibatch": 16,
+        "threads": 1, "dtype": "float32", "critic": "shared", "out": str(tmp_path / "run"), "updates": 2,
+        "episodes": 32, "minibatch": 16,
     }  # fmt: skip
     (tmp_path / "setting.json").write_text(json.dumps(setting))
     done = subprocess.run(
@@ -40,6 +41,6 @@ def test_our_side_runs(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     result = json.loads(done.stdout.splitlines()[-1])
-    assert len(result["seconds"]) == len(result["rewards"]) == 2
+    assert len(result["seconds"]) == len(result["processor_seconds"]) == len(result["rewards"]) == 2
     assert 0.2 < result["rewards"][0] < 0.8  # of the random walks that the model has read
-    assert result["peak_mib"] > 50
+    assert result["peak_mib"] > result["imports_mib"] > 50

@@ -2,22 +2,21 @@
 
     python episodes.py SETTING.json        in the environment of requirements.txt; prints one JSON object
 
-The reward model is a table instead of a network, which costs the peer less than it would pay.
+The reward model is a table instead of a network, which costs the peer less than it would pay. ``precision`` is float32,
+bfloat16 (weights and Adam's moments too) or mixed (bf16 products over f32 weights).
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import resource
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
+from record import Record
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -29,48 +28,46 @@ class Judge(torch.nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, setting: dict[str, Any], times: list[float], rewards: list[float]) -> None:
+    def __init__(self, setting: dict[str, Any], record: Record) -> None:
         super().__init__()
-        self.setting, self.times, self.rewards = setting, times, rewards
+        self.setting, self.record = setting, record
         self.backbone = lambda input_ids, **_: SimpleNamespace(hidden_states=[input_ids])
 
     def score(self, ids: torch.Tensor) -> torch.Tensor:
-        scores = torch.tensor([worth(self.setting, row) for row in ids.tolist()])
-        self.times.append(time.perf_counter())
-        self.rewards.append(float(scores.mean()))
-        return scores[:, None, None].expand(-1, ids.shape[1], 1)
+        scores = [worth(self.setting, row) for row in ids.tolist()]
+        self.record.judged(scores)
+        return torch.tensor(scores)[:, None, None].expand(-1, ids.shape[1], 1)
 
 
 def main() -> None:
     setting = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(setting["threads"])
-    times: list[float] = []
-    rewards: list[float] = []
+    record = Record()
     where, episodes, minibatch = setting["model"], setting["episodes"], setting["minibatch"]
-    options = {"dtype": getattr(torch, setting["dtype"])}
+    precision = setting["precision"]
+    options = {"dtype": torch.bfloat16 if precision == "bfloat16" else torch.float32}
     trainer = PPOTrainer(
         args=PPOConfig(
-            output_dir=setting["out"], per_device_train_batch_size=minibatch,
-            gradient_accumulation_steps=episodes // minibatch, num_mini_batches=episodes // minibatch,
+            output_dir=setting["out"], num_mini_batches=episodes // minibatch,
+            # not a minibatch times as many accumulations: accelerate would step once an epoch then
+            per_device_train_batch_size=episodes, gradient_accumulation_steps=1,
             total_episodes=episodes * setting["updates"], num_ppo_epochs=setting["epochs"],
             local_rollout_forward_batch_size=episodes, response_length=setting["response"],
             learning_rate=setting["lr"], lr_scheduler_type="constant", kl_coef=setting["beta"], temperature=1.0,
-            stop_token_id=setting["end"], num_sample_generations=0, gradient_checkpointing=False, bf16=False,
+            stop_token_id=setting["end"], num_sample_generations=0, gradient_checkpointing=False,
+            bf16=precision == "mixed",
             use_cpu=True, report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
         ),
         processing_class=_tokenizer(setting),
         model=AutoModelForCausalLM.from_pretrained(where, **options),
         ref_model=AutoModelForCausalLM.from_pretrained(where, **options),
         value_model=AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, **options),
-        reward_model=Judge(setting, times, rewards),
+        reward_model=Judge(setting, record),
         train_dataset=Dataset.from_dict({"input_ids": setting["prompts"] * 8}),
         eval_dataset=Dataset.from_dict({"input_ids": setting["prompts"]}),
     )  # fmt: skip
     trainer.train()
-    times.append(time.perf_counter())
-    seconds = [after - before for before, after in itertools.pairwise(times)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "rewards": rewards, "peak_mib": peak}))
+    print(record.finish())
 
 
 def _tokenizer(setting: dict[str, Any]) -> PreTrainedTokenizerFast:
