@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from gptcore import backend
 from gptcore.align.road import run as road
 from gptcore.align.road.report import Report, Row
 from gptcore.align.road.settings import FAST, RoadSpec
@@ -58,10 +59,17 @@ def walked(specs: Sequence[RoadSpec], out: Path, jobs: int) -> list[Report]:
     places = [out / f"seed-{spec.seed}" for spec in specs]
     if jobs == 1:
         return [_walk(place, spec) for place, spec in zip(places, specs, strict=True)]
-    threads = max(1, torch.get_num_threads() // jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     fresh = multiprocessing.get_context("spawn")  # a forked process would share OpenMP's state
-    with ProcessPoolExecutor(jobs, fresh, torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, fresh, _keep_to, (threads,)) as pool:
         return list(pool.map(_walk, places, specs))
+
+
+def _keep_to(threads: int) -> None:
+    import torch  # here, since gptcore, which fixes the bits of MKL's products, has to come before it
+
+    torch.set_num_threads(threads)
+    backend.set_num_threads(threads)
 
 
 def _walk(place: Path, spec: RoadSpec) -> Report:
