@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,17 +141,23 @@ class PairLoader:
 
 
 def batch_of(preferences: Sequence[Preference]) -> Batch:
-    """Chosen answers, then rejected ones, then those to other prompts, end to end; as options of the model ``parts``
-    (3,) int64, how many of the S sequences are of each, and ``reference`` (S,) f32."""
+    """Chosen answers, then rejected ones, end to end; as options of the model ``parts`` (2,) int64, how many of the S
+    sequences are of either, and ``reference`` (S,) f32. KTO's answers to other prompts are a row of their own, which
+    teaches nothing: ``other_tokens`` and ``other_targets`` (1, N'), ``other_bounds`` and ``other_reference`` (S',)."""
     chosen = [(one.chosen, one.ref_chosen) for one in preferences if one.chosen is not None]
     rejected = [(one.rejected, one.ref_rejected) for one in preferences if one.rejected is not None]
-    others = [(one.other, one.ref_other) for one in preferences if one.other is not None]
-    parts = (chosen, rejected, others)
-    row = lay_out([answer for part in parts for answer, _ in part])
-    options: Mapping[str, np.ndarray] = {
-        "parts": np.array([len(part) for part in parts], np.int64),
-        "reference": np.array([value for part in parts for _, value in part], np.float32),
+    row = lay_out([answer for part in (chosen, rejected) for answer, _ in part])
+    options: dict[str, np.ndarray] = {
+        "parts": np.array([len(chosen), len(rejected)], np.int64),
+        "reference": np.array([value for _, value in (*chosen, *rejected)], np.float32),
     }
+    others = [(one.other, one.ref_other) for one in preferences if one.other is not None]
+    if others:
+        crossed = lay_out([answer for answer, _ in others])
+        options |= {
+            "other_tokens": crossed.tokens, "other_targets": crossed.targets, "other_bounds": crossed.cu_seqlens,
+            "other_reference": np.array([value for _, value in others], np.float32),
+        }  # fmt: skip
     return Batch(row.tokens, row.targets, row.cu_seqlens, 0, row.target_count, 0, options=options)
 
 

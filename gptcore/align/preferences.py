@@ -7,7 +7,7 @@ once, so that no second model is in memory while training.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +25,7 @@ from gptcore.models import GPT, adapters
 from gptcore.train import processes
 from gptcore.train.evaluation import tensors_of
 
-Parts = tuple[Tensor, ...]  # of chosen answers, rejected ones, and those to other prompts
+Parts = tuple[Tensor, ...]  # of chosen answers and rejected ones
 
 _TOKENS = 8192  # of a row whose log-probabilities are taken at once
 
@@ -59,7 +59,10 @@ class PreferencePolicy(GPT):
         return made
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, **options: Any) -> Any:
-        """As ``GPT``; with ``parts`` and ``reference`` as ``pairs.batch_of`` has them :class:`PreferenceOutput`."""
+        """As ``GPT``; with ``parts`` and ``reference`` as ``pairs.batch_of`` has them :class:`PreferenceOutput`.
+
+        ``point``, of :meth:`of_update`: KTO's reference point; without it that of the batch by itself.
+        """
         if "parts" not in options:
             return super().forward(tokens, targets, **options)
         assert targets is not None
@@ -68,19 +71,54 @@ class PreferencePolicy(GPT):
         out = super().forward(tokens, targets, cu_seqlens=bounds, reduction="none")
         sums = losses.answer_logprobs(-out.loss, mask, cu_seqlens=bounds).split(parts)
         sizes = layout.counts(mask, bounds).split(parts)
-        found = self._preference_loss(sums, sizes, reference.split(parts))
+        point = options.get("point")
+        if point is None and self.preference.loss_type == "kto":
+            point = losses.kto_reference_point(*self._mismatched(options))
+        found = self._preference_loss(sums, sizes, reference.split(parts), point)
         return PreferenceOutput(
             found.loss, found.loss.new_zeros(()), found.chosen_rewards, found.rejected_rewards,
             sums[0].detach(), sums[1].detach(),
         )  # fmt: skip
 
-    def _preference_loss(self, sums: Parts, sizes: Parts, reference: Parts) -> PreferenceLoss:
-        """From what there is of chosen answers, rejected ones and those to other prompts."""
+    def of_update(
+        self, batches: Sequence[Any], gather: Callable[[Sequence[float]], Sequence[float]]
+    ) -> dict[str, Tensor]:
+        """What ``forward`` is given with each micro-batch of an update: KTO's reference point, which is a mean over all
+        of them, on whichever rank, so that the loss does not depend on how an update is cut. Dropout is off.
+
+        Args:
+            batches: this process's micro-batches. gather: numbers of this process to those of all.
+        """
+        if self.preference.loss_type != "kto":
+            return {}
+        device, was = self.token_embedding.weight.device, self.training
+        self.eval()
+        try:
+            mismatched = [self._mismatched(tensors_of(batch, device)[2]) for batch in batches]
+        finally:
+            self.train(was)
+        each = torch.cat([now - before for now, before in mismatched]).double()
+        told = torch.tensor(gather([float(each.sum()), len(each)]), dtype=torch.float64).view(-1, 2).sum(0)
+        return {"point": (told[0] / told[1]).clamp(min=0.0).float().to(device)}
+
+    @torch.no_grad()
+    def _mismatched(self, options: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of answers to other prompts, and those under the reference, (S',) each."""
+        bounds, targets = options["other_bounds"], options["other_targets"]
+        out = self(options["other_tokens"], targets, cu_seqlens=bounds, reduction="none")
+        return losses.answer_logprobs(-out.loss, targets != IGNORE, cu_seqlens=bounds), options[
+            "other_reference"
+        ]
+
+    def _preference_loss(
+        self, sums: Parts, sizes: Parts, reference: Parts, point: Tensor | None
+    ) -> PreferenceLoss:
+        """From what there is of chosen answers and of rejected ones."""
         spec, beta = self.preference, self.preference.strength
         if spec.loss_type == "kto":
-            answers, before = torch.cat(sums[:2]), torch.cat(reference[:2])
+            assert point is not None
+            answers, before = torch.cat(sums), torch.cat(reference)
             good = torch.arange(len(answers), device=answers.device) < len(sums[0])
-            point = losses.kto_reference_point(sums[2], reference[2])
             return losses.kto(
                 answers, before, good, point, beta=beta, desirable_weight=spec.desirable_weight,
                 undesirable_weight=spec.undesirable_weight,
@@ -93,7 +131,7 @@ class PreferencePolicy(GPT):
                 sums[0] / sizes[0], sums[1] / sizes[1], beta=beta, gamma=spec.gamma,
                 label_smoothing=spec.label_smoothing,
             )  # fmt: skip
-        pairs = (*sums[:2], *reference[:2])
+        pairs = (*sums, *reference)
         if spec.loss_type == "ipo":
             return losses.ipo(*pairs, beta=beta)
         return losses.dpo(*pairs, beta=beta, label_smoothing=spec.label_smoothing)
@@ -152,6 +190,21 @@ def with_reference(
     ]
 
 
+@torch.no_grad()
+def outputs_of(
+    model: PreferencePolicy, preferences: Sequence[Preference], *, pairs: int = 16
+) -> list[PreferenceOutput]:
+    """What ``model`` makes of ``preferences``, ``pairs`` at a time, against one reference point of all of them."""
+    device = model.token_embedding.weight.device
+    batches = [batch_of(preferences[first : first + pairs]) for first in range(0, len(preferences), pairs)]
+    shared = model.of_update(batches, list)
+    outs = []
+    for batch in batches:
+        tokens, targets, options = tensors_of(batch, device)
+        outs.append(model(tokens, targets, **options, **shared))
+    return outs
+
+
 def evaluation(
     preferences: Sequence[Preference], *, pairs: int = 16
 ) -> Callable[[torch.nn.Module], dict[str, float]]:
@@ -165,12 +218,9 @@ def evaluation(
 
     @torch.no_grad()
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        outs, weights, device = [], [], next(model.parameters()).device
-        for first in range(0, len(preferences), pairs):
-            part = preferences[first : first + pairs]
-            tokens, targets, options = tensors_of(batch_of(part), device)
-            outs.append(model(tokens, targets, **options))
-            weights.append(len(part))
+        assert isinstance(model, PreferencePolicy)
+        outs = outputs_of(model, preferences, pairs=pairs)
+        weights = [len(preferences[first : first + pairs]) for first in range(0, len(preferences), pairs)]
         loss = sum(float(out.loss) * n for out, n in zip(outs, weights, strict=True)) / sum(weights)
         chosen, rejected, good, bad = (
             torch.cat([getattr(out, name).cpu() for out in outs])

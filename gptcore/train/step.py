@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from gptcore.dist import gather_numbers
+from gptcore.dist import Member, gather_numbers
 from gptcore.errors import UserError
 from gptcore.optim import LossScaler, ZeroOptimizer
 from gptcore.train import strategies
@@ -51,7 +51,8 @@ def update(
     """One update, the one with zero-based index ``step``, by all ranks together; returns the mean loss of its leaves.
 
     Args:
-        model, optimizer: as ``strategies.prepare`` gives them, or a model and one of our optimizers over it.
+        model, optimizer: as ``strategies.prepare`` gives them, or a model and one of our optimizers over it. A model
+            with ``of_update(batches, gather)`` is asked, before the first, what it takes with each of the batches.
         routing: told what the layers of experts did in this rank's leaves.
         lr: the learning rate; None: the schedule's at ``step``.
         batch: the index of the update whose data are taken, other than ``step`` once batches have been skipped.
@@ -73,13 +74,14 @@ def update(
         group["lr"] = lr
     model.train()
     optimizer.zero_grad()
+    shared = _of_update(model, lambda: [batch_of(loader, config, batch, leaf) for leaf in leaves], member)
     own = []
     for leaf in leaves:
         seed(config, step, leaf)
         micro = batch_of(loader, config, batch, leaf)
         weight = float(getattr(micro, "weight", 1.0))
         with strategies.leaf(model, leaf == leaves[-1]):
-            out = _forward(config, model, micro)
+            out = _forward(config, model, micro, shared)
             total = _total(out, config, weight)
             (total if scaler is None else scaler.scale(total)).backward()
         if routing is not None:
@@ -122,10 +124,16 @@ def _mean_in_order(of_ranks: Sequence[range], losses: Sequence[float]) -> float:
     return sum(loss for _, loss in sorted(zip(numbers, losses, strict=True))) / len(losses)
 
 
-def _forward(config: TrainConfig, model: torch.nn.Module, batch: Any) -> Any:
+def _of_update(model: torch.nn.Module, batches: Callable[[], list[Any]], member: Member) -> Mapping[str, Any]:
+    """What a loss that is no mean over micro-batches takes from all of them: options of every forward."""
+    look = getattr(strategies.model_of(model), "of_update", None)
+    return {} if look is None else look(batches(), lambda own: gather_numbers(own, member))
+
+
+def _forward(config: TrainConfig, model: torch.nn.Module, batch: Any, shared: Mapping[str, Any]) -> Any:
     tokens, targets, options = tensors_of(batch, next(model.parameters()).device)
     z_loss = {"z_loss": config.z_loss} if config.z_loss else {}
-    return model(tokens, targets, **options, **z_loss)
+    return model(tokens, targets, **options, **shared, **z_loss)
 
 
 def _total(out: Any, config: TrainConfig, weight: float) -> torch.Tensor:

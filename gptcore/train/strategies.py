@@ -65,6 +65,11 @@ def _fully_shard(model: nn.Module) -> None:
     fully_shard(model, **options)
 
 
+def model_of(called: nn.Module) -> nn.Module:
+    """The model itself, of what is called in its place."""
+    return called.module if isinstance(called, DistributedDataParallel) else called
+
+
 def place_of(called: nn.Module, optimizer: Optimizer) -> Member:
     """This process among those that share the updates of ``optimizer``."""
     if isinstance(called, DistributedDataParallel):

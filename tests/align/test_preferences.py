@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -202,20 +203,26 @@ def test_the_reference_of_an_adapted_policy_is_the_adapter_switched_off():
     assert float(output(model, some).chosen_rewards.abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "orpo", "simpo"])
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_batches_of_any_cut_have_the_gradient_of_the_whole(loss_type: str):
-    """transformers #34191, trl #2604: losses scaled by how an update was accumulated."""
-    model, some = policy(loss_type), with_reference(policy("dpo"), pairs(6))
+    """transformers #34191, trl #2604: losses scaled by how an update was accumulated; KTO's reference point is the
+    whole update's."""
+    model, some = policy(loss_type), with_reference(policy("dpo"), data(loss_type, 6))
     with torch.no_grad():
         for p in model.parameters():
             p += 0.01
+    if loss_type == "kto":  # a point of each part's own would be others: one of them is not 0
+        apart = [float(model.of_update([batch_of(some[i : i + 2])], list)["point"]) for i in (0, 2, 4)]
+        assert max(apart) > 1e-3 and max(apart) - min(apart) > 1e-3
     gradients = []
     for cuts in ([6], [2, 2, 2], [3, 3]):
         model.zero_grad()
-        at = 0
-        for size in cuts:
-            (output(model, some[at : at + size]).loss / len(cuts)).backward()
-            at += size
+        bounds = itertools.pairwise(itertools.accumulate(cuts, initial=0))
+        batches = [batch_of(some[first:end]) for first, end in bounds]
+        shared = model.of_update(batches, list)
+        for batch in batches:
+            tokens, targets, options = tensors_of(batch, torch.device("cpu"))
+            (model(tokens, targets, **options, **shared).loss / len(cuts)).backward()
         gradients.append(model.token_embedding.weight.grad.clone())
     for other in gradients[1:]:  # sums of f32 in another order
         assert (other - gradients[0]).abs().max() <= 2e-6 * max(1.0, float(gradients[0].abs().max()))
