@@ -118,15 +118,17 @@ def _train(
     prompts = Prompts(source.train, chat, room=room, seed=config.seed)
     reward = judge_of(asked.reward, source, tokenizer, "tasks.reward")
     gold = None if asked.gold is None else judge_of(asked.gold, source, tokenizer, "tasks.gold")
+    reference = _reference(args, table["start"], spec, config)
     evaluate = None
     if source.held_out:
         kept = Prompts(source.held_out, chat, room=room)
         evaluate = held_out_reward(
-            kept, reward, max_new_tokens=spec.max_new_tokens, params=spec.sampling(config.seed)
-        )
+            kept, reward, max_new_tokens=spec.max_new_tokens, params=spec.sampling(config.seed), gold=gold,
+            reference=reference,
+        )  # fmt: skip
     actor.to(device=config.device, dtype=DTYPES[config.dtype])
     return train(
-        config, spec, actor=actor, reference=_reference(args, table["start"], spec, config), prompts=prompts,
+        config, spec, actor=actor, reference=reference, prompts=prompts,
         reward=reward, gold=gold, evaluate=evaluate, quiet=args.quiet,
         pretraining=_pretraining(config, table, chat) if spec.pretraining_coefficient else None,
         critic=None if asked.critic is None else _critic(asked.critic, tokenizer, spec, config),
@@ -206,7 +208,7 @@ def _pretraining(config: TrainConfig, table: dict[str, Any], chat: Chat) -> Load
 def _say(result: Result, directory: Path) -> None:
     """What the run came to, and what to do next."""
     seen = {**result.metrics, **result.evaluation}
-    names = ("reward", "gold_reward", "kl", "val_reward", "val_reward_greedy")
+    names = ("reward", "gold_reward", "kl", "val_reward", "val_reward_greedy", "val_gold_reward", "val_kl")
     numbers = ", ".join(f"{name} {seen[name]:.4f}" for name in names if name in seen)
     print(f"iteration {result.step}: {numbers}")
     print(f"checkpoint: {result.checkpoint}")

@@ -1,7 +1,8 @@
 """Write one HTML file about a run, or about several side by side: values, curves, samples, settings.
 
 Reads RUN/metrics.jsonl and RUN/config.json, of pretraining and of every stage of alignment alike. The
-file has its plots inside and needs nothing else. A run may still be going on.
+file has its plots inside and needs nothing else. A run may still be going on. Of a PPO run with a second
+judge (--gold) it has gold and proxy reward over the root of KL.
 
 Examples:
   gptcore report runs/ppo                            writes runs/ppo/report.html

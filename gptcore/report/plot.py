@@ -123,11 +123,13 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 
 
 class Series(NamedTuple):
-    """A named line: points (x, y) in order, and bounds (low, high) of each where it has an interval."""
+    """A named line: points (x, y) in order, and bounds (low, high) of each where it has an interval. ``dots``: points
+    alone, without a line between them."""
 
     name: str
     points: Sequence[tuple[float, float]]
     bounds: Sequence[tuple[float, float]] | None = None
+    dots: bool = False
 
 
 class Panel(NamedTuple):
@@ -193,6 +195,9 @@ def _line(axes: Any, series: Series, colour: str) -> None:
     if series.bounds is not None:
         low, high = [low for low, _ in series.bounds], [high for _, high in series.bounds]
         axes.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+    if series.dots:
+        axes.plot(xs, ys, "o", color=colour, markersize=5, label=series.name)
+        return
     if len(ys) > 200:
         axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
         ys = running_mean(ys, len(ys) // 100)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptcore.errors import UserError
-from gptcore.report import plot
+from gptcore.report import gold_and_proxy, plot
 from gptcore.report.html import Page, cell
 
 Lines = Sequence[Mapping[str, Any]]
@@ -59,9 +59,9 @@ def page(
         if curves:
             made.section(kind.capitalize())
             made.panels(curves, x_label="update", caption=f"{kind}, over the updates")
-    if over := _over_optimisation(runs):
+    if over := gold_and_proxy.panels(runs):
         made.section("Gold and proxy reward")
-        made.panels(over, x_label="√KL (√nats)", caption="what is meant and what is optimised, over √KL")
+        made.panels(over, x_label=gold_and_proxy.X_LABEL, caption=gold_and_proxy.CAPTION)
     _texts(made, runs, "sample", "Samples", _SAMPLES)
     _texts(made, runs, "warning", "Warnings", 50)
     if settings:
@@ -112,22 +112,6 @@ def _panel(runs: Mapping[str, Lines], kind: str, name: str) -> plot.Panel | None
     if name in _COUNTERS or len(values) < 2:
         return None
     return plot.Panel(name, [one for one in series if one.points])
-
-
-def _over_optimisation(runs: Mapping[str, Lines]) -> list[plot.Panel]:
-    """``gold`` and ``proxy`` over the root of ``kl``, of runs whose lines have all three (Gao et al. 2022, fig. 1)."""
-    made = []
-    for run, lines in runs.items():
-        told = sorted(
-            (line for line in lines if all(_is_number(line.get(key)) for key in ("gold", "proxy", "kl"))),
-            key=lambda line: line["kl"],
-        )
-        curves = [
-            plot.Series(key, [(max(0.0, line["kl"]) ** 0.5, line[key]) for line in told])
-            for key in ("gold", "proxy")
-        ]
-        made += [plot.Panel(run, curves)] if told else []
-    return made
 
 
 def _last_values(runs: Mapping[str, Lines], numeric: Mapping[str, Sequence[str]]) -> list[list[Any]]:

@@ -13,10 +13,11 @@ import torch
 from gptcore.align import ppo
 from gptcore.align.answers import by_answer
 from gptcore.align.experience import Collector
+from gptcore.align.held_out_reward import held_out_reward
 from gptcore.align.policy_update import Learner, minibatches
 from gptcore.align.reinforcement_spec import GRPOSpec, PPOSpec
 from gptcore.errors import UserError
-from gptcore.infer import load
+from gptcore.infer import SamplingParams, load, rollout
 from gptcore.train import optimizers
 from gptcore.train.metrics import read
 from gptcore.train.step import NonFiniteError
@@ -249,6 +250,45 @@ def test_gold_and_proxy_stand_side_by_side(tmp_path):
     assert [line["step"] for line in lines(tmp_path, "evaluation")] == [0, 2] and result.evaluation == {
         "x": 1.0
     }
+
+
+@pytest.mark.parametrize("as_context", [False, True], ids=["model", "context"])
+def test_evaluations_tell_gold_and_divergence_on_held_out_prompts(as_context):
+    """The divergence is exactly 0 at the start, and the mean log-ratio of the answers after a change."""
+    actor, other, asked = world.model_of(), world.model_of(), world.prompts_of("ab", "c", "def", "fa")
+    kept = {name: p.detach().clone() for name, p in actor.named_parameters()}
+
+    @contextlib.contextmanager
+    def as_it_was():
+        changed = {name: p.detach().clone() for name, p in actor.named_parameters()}
+        actor.load_state_dict(kept)
+        yield
+        actor.load_state_dict(changed)
+
+    params = SamplingParams(1.0, 0, 1.0, 3)
+    evaluate = held_out_reward(
+        asked, world.letters, max_new_tokens=5, params=params, gold=by_answer(lambda task, text: 2.0 * len(text)),
+        reference=as_it_was if as_context else other,
+    )  # fmt: skip
+    start = evaluate(actor)
+    assert start["val_kl"] == 0.0
+    longest = 2.0 * start["val_length"]  # in tokens, the stop token among them
+    assert longest - 2.0 <= start["val_gold_reward"] <= longest
+    with torch.no_grad():
+        actor.token_embedding.weight += 0.1 * torch.randn(actor.token_embedding.weight.shape)
+    found = evaluate(actor)
+    got = rollout(actor, asked.ids, max_new_tokens=5, params=params, stop_tokens=asked.chat.stop_ids,
+                  vocab_size=world.TOKENIZER.vocab_size)  # fmt: skip
+
+    def logprob(model, i):
+        ids = torch.from_numpy(np.concatenate([got.prompt(i), got.response(i)]).astype(np.int64))
+        first = len(got.prompt(i)) - 1
+        with torch.no_grad():
+            whole = model(ids[None])[0, first:-1].double().log_softmax(-1)
+        return float(whole.gather(-1, ids[first + 1 :, None]).sum())
+
+    expected = np.mean([logprob(actor, i) - logprob(other, i) for i in range(len(got))])
+    assert found["val_kl"] == pytest.approx(expected, abs=1e-4) and abs(expected) > 1e-2
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

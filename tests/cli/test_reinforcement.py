@@ -60,6 +60,13 @@ def test_a_run_from_files_of_prompts(verb, tmp_path, trained, tasks, works):
     )
     lines = read(tmp_path / verb / "metrics.jsonl")
     assert [line["kind"] for line in lines] == ["evaluation", "train", "evaluation", "train", "evaluation"]
+    told = [line for line in lines if line["kind"] == "evaluation"]
+    assert all(line["val_gold_reward"] == 0.0 for line in told)
+    works("report", tmp_path / verb)
+    has_reference = verb != "expert-iteration"
+    assert told[0].get("val_kl") == (0.0 if has_reference else None)
+    page = (tmp_path / verb / "report.html").read_text()
+    assert ("Gold and proxy reward" in page) == has_reference
     load(tmp_path / verb)
     assert works(*words, "--steps", "3")[0].startswith("iteration 3: reward ")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptcore.errors import UserError
-from gptcore.report import plot, run_page
+from gptcore.report import gold_and_proxy, plot, run_page
 from gptcore.report.html import Page, cell
 
 
@@ -164,10 +164,31 @@ def test_gold_and_proxy_are_drawn_over_the_root_of_kl() -> None:
         {"kind": "evaluation", "step": i, "kl": float(i * i), "gold": 5.0 - abs(i - 3), "proxy": float(i)}
         for i in range(6)
     ]
-    (panel,) = run_page._over_optimisation({"a": told})
-    assert panel.series[1].points == [(float(i), float(i)) for i in range(6)]
+    gold, proxy = gold_and_proxy.panels({"a": told})
+    assert proxy.series[0].points == [(float(i), float(i)) for i in range(6)]
+    assert gold.title == "a: gold" and gold.series[0].points[3] == (3.0, 5.0)
     assert "Gold and proxy reward" in run_page.page("x", {"a": told}).render()
-    assert run_page._over_optimisation({"a": lines(1.0)}) == []
+    assert gold_and_proxy.panels({"a": lines(1.0)}) == []
+
+
+def test_iterations_of_ppo_are_a_line_and_its_evaluations_dots() -> None:
+    told: list[dict[str, object]] = [
+        {"kind": "train", "step": i, "kl": kl, "reward": float(i), "gold_reward": i / 10}
+        for i, kl in ((1, -0.01), (2, 9.0), (3, 4.0))
+    ]
+    told.append({"kind": "evaluation", "step": 3, "val_kl": 6.25, "val_reward": 2.5, "val_gold_reward": 0.2})
+    gold, proxy = gold_and_proxy.panels({"ppo": told})
+    # by divergence, whose estimate may fall below 0 near the start
+    assert gold.series[0].points == [(0.0, 0.1), (2.0, 0.3), (3.0, 0.2)] and not gold.series[0].dots
+    assert proxy.series[1].points == [(2.5, 2.5)] and proxy.series[1].dots
+    assert [one.name for one in gold.series] == ["iterations", "held out"]
+    line, dots = (
+        plot.panels([plot.Panel("x", [plot.Series("a", [(0, 0), (1, 1)], dots=d)])]) for d in (False, True)
+    )
+    assert line != dots
+    alone = [{**one, "kl": 0.0} for one in told if one["kind"] == "train"]
+    assert gold_and_proxy.panels({"without a reference": alone}) == []
+    assert gold_and_proxy.panels({"no gold": [line for line in lines(1.0) if line["kind"] == "train"]}) == []
 
 
 def test_constants_and_counters_are_no_curves() -> None:
