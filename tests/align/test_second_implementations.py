@@ -1,5 +1,5 @@
 """Each loss against one written a second time: loops over single tokens from the papers' formulas, always; and the
-functions of verl, torchtune, OpenRLHF and TRL where those are installed."""
+functions of verl, torchtune and OpenRLHF where those are installed (TRL's are in ``test_trl_losses.py``)."""
 
 from __future__ import annotations
 
@@ -288,20 +288,3 @@ def test_losses_of_openrlhf(rollout: dict[str, torch.Tensor]) -> None:
     c, r, rc, rr = -5 * torch.rand(4, 6, dtype=torch.float64)
     close(reward.pairwise(c, r).loss, pairs()(c, r), 1e-6)
     close(preference.dpo(c, r, rc, rr, beta=0.1).loss, their_dpo(0.1)(c, r, rc, rr)[0], 1e-6)
-
-
-def test_masked_whitening_of_trl(rollout: dict[str, torch.Tensor]) -> None:
-    (whiten,) = published("trl.experimental.ppo.ppo_trainer", "masked_whiten")
-    for shift in (True, False):
-        theirs = whiten(rollout["rewards"], rollout["mask"], shift_mean=shift)[rollout["mask"]]
-        ours = advantages.whiten(rollout["rewards"], rollout["mask"], shift_mean=shift)[rollout["mask"]]
-        close(ours, theirs, 1e-6)
-
-
-def test_selected_log_probabilities_and_entropy_of_trl() -> None:
-    from gptcore.align.losses import distribution
-
-    select, entropy = published("trl.trainer.utils", "selective_log_softmax", "entropy_from_logits")
-    logits, index = torch.randn(4, 6, 50), torch.randint(50, (4, 6))
-    close(distribution.sampled_logprobs(logits, index), select(logits, index), 1e-6)
-    close(distribution.entropy(logits), entropy(logits), 1e-6)
