@@ -39,10 +39,11 @@ class TileDecodeTask {
     p_ = p, s_ = s, ahead_ = ahead, k_ = KeyRows<const bf16>(p.k, s), v_ = KeyRows<const bf16>(p.v, s);
     const int64_t rows = s_.rows();
     const QueryRows<const bf16> q(p_.q, s_);
-    __builtin_memset(query_, 0, sizeof(query_));
-    __builtin_memset(sum_, 0, sizeof(sum_));
+    // No more than this head size reads: with few keys clearing all of it would be half of the work.
+    __builtin_memset(query_, 0, static_cast<size_t>(p_.head_dim / kTileDepth) * sizeof(query_[0]));
     const uint16_t sign = p_.scale < 0 ? 0x8000 : 0;
     for (int64_t r = 0; r < rows; ++r) {
+      __builtin_memset(sum_[r], 0, static_cast<size_t>(p_.head_dim) * sizeof(float));
       const uint16_t* row = reinterpret_cast<const uint16_t*>(q(r));
       for (int64_t d = 0; d < p_.head_dim; d += 2) {
         const uint32_t low = row[d] ^ sign, high = row[d + 1] ^ sign;
@@ -70,15 +71,15 @@ class TileDecodeTask {
   // Scores of keys [base + key, base + key + n) with all rows.
   void scores(int64_t base, int64_t key, int64_t n) {
     const int64_t first = base + key, rows = s_.rows();
-    alignas(64) bf16 edge[kTileRows][kMaxWidth];
+    alignas(64) bf16 edge[kTileRows * kMaxWidth];
     const bf16* keys = k_(first);
     int64_t bytes = k_.token * 2;
     if (n < kTileRows) {
-      __builtin_memset(edge, 0, sizeof(edge));
-      for (int64_t i = 0; i < n; ++i) {
-        __builtin_memcpy(edge[i], k_(first + i), static_cast<size_t>(p_.head_dim) * 2);
-      }
-      keys = edge[0], bytes = sizeof(edge[0]);
+      bytes = p_.head_dim * 2;
+      const auto row = static_cast<size_t>(bytes);
+      for (int64_t i = 0; i < n; ++i) __builtin_memcpy(edge + i * p_.head_dim, k_(first + i), row);
+      __builtin_memset(edge + n * p_.head_dim, 0, static_cast<size_t>(kTileRows - n) * row);
+      keys = edge;
     }
     tile_fence();
     _tile_zero(7);
