@@ -4,10 +4,11 @@
 |---|---|
 | ``losses`` | every loss and advantage as a pure function |
 | ``decision_process`` | the token-level Markov decision process and its exact solutions, the oracle of the rest |
-| ``policy``, ``kept_logits`` | responses' log-probabilities in training, of the distribution sampled from |
+| ``policy``, ``kept_logits``, ``sampled_entropy`` | responses in training, under the distribution sampled from |
 | ``ppo`` | the loop of learning from rewards: PPO, PPO-ptx, GRPO, RLOO, REINFORCE |
 | ``answers``, ``experience``, ``policy_update``, ``critic`` | its parts: prompts, rewards, data, updates |
-| ``reinforcement_spec``, ``reinforcement_state`` | its settings and its checkpoints |
+| ``reinforcement_spec``, ``reinforcement_parts``, ``reinforcement_state`` | its settings, start and checkpoints |
+| ``shares`` | how processes share it |
 | ``supervised`` | fine-tuning on demonstrations |
 | ``reward_model``, ``rankings`` | scores of answers, from pairs and rankings of K |
 | ``preferences``, ``pairs`` | DPO and its family |

@@ -24,16 +24,16 @@ from gptcore.align.answers import Prompts, Reward
 from gptcore.align.critic import Critic
 from gptcore.align.experience import Collector, Experience, Reference
 from gptcore.align.losses import kl
-from gptcore.align.policy_update import Average, Learner
+from gptcore.align.policy_update import Learner
+from gptcore.align.reinforcement_parts import check, learner_of, new_critic
 from gptcore.align.reinforcement_spec import PPOSpec
 from gptcore.align.shares import Shares, shares_of
-from gptcore.align.trpo import TrustRegionLearner
 from gptcore.data import chat
 from gptcore.errors import UserError
 from gptcore.infer.trained import TOKENIZER_DIRECTORY
 from gptcore.models import GPT
 from gptcore.report.progress import Progress
-from gptcore.train import optimizers, processes, run_state, state
+from gptcore.train import processes, run_state, state
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
 from gptcore.train.measure import due
@@ -114,15 +114,15 @@ def run(
         SystemExit: after SIGINT or SIGTERM, with 128 + signal, once the checkpoint is written.
     """
     shares = shares_of(config.parallel, spec.grain)
-    _check(config, spec, shares, reference, pretraining)
+    check(config, spec, shares, reference, pretraining)
     stops = prompts.chat.stop_ids if stop_tokens is None else stop_tokens
     actor.eval()  # no dropout: it would make ratios differ from 1 where nothing has changed
     if isinstance(reference, GPT):
         reference.eval().requires_grad_(False)
     if spec.estimator == "gae" and critic is None:
-        critic = _new_critic(actor, spec)
+        critic = new_critic(actor, spec)
     collector = Collector(actor, critic, reference, prompts, reward, gold, spec, stops, config.seed, shares)
-    pupil = _learner(config, learner, collector, pretraining)
+    pupil = learner_of(config, learner, collector, pretraining)
     torch.manual_seed(config.seed)
     with (
         processes.naming_lost_ranks(shares.member, Path(config.run_dir)),
@@ -151,61 +151,6 @@ def run(
             chat.save(prompts.chat, directory.path / "average" / TOKENIZER_DIRECTORY)
         path = checkpoint.path_of(directory.checkpoints, now.step)
         return Result(now.step, now.metrics, now.evaluation, path, time.perf_counter() - began)
-
-
-def _learner(
-    config: TrainConfig, kind: type[Learner] | None, collector: Collector, pretraining: Batches | None
-) -> Learner:
-    """What learns from the experience, of ``kind`` or as the settings say."""
-    spec, shares, actor, critic = collector.spec, collector.shares, collector.actor, collector.critic
-    if kind is None:
-        kind = Learner if spec.trust_region is None else TrustRegionLearner
-    optimizer = optimizers.build(config.optimizer, actor, seed=config.seed)
-    own = optimizers.build(config.optimizer, critic, seed=config.seed) if critic is not None else None
-    average = None if spec.ema_decay is None else Average(actor, spec.ema_decay)
-    return kind(
-        actor, critic,
-        optimizer if issubclass(kind, TrustRegionLearner) else shares.optimizer(optimizer, actor),  # which steps itself
-        None if own is None or critic is None else shares.optimizer(own, critic),
-        pretraining, spec, config.seed, collector.vocab_size, average, shares,
-    )  # fmt: skip
-
-
-def _check(
-    config: TrainConfig,
-    spec: PPOSpec,
-    shares: Shares,
-    reference: Reference | None,
-    pretraining: Batches | None,
-) -> None:
-    where, ranks = f"{spec.section}.", shares.member.ranks
-    if pretraining is not None and spec.pretraining_batches % ranks:
-        raise UserError(
-            f"{where}pretraining_batches: got {spec.pretraining_batches} an update, expected a multiple of the {ranks} "
-            "processes; take more of them, and a smaller data.batch"
-        )
-    shares.prompts(spec.episodes // spec.samples)
-    if spec.beta and reference is None:
-        raise UserError(
-            f"{where}beta is {spec.beta}, but there is no reference; give one or set {where}beta=0"
-        )
-    if spec.pretraining_coefficient and pretraining is None:
-        raise UserError(f"{where}pretraining_coefficient is set, but there is no pretraining text; give some")
-    if pretraining is not None and not spec.pretraining_coefficient:
-        raise UserError(f"there is pretraining text; set {where}pretraining_coefficient (InstructGPT: 27.8)")
-    if spec.kl_target is not None and not spec.beta:
-        raise UserError(f"{where}kl_target adapts {where}beta, which is 0; set one to begin with")
-    if config.dtype == "float16":
-        raise UserError("dtype: float16 is not for learning from rewards; use float32 or bfloat16")
-
-
-def _new_critic(actor: GPT, spec: PPOSpec) -> Critic:
-    if spec.critic == "shared":
-        return Critic(actor.config.width)
-    weight = next(actor.parameters())
-    trunk = GPT(actor.config, dtype=weight.dtype, device=weight.device)
-    trunk.load_state_dict(actor.state_dict())
-    return Critic(actor.config.width, trunk.eval())
 
 
 def _iterate(now: _Run, metrics: MetricsFile) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 import torch.distributed as c10d
 from torch import nn
 
-from gptcore.align import pairs, rankings
+from gptcore import checkpoint
+from gptcore.align import pairs, ppo, rankings
 from gptcore.align.answers import by_answer
 from gptcore.align.critic import Critic
 from gptcore.align.demonstrations import served_by
@@ -21,6 +24,7 @@ from gptcore.align.expert_iteration import ExpertIterationSpec, Imitator
 from gptcore.align.policy_update import Learner
 from gptcore.align.preference_spec import PreferenceSpec
 from gptcore.align.preferences import PreferencePolicy, with_reference
+from gptcore.align.reinforcement_parts import check
 from gptcore.align.reinforcement_spec import GRPOSpec, PPOSpec, settings
 from gptcore.align.reward_model import RewardModel, agreement, evaluation
 from gptcore.align.shares import ALONE, Shares, shares_of
@@ -278,7 +282,7 @@ def method(name: str) -> Callable[[World], None]:
         # several updates: at a rate at which the second sees a policy that it can learn from
         lr = RATE if own["minibatch"] == own["episodes"] else 1.0
         experience, seen, expected = learnt(kind, learner, own, ALONE, lr)
-        for zero in (0, 1, 2):
+        for zero in (0, 2):
             parallel = ParallelSpec(zero=zero)
             got = learnt(kind, learner, own, shares_of(parallel, 0), lr)
             same_experience(got[0], experience)
@@ -333,12 +337,43 @@ def errors_of_one_end_all(world: World) -> None:
         shares.prompts(1)
     with pytest.raises(UserError, match="3 leaves, which 2 processes do not divide"):
         Shares(shares.member, shares.parallel, 2).leaves(np.full(6, 4, np.int32), 100)
+    config, spec = settings(PPOSpec, {"ppo": {"pretraining_coefficient": 1.0, "beta": 0.0}}, toy.CONFIG)
+    with pytest.raises(
+        UserError, match="pretraining_batches: got 1 an update, expected a multiple of the 2 processes"
+    ):
+        check(config, spec, shares, None, Text())
     for parallel, sentence in (
         ({"zero": 3}, "sampling wants them whole"),
         ({"strategy": "ddp"}, "zero alone"),
     ):
         with pytest.raises(UserError, match=sentence):
             shares_of(ParallelSpec.from_dict(parallel), 0)
+
+
+def a_signal_to_one_stops_all(world: World) -> None:
+    """Rank 1 is asked to end in the second iteration: both end after it, and the run goes on from their checkpoint."""
+    told: list[Any] = [tempfile.mkdtemp() if world.rank == 0 else None]
+    c10d.broadcast_object_list(told, 0)
+    table = {"steps": 4, "run_dir": told[0], "checkpoint": {"every": 10}, "ppo": short({"beta": 0.0})}
+    config, spec = settings(PPOSpec, table, toy.CONFIG)
+    asked: list[int] = []
+
+    def reward(answers: Any) -> list[float]:
+        asked.append(len(answers))
+        if world.rank == 1 and len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [judge(one.task, one.text) for one in answers]
+
+    def go() -> ppo.Result:
+        return ppo.run(
+            config, spec, actor=toy.model_of(), prompts=toy.prompts_of(*PROMPTS), reward=reward, quiet=True
+        )
+
+    with pytest.raises(SystemExit) as ended:
+        go()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert checkpoint.steps(f"{told[0]}/checkpoints") == [2]
+    assert go().step == 4 and asked == [6] * 4
 
 
 CASES: dict[str, Callable[[World], None]] = {
@@ -348,4 +383,5 @@ CASES: dict[str, Callable[[World], None]] = {
     "trust region": trust_region,
     "bits by grain": bits_by_grain,
     "errors of one end all": errors_of_one_end_all,
+    "a signal to one stops all": a_signal_to_one_stops_all,
 }

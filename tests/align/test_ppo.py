@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore.align import ppo
+from gptcore.align import ppo, reinforcement_parts
 from gptcore.align.answers import by_answer
 from gptcore.align.experience import Collector
 from gptcore.align.held_out_reward import held_out_reward
@@ -156,7 +156,7 @@ def gradients(micro_tokens, order=None, **own):
         "unused", **{**world.SMALL, "minibatch": 32, "micro_tokens": micro_tokens, **own}
     )
     actor = world.model_of()
-    critic = ppo._new_critic(actor, spec)
+    critic = reinforcement_parts.new_critic(actor, spec)
     collector = Collector(
         actor,
         critic,

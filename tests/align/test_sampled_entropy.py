@@ -114,7 +114,7 @@ def test_an_update_climbs_the_entropy_of_what_was_sampled(kind: type[PPOSpec], o
         actor, packed(experience.rollouts), own.get("temperature", 1.0), toy.CONFIG.vocab_size
     )
     mean = distribution.entropy(logits).mean()
-    assert seen["entropy_bonus"] == pytest.approx(float(mean), rel=1e-5)
+    assert seen["entropy_bonus"] == pytest.approx(float(mean.detach()), rel=1e-5)
     assert seen["entropy_bonus"] == pytest.approx(experience.metrics["entropy"], rel=1e-5)
     mean.backward()
     expected = {f"actor.{name}": -0.3 * p.grad for name, p in actor.named_parameters() if p.grad is not None}

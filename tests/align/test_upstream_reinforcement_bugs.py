@@ -12,7 +12,7 @@ import torch
 from gptcore.align import policy
 from gptcore.align.best_of_n import best_of_n
 from gptcore.align.experience import Collector
-from gptcore.align.ppo import _new_critic
+from gptcore.align.reinforcement_parts import new_critic
 from gptcore.align.reinforcement_spec import PPOSpec
 from gptcore.errors import UserError
 from gptcore.infer import SamplingParams, rollout
@@ -27,7 +27,7 @@ def collected(reward=world.letters, **own):
     _, spec = world.settings_of("unused", PPOSpec, **{**world.SMALL, **own})
     actor = world.model_of()
     prompts = world.prompts_of(*TASKS)
-    critic = _new_critic(actor, spec)
+    critic = new_critic(actor, spec)
     return Collector(actor, critic, world.model_of(seed=1), prompts, reward, None, spec, [6], 0).collect(
         0, spec.beta
     )
@@ -85,7 +85,7 @@ def test_the_reference_is_read_as_the_policy_is():
     actor = world.model_of()
     collector = Collector(
         actor,
-        _new_critic(actor, spec),
+        new_critic(actor, spec),
         world.model_of(),
         world.prompts_of(*TASKS),
         world.letters,

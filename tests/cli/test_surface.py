@@ -4,7 +4,7 @@ from gptcore.cli.main import VERBS, build_parser
 
 REWARDED = [
     "MODEL", "TASKS...", "--config", "--gold", "--out", "--quiet", "--reference", "--reward", "--set", "--steps",
-    "--text",
+    "--text", "--zero",
 ]  # fmt: skip
 SURFACE = {
     "quickstart": ["--out", "--quiet", "--seed", "--short", "--steps"],
@@ -22,11 +22,11 @@ SURFACE = {
     ],
     "reward": [
         "DATA...", "--config", "--epochs", "--lora", "--members", "--out", "--quiet", "--resume", "--set", "--start",
-        "--steps", "--template",
+        "--steps", "--template", "--zero",
     ],
     "dpo": [
         "DATA...", "--config", "--epochs", "--lora", "--loss", "--out", "--quiet", "--resume", "--set", "--start",
-        "--steps", "--template",
+        "--steps", "--template", "--zero",
     ],
     "constitution": ["MODEL", "--answers", "--critic", "--out", "--prompts", "--seed", "--tokens"],
     "ppo": REWARDED,
