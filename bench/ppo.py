@@ -5,10 +5,11 @@
     python -m bench.ppo --peer-python .peer/bin/python --task gpt2_124m --dtype float32 --critic separate
 
 Both sides start from the same weights, see the same prompts, make as many updates of as many responses, and are judged
-by the same rule; each run is a process of its own, in turn. The first iteration of a run is left out: buffers and
-caches are new in it. The peer's reward model is a table instead of a network. The peer runs in each of its precisions:
-float32, mixed (bf16 products, f32 weights, as ours in bfloat16) and bfloat16 (weights and Adam's moments too). Last
-comes one JSON object for each task, with how many times faster, cheaper and leaner ours is than each.
+by the same rule; each run is a process of its own, in turn. An iteration counts from one judgement to the next; the
+first is left out: buffers and caches are new in it. The peer's reward model is a table instead of a network. The peer
+runs in each of its precisions: float32, mixed (bf16 products, f32 weights, as ours in bfloat16) and bfloat16 (weights
+and Adam's moments too). Last comes one JSON object for each task, with how many times faster, cheaper and leaner ours
+is than each.
 """
 
 from __future__ import annotations
@@ -51,8 +52,14 @@ def main() -> None:
         "--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of each side (all)"
     )
     parser.add_argument("--repeats", type=int, default=2, metavar="N", help="runs of each side (2)")
-    parser.add_argument("--updates", type=int, metavar="N", help="iterations of a run (12; GPT-2's shapes 3)")
+    parser.add_argument(
+        "--updates", type=int, metavar="N", help="iterations of a run, 3 at least (12; GPT-2's shapes 3)"
+    )
     args = parser.parse_args()
+    if args.updates is not None and args.updates < 3:
+        parser.error(
+            f"--updates: got {args.updates}, expected at least 3, of which two intervals are left, one counted"
+        )
     for task in args.task or SETTINGS:
         with tempfile.TemporaryDirectory() as scratch:
             print(json.dumps(_measured(task, SETTINGS[task](Path(scratch)), args, Path(scratch))), flush=True)

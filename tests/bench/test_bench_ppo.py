@@ -41,6 +41,7 @@ def test_our_side_runs(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     result = json.loads(done.stdout.splitlines()[-1])
-    assert len(result["seconds"]) == len(result["processor_seconds"]) == len(result["rewards"]) == 2
+    assert len(result["seconds"]) == len(result["processor_seconds"]) == 1
+    assert len(result["rewards"]) == 2
     assert 0.2 < result["rewards"][0] < 0.8  # of the random walks that the model has read
     assert result["peak_mib"] > result["imports_mib"] > 50

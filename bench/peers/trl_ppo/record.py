@@ -18,13 +18,13 @@ class Record:
         self.rewards: list[float] = []
 
     def judged(self, scores: list[float]) -> None:
-        """An iteration has been sampled and judged."""
-        self._mark()
+        """An iteration has been sampled and judged; from here to the next time is what all of one costs."""
+        self.moments.append((time.perf_counter(), time.process_time()))
         self.rewards.append(sum(scores) / len(scores))
 
     def finish(self) -> str:
-        """One JSON object: wall and processor ``seconds`` between judgements, and ``peak_mib`` of resident memory."""
-        self._mark()
+        """One JSON object: wall and processor ``seconds`` between judgements, one less than iterations, ``rewards``,
+        the peak of resident memory, and what of it lay there after the imports."""
         wall, processor = (
             [b - a for a, b in itertools.pairwise(some)] for some in zip(*self.moments, strict=True)
         )
@@ -33,9 +33,6 @@ class Record:
             "seconds": wall, "processor_seconds": processor, "rewards": self.rewards, "peak_mib": peak,
             "imports_mib": self.imports,
         })  # fmt: skip
-
-    def _mark(self) -> None:
-        self.moments.append((time.perf_counter(), time.process_time()))
 
 
 def _resident() -> float:
