@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   python -m bench --list                                   names of all cases
   python -m bench road --seeds 8                           alignment's road over seeds (bench/road.py)
   python -m bench ptx --seeds 5                            what alignment costs, PPO against PPO-ptx (bench/ptx)
+  python -m bench preferences                              six preference losses, and an ensemble's disagreement
   python -m bench --plot plots --from-json steps.jsonl     roofline pictures of kept results
 The last lines of the output are one JSON object for each case and setting (keys in docs/benchmarks.md).
 """
@@ -170,6 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench import ptx
 
         return ptx.main(words[1:])
+    if words[:1] == ["preferences"]:
+        from bench import preferences
+
+        return preferences.main(words[1:])
     arguments = build_parser().parse_args(argv)
     try:
         options = _options(arguments)

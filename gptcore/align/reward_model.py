@@ -181,7 +181,8 @@ class RewardModel(GPT):
 
 
 class Scored(NamedTuple):
-    """Of S answers, (S,): ``mean`` over an ensemble's members, and their ``disagreement``, a standard deviation."""
+    """Of S answers or pairs, (S,): ``mean`` over an ensemble's members, and their ``disagreement``, a standard
+    deviation."""
 
     mean: Tensor
     disagreement: Tensor
@@ -201,13 +202,20 @@ class Ensemble:
         return Scored(each.mean(0), each.std(0))
 
     def differences(self, first: Sequence[Tokenised], second: Sequence[Tokenised]) -> Scored:
-        """By how much the first answer of each pair is the better one, and the disagreement on that."""
+        """By how much the first answer of each pair is the better one, and the disagreement on that, which grows with
+        the difference itself; see :meth:`preferences`."""
         each = self._each(first) - self._each(second)
         return Scored(each.mean(0), each.std(0))
 
-    def _each(self, answers: Sequence[Tokenised]) -> Tensor:
+    def preferences(self, first: Sequence[Tokenised], second: Sequence[Tokenised]) -> Scored:
+        """How likely the first answer of each pair is the better one, 0 to 1, by the model that each member was fitted
+        as (Bradley and Terry 1952), and the disagreement on that: large where members put the pair in either order."""
+        each = (self._each(first, normalised=False) - self._each(second, normalised=False)).sigmoid()
+        return Scored(each.mean(0), each.std(0))
+
+    def _each(self, answers: Sequence[Tokenised], *, normalised: bool = True) -> Tensor:
         """(M, S): of every member."""
-        return torch.stack([member.scores(answers) for member in self.members])
+        return torch.stack([member.scores(answers, normalised=normalised) for member in self.members])
 
 
 def load(path: str | os.PathLike[str]) -> tuple[RewardModel, Tokenizer]:

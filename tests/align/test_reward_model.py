@@ -179,6 +179,14 @@ def test_an_ensemble_disagrees_where_its_members_do(tmp_path: Path):
     pairs = Ensemble(members).differences(some[:3], some[3:])
     assert torch.allclose(pairs.mean, (each[:, :3] - each[:, 3:]).mean(0))
     assert torch.allclose(pairs.disagreement, (each[:, :3] - each[:, 3:]).std(0))
+    for place, member in enumerate(members):  # the chances are of raw scores, as they were fitted
+        member.score_std.fill_(2.0 + place)
+    raw = torch.stack([member.scores(some, normalised=False) for member in members])
+    chances = Ensemble(members).preferences(some[:3], some[3:])
+    expected = (raw[:, :3] - raw[:, 3:]).sigmoid()
+    assert torch.allclose(chances.mean, expected.mean(0)) and torch.allclose(
+        chances.disagreement, expected.std(0)
+    )
     parts = [fold_of(20, 3, member, seed=5) for member in range(3)]
     assert sorted(i for _, left in parts for i in left) == list(range(20))
     assert all(sorted(own + left) == list(range(20)) for own, left in parts)
