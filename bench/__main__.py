@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -24,9 +25,21 @@ EXAMPLES = """examples:
   python -m bench road --seeds 8                           alignment's road over seeds (bench/road.py)
   python -m bench ptx --seeds 5                            what alignment costs, PPO against PPO-ptx (bench/ptx)
   python -m bench preferences                              six preference losses, and an ensemble's disagreement
+  python -m bench secrets                                  constitution and AI feedback, attacked (bench/secrets)
+  python -m bench self-instruct                            a set of instructions grown (bench/self_instruct.py)
   python -m bench --plot plots --from-json steps.jsonl     roofline pictures of kept results
 The last lines of the output are one JSON object for each case and setting (keys in docs/benchmarks.md).
 """
+
+
+# Commands of their own, by the module whose ``main`` takes the rest of the line.
+STUDIES = {
+    "road": "bench.road",
+    "ptx": "bench.ptx",
+    "preferences": "bench.preferences",
+    "secrets": "bench.secrets.study",
+    "self-instruct": "bench.self_instruct",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,18 +176,8 @@ def _print_results(results: Results) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every chosen case was measured, 1 when some were not, 2 for a wrong option."""
     words = sys.argv[1:] if argv is None else list(argv)
-    if words[:1] == ["road"]:
-        from bench import road
-
-        return road.main(words[1:])
-    if words[:1] == ["ptx"]:
-        from bench import ptx
-
-        return ptx.main(words[1:])
-    if words[:1] == ["preferences"]:
-        from bench import preferences
-
-        return preferences.main(words[1:])
+    if words and words[0] in STUDIES:
+        return int(importlib.import_module(STUDIES[words[0]]).main(words[1:]))
     arguments = build_parser().parse_args(argv)
     try:
         options = _options(arguments)
