@@ -3,7 +3,8 @@
 The same examples go through forward and backward of a small GPT twice, packed into rows by best-fit decreasing, and in
 batches padded to their longest, as trainers without packing lay them out (random order, as they do by default). The two
 take turns, and each pair of turns gives one ratio of times. Printed: the share of computed tokens that are examples'
-own, for the whole of DATA, and examples per second.
+own, for the whole of DATA, and of these per second. The ratio of times is that of tokens per second: both turns
+compute the same ones. ``cpu_ratio`` is of the process's CPU time, which a busy neighbour disturbs less.
 """
 
 from __future__ import annotations
@@ -90,21 +91,27 @@ def main() -> None:
     examples, vocabulary = examples_of(args.data, args.tokenizer, args.length, 0)
     table = {**MODEL, "vocab_size": vocabulary, "context_length": args.length}
     model = GPT(GPTConfig.from_dict(table), seed=0).train()
-    some, ratios, seconds = examples[: args.examples], [], []
+    some, ratios, cpu_ratios, seconds = examples[: args.examples], [], [], {True: [], False: []}
+    tokens = sum(len(example.tokens) - 1 for example in some)
     for pair in range(args.pairs + 1):
-        times = {}
+        times, cpu_times = {}, {}
         for packed in (True, False) if pair % 2 else (False, True):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             packed_step(model, some, args.length) if packed else padded_step(model, some)
             times[packed] = time.perf_counter() - start
+            cpu_times[packed] = time.process_time() - cpu_start
         if pair:  # the first warms up
             ratios.append(times[False] / times[True])
-            seconds.append(times[True])
+            cpu_ratios.append(cpu_times[False] / cpu_times[True])
+            for packed, took in times.items():
+                seconds[packed].append(took)
     record = {
         "case": "packing", "data": args.data, "length": args.length, "examples": len(examples),
         "threads": torch.get_num_threads(), **shares(examples, args.length),
-        "packed_examples_per_s": len(some) / statistics.median(seconds),
+        "packed_tokens_per_s": tokens / statistics.median(seconds[True]),
+        "padded_tokens_per_s": tokens / statistics.median(seconds[False]),
         "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)],
+        "cpu_ratio": statistics.median(cpu_ratios), "cpu_spread": [min(cpu_ratios), max(cpu_ratios)],
     }  # fmt: skip
     print(json.dumps(record))
 
