@@ -53,12 +53,12 @@ class SecretsSpec(Spec):
     reward_steps: int = 150
     reward_batch: int = 16
     reward_lr: float = 5e-4
-    iterations: int = 24
+    iterations: int = 14
     episodes: int = 256
     minibatch: int = 64
     epochs: int = 2
-    ppo_lr: float = 3e-4
-    beta: float = 0.05
+    ppo_lr: float = 1e-4
+    beta: float = 0.15
 
     def validate(self) -> None:
         at_least("secrets.", 0, seed=self.seed, beta=self.beta, judge_temperature=self.judge_temperature)
