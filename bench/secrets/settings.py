@@ -44,8 +44,8 @@ class SecretsSpec(Spec):
     start_steps: int = 1200
     attacks: int = 500
     questions: int = 500
-    prompts: int = 800
-    revision_steps: int = 120
+    prompts: int = 2000
+    revision_steps: int = 160
     revision_lr: float = 5e-4
     ranked: int = 600
     samples: int = 4
