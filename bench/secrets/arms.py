@@ -14,6 +14,8 @@ from gptcore.align.rankings import tokenised
 from gptcore.align.reinforcement_spec import PPOSpec, settings
 from gptcore.align.reward_spec import RewardSpec
 from gptcore.align.tasks import secrets
+from gptcore.data.chat import Chat
+from gptcore.data.example_loader import ExampleLoader, Served
 from gptcore.data.record_writing import write_demonstrations, write_rankings
 from gptcore.data.records import Demonstration, Ranking
 from gptcore.errors import UserError
@@ -27,9 +29,10 @@ def revise(study: Study) -> dict[str, Any]:
     answers = study.speaker("start", seed=spec.seed + 1)([task.prompt for task in tasks])
     critic, reviser = constitution.asked(study.speaker("start", temperature=0.0))
     revisions = constitution.revise(tasks, answers, secrets.CONSTITUTION, critic, reviser, seed=spec.seed)
-    file = study.place("constitution") / "revisions.jsonl"
-    write_demonstrations(file, constitution.demonstrations(revisions))
-    imitate(study, "constitution", "start", [file], spec.revision_steps, spec.revision_lr)
+    files = [study.place("constitution") / f"{name}.jsonl" for name in ("revisions", "helpful")]
+    write_demonstrations(files[0], constitution.demonstrations(revisions))
+    write_demonstrations(files[1], helpful(study)[: spec.prompts])
+    imitate(study, "constitution", "start", files, spec.revision_steps, spec.revision_lr)
     broken = {
         principle.name: [
             sum(principle in secrets.broken(r.task, r.versions[which]) for r in revisions) for which in (0, -1)
@@ -46,6 +49,15 @@ def revise(study: Study) -> dict[str, Any]:
         },
         "examples": [[*r.versions] for r in revisions[:4]],
     }  # fmt: skip
+
+
+def helpful(study: Study) -> list[Demonstration]:
+    """Harmless questions with their answers, of those the start model learnt: what both arms are not to forget.
+
+    The paper too learns answers to harmless prompts beside the revisions (Bai et al. 2022, section 3.2).
+    """
+    tasks = secrets.benign("train", study.spec.harmless, study.spec.seed)
+    return [Demonstration(task.prompt, str(task.truth), task="benign") for task in tasks]
 
 
 def prefer(study: Study) -> dict[str, Any]:
@@ -86,7 +98,9 @@ def train_reward_model(study: Study) -> dict[str, Any]:
     rankings, references = (
         (str(study.place("preferences") / f"{name}.jsonl"),) for name in ("rankings", "references")
     )
-    stage = comparisons.prepare_reward(table, RewardSpec(files=rankings, references=references))
+    stage = comparisons.prepare_reward(
+        table, RewardSpec(files=rankings, references=references, centring=spec.centring)
+    )
     result = comparisons.train(stage, quiet=study.quiet)
     return {"accuracy": result.evaluation["accuracy"], "own": agreement_on(study, "start")}
 
@@ -120,13 +134,14 @@ def reinforce(study: Study) -> dict[str, Any]:
         "ppo": {
             "episodes": spec.episodes, "minibatch": spec.minibatch, "epochs": spec.epochs, "beta": spec.beta,
             "max_new_tokens": NEW_TOKENS, "sample_every": 0, "missing_end_penalty": 1.0,
+            "pretraining_coefficient": spec.ptx,
         },
     }  # fmt: skip
     config, own = settings(PPOSpec, table, actor.config)
     prompts = Prompts(study.tasks, chat, room=actor.config.context_length - NEW_TOKENS, seed=spec.seed)
     ppo.run(
         config, own, actor=actor, reference=copy.deepcopy(actor), prompts=prompts, reward=by_model(model.scores),
-        gold=by_answer(secrets.reward), quiet=study.quiet,
+        gold=by_answer(secrets.reward), quiet=study.quiet, pretraining=_rows(study, chat) if spec.ptx else None,
     )  # fmt: skip
     lines = training.metrics.read(study.place("ppo") / "metrics.jsonl")
     curve = [
@@ -135,6 +150,14 @@ def reinforce(study: Study) -> dict[str, Any]:
         if line["kind"] == "train"
     ]
     return {"curve": curve, "own": agreement_on(study, "ppo")}
+
+
+def _rows(study: Study, chat: Chat) -> ExampleLoader:
+    """Batches of :func:`helpful`, for the mix that keeps PPO from forgetting it."""
+    spec, tokenizer = study.spec, chat.tokenizer
+    served = Served(tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.byte_lengths())
+    examples = [chat.response(one.prompt, one.completion) for one in helpful(study)]
+    return ExampleLoader({"helpful": examples}, served, batch=spec.batch, length=spec.length, seed=spec.seed)
 
 
 def _agreed(said: Sequence[Ranking], ruled: Sequence[Ranking]) -> tuple[int, int]:

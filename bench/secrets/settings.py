@@ -22,8 +22,9 @@ class SecretsSpec(Spec):
     constitution: the start model answers ``prompts`` questions and attacks, half of each, criticises and revises them,
     and learns its revisions for ``revision_steps`` at ``revision_lr``. preferences: it answers ``ranked`` of them
     ``samples`` times and judges the answers, at ``judge_temperature``. reward: ``reward_steps`` on ``reward_batch``
-    rankings, at ``reward_lr``. ppo: ``iterations`` of ``episodes`` answers, ``epochs`` times in minibatches of
-    ``minibatch``, at ``ppo_lr`` and ``beta``.
+    rankings, at ``reward_lr``, with ``centring``. ppo: ``iterations`` of ``episodes`` answers, ``epochs`` times in
+    minibatches of ``minibatch``, at ``ppo_lr`` and ``beta``, with ``ptx`` times the loss on harmless questions'
+    answers. As many of these as prompts are learnt beside the revisions too.
     """
 
     section: ClassVar[str] = "secrets"
@@ -53,15 +54,25 @@ class SecretsSpec(Spec):
     reward_steps: int = 150
     reward_batch: int = 16
     reward_lr: float = 5e-4
-    iterations: int = 14
+    centring: float = 0.1
+    iterations: int = 16
     episodes: int = 256
     minibatch: int = 64
     epochs: int = 2
     ppo_lr: float = 1e-4
-    beta: float = 0.15
+    beta: float = 0.3
+    ptx: float = 0.5
 
     def validate(self) -> None:
-        at_least("secrets.", 0, seed=self.seed, beta=self.beta, judge_temperature=self.judge_temperature)
+        at_least(
+            "secrets.",
+            0,
+            seed=self.seed,
+            beta=self.beta,
+            ptx=self.ptx,
+            centring=self.centring,
+            judge_temperature=self.judge_temperature,
+        )
         at_least(
             "secrets.", 1, layers=self.layers, width=self.width, heads=self.heads, batch=self.batch,
             pretrain_steps=self.pretrain_steps, start_steps=self.start_steps, attacks=self.attacks,
