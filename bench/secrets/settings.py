@@ -45,8 +45,8 @@ class SecretsSpec(Spec):
     start_steps: int = 1200
     attacks: int = 500
     questions: int = 500
-    prompts: int = 2000
-    revision_steps: int = 160
+    prompts: int = 800
+    revision_steps: int = 120
     revision_lr: float = 5e-4
     ranked: int = 600
     samples: int = 4
@@ -65,14 +65,9 @@ class SecretsSpec(Spec):
 
     def validate(self) -> None:
         at_least(
-            "secrets.",
-            0,
-            seed=self.seed,
-            beta=self.beta,
-            ptx=self.ptx,
-            centring=self.centring,
+            "secrets.", 0, seed=self.seed, beta=self.beta, ptx=self.ptx, centring=self.centring,
             judge_temperature=self.judge_temperature,
-        )
+        )  # fmt: skip
         at_least(
             "secrets.", 1, layers=self.layers, width=self.width, heads=self.heads, batch=self.batch,
             pretrain_steps=self.pretrain_steps, start_steps=self.start_steps, attacks=self.attacks,
