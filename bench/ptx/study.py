@@ -12,10 +12,10 @@ from bench.ptx import arm as arms
 from bench.ptx import report
 from bench.ptx.settings import PtxSpec
 from bench.ptx.start import Start, make
+from gptcore.align.claim import claim
 from gptcore.data.atomic import write_text
 from gptcore.errors import UserError
 
-_SETTINGS = "study.json"
 _RESULT = "result.json"
 RECORDS = "records.jsonl"
 PAGE = "report.html"
@@ -44,7 +44,7 @@ def run(
             f"ptx: got seeds {list(seeds)}, expected two or more different ones, tests are over them"
         )
     place = Path(directory)
-    _claim(place, spec)
+    claim(place, spec, "study")
     start = Start(place / "start", spec)
     records = [
         {"record": "settings", **spec.to_dict()},
@@ -85,20 +85,3 @@ def _once(place: Path, work: Callable[[], dict[str, Any]], say: Callable[[str], 
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     say(report.line(record))
     return record
-
-
-def _claim(place: Path, spec: PtxSpec) -> None:
-    """Make the directory the study's, or see that it is this one's."""
-    settings = place / _SETTINGS
-    if settings.is_file():
-        held = json.loads(settings.read_text(encoding="utf-8"))
-        if held != spec.to_dict():
-            changed = sorted(name for name, value in spec.to_dict().items() if held.get(name) != value)
-            raise UserError(
-                f"{place} holds a study with other settings ({', '.join(changed)}); choose another --out"
-            )
-        return
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{place} is in use; choose another --out")
-    place.mkdir(parents=True, exist_ok=True)
-    write_text(settings, json.dumps(spec.to_dict(), indent=1) + "\n")

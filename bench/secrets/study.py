@@ -18,11 +18,11 @@ from bench.secrets import arms, stages
 from bench.secrets.report import Report
 from bench.secrets.settings import TOY, SecretsSpec
 from bench.secrets.stages import Study
+from gptcore.align.claim import claim
 from gptcore.data.atomic import write_text
 from gptcore.errors import UserError
 from gptcore.train.config import merge, override
 
-_SETTINGS = "secrets.json"
 _RESULT = "result.json"
 Say = Callable[[str], None]
 
@@ -42,7 +42,7 @@ def run(directory: Path, spec: SecretsSpec, *, quiet: bool = False, say: Say = p
         UserError: a directory that holds something else, or a study with other settings.
         SystemExit: after SIGINT or SIGTERM, with 128 + signal; the same call goes on from there.
     """
-    _claim(directory, spec)
+    claim(directory, spec, "study")
     study, done = Study(directory, spec, quiet), {}
 
     def stage(name: str, work: Callable[[], dict[str, Any]], *, measured: bool = False) -> None:
@@ -66,23 +66,6 @@ def run(directory: Path, spec: SecretsSpec, *, quiet: bool = False, say: Say = p
     report = Report(spec, done)
     report.write(directory)
     return report
-
-
-def _claim(directory: Path, spec: SecretsSpec) -> None:
-    """Make the directory a study's, or see that it is this one's."""
-    settings = directory / _SETTINGS
-    if settings.is_file():
-        held = json.loads(settings.read_text(encoding="utf-8"))
-        changed = sorted(name for name, value in spec.to_dict().items() if held.get(name) != value)
-        if changed:
-            raise UserError(
-                f"{directory} holds a study with other settings ({', '.join(changed)}); choose another --out"
-            )
-        return
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} is in use; choose another --out")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(settings, json.dumps(spec.to_dict(), indent=1) + "\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from gptcore.align import reward_model
+from gptcore.align.claim import claim
 from gptcore.align.road import stages
 from gptcore.align.road.report import Report, build
 from gptcore.align.road.settings import RoadSpec
 from gptcore.align.road.stages import Road
 from gptcore.data.atomic import write_text
-from gptcore.errors import UserError
 from gptcore.report.progress import format_duration
 
 _RESULT = "result.json"
-_SETTINGS = "road.json"
 
 Say = Callable[[str], None]
 
@@ -36,7 +35,7 @@ def run(
         SystemExit: after SIGINT or SIGTERM, with 128 + signal; the same call goes on from there.
     """
     place = Path(directory)
-    _claim(place, spec)
+    claim(place, spec, "road")
     road, clock = Road(place, spec, quiet), _Clock(spec, say)
     done: dict[str, Any] = {}
 
@@ -67,23 +66,6 @@ def run(
     report = build(spec, done)
     report.write(place)
     return report
-
-
-def _claim(place: Path, spec: RoadSpec) -> None:
-    """Make the directory a road's, or see that it is this one's."""
-    settings = place / _SETTINGS
-    if settings.is_file():
-        held = json.loads(settings.read_text(encoding="utf-8"))
-        if held != spec.to_dict():
-            changed = sorted(name for name, value in spec.to_dict().items() if held.get(name) != value)
-            raise UserError(
-                f"{place} holds a road with other settings ({', '.join(changed)}); choose another --out"
-            )
-        return
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{place} is in use; choose another --out")
-    place.mkdir(parents=True, exist_ok=True)
-    write_text(settings, json.dumps(spec.to_dict(), indent=1) + "\n")
 
 
 def _ended(place: Path) -> dict[str, Any] | None:
