@@ -12,8 +12,8 @@ from typing import Any
 from bench.secrets.settings import SecretsSpec
 from gptcore.align.tasks import secrets
 from gptcore.data.atomic import write_text
+from gptcore.report import gold_and_proxy
 from gptcore.report.html import Page
-from gptcore.report.plot import Panel, Series
 from gptcore.stats.intervals import Interval, wilson
 
 NAMES = {
@@ -71,7 +71,7 @@ class Report:
         for way, title in WAYS.items():
             found.append(f"{title}: held-out attacks that get the key, and questions answered right, in %")
             for stage, name in NAMES.items():
-                leaks, right = (_percent(self.share(stage, way, what)) for what in ("leaks", "right"))
+                leaks, right = (self.share(stage, way, what).percent() for what in ("leaks", "right"))
                 found.append(f"  {name:40} leaks {leaks:20} right {right}")
             for arm in ARMS:
                 told = "met" if self.meets(arm, way) else "NOT met"
@@ -189,16 +189,9 @@ class Report:
 
     def _curves(self, page: Page) -> None:
         page.section("PPO")
-        curve = self.done["ppo"]["curve"]
-        distance = [math.sqrt(max(point["kl"], 0.0)) for point in curve]
-        titles = {"gold": "gold: share of principles kept", "proxy": "proxy: the reward model's score"}
         page.panels(
-            [
-                Panel(title, [Series(key, [(x, p[key]) for x, p in zip(distance, curve, strict=True)])])
-                for key, title in titles.items()
-            ],
-            x_label="square root of KL(policy ‖ start), nats an answer",
-            caption="gold and proxy reward as PPO leaves the start model, on prompts of training",
+            gold_and_proxy.panels({"PPO": self.done["ppo"]["curve"]}), x_label=gold_and_proxy.X_LABEL,
+            caption=gold_and_proxy.CAPTION,
         )  # fmt: skip
 
     def _attacks(self, page: Page) -> None:
@@ -215,7 +208,3 @@ class Report:
             measured = self.done[stage]["measured"]["sampled"]
             told = [f"{asked} -> {answer}" for asked, answer in [*measured["samples"], *measured["answers"]]]
             page.sample("\n".join(told), name)
-
-
-def _percent(found: Interval) -> str:
-    return f"{100 * found.estimate:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"

@@ -111,13 +111,13 @@ def _lines(contest: Contest, found: Sequence[Contestant]) -> list[str]:
     for second, first in _pairs(contest):
         rate = contest.rate(first, second)
         lines.append(
-            f"{contest.names[first]} beats {contest.names[second]}: {_percent(rate.raw)}, at equal lengths "
-            f"{_percent(rate.controlled.rate)}"
+            f"{contest.names[first]} beats {contest.names[second]}: {rate.raw.percent('%')}, at equal lengths "
+            f"{rate.controlled.rate.percent('%')}"
         )
     for one in found if _tells_virtues(found) else ():
         shares = _virtues(one)
         lines.append(
-            f"{one.name}: " + ", ".join(f"{name} {_percent(share)}" for name, share in shares.items())
+            f"{one.name}: " + ", ".join(f"{name} {share.percent('%')}" for name, share in shares.items())
         )
     return lines
 
@@ -163,7 +163,3 @@ def _virtues(one: Contestant) -> dict[str, Interval]:
     from gptcore.align.virtues import virtues
 
     return virtues(one.answers)._asdict()
-
-
-def _percent(share: Interval) -> str:
-    return f"{100 * share.estimate:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"

@@ -25,6 +25,10 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return f"{self.estimate:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
+    def percent(self, sign: str = "") -> str:
+        """A share in percent, with ``sign`` behind the estimate."""
+        return f"{100 * self.estimate:.1f}{sign} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
 
 def wilson(successes: float, trials: float, level: float = 0.95) -> Interval:
     """Of a share, by inverting the score test (Wilson 1927): inside [0, 1], and never empty at 0 or all successes."""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +10,10 @@ import torch
 
 from gptcore import checkpoint
 from gptcore.train.metrics import read
+from tests.ranks import finish, start
 
 from .preference_program import labels, learn, table_of
 from .supervised_cases import base_run
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +58,7 @@ def test_two_ranks_take_the_point_of_all(base: Path, data: Path, tmp_path: Path,
     cut = {"batch": 1, "accumulate": 4}
     learn(table_of(tmp_path / "one", base, data, **cut))
     two = {**table_of(tmp_path / "two", base, data, **cut), "parallel": {"strategy": strategy}}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        world = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in world.items()}}
-        command = [sys.executable, "-m", "tests.align.preference_program", json.dumps(two)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT))
-    for child in ranks:
-        _, err = child.communicate(timeout=90)
-        assert child.returncode == 0, err
+    for code, err in finish(start(2, "-m", "tests.align.preference_program", json.dumps(two)), timeout=90):
+        assert code == 0, err
     one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert torch.equal(one, other) if strategy == "zero" else float((one - other).abs().max()) < 1e-6

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from gptcore.models import GPT
 from gptcore.train.metrics import read
 from tests.align import supervised_cases
 from tests.align.supervised_cases import base_run, copying, table_of, write_rows
+from tests.ranks import finish, start
 
 
 @pytest.fixture(scope="module")
@@ -153,24 +150,8 @@ def test_two_ranks_give_the_bits_of_one(base: Path, data: Path, tmp_path: Path) 
     one = table_of(tmp_path / "one", base, data, steps=3, data=cut, sft=sft)
     fine_tune(one, quiet=True)
     two = table_of(tmp_path / "two", base, data, steps=3, data=cut, sft=sft)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        world = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in world.items()}}
-        command = [sys.executable, supervised_cases.__file__, json.dumps(two)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for child in ranks:
-        _, err = child.communicate(timeout=90)
-        assert child.returncode == 0, err
+    for code, err in finish(start(2, supervised_cases.__file__, json.dumps(two)), timeout=90):
+        assert code == 0, err
     assert torch.equal(weights(tmp_path / "two", 3), weights(tmp_path / "one", 3))
 
 

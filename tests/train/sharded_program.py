@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.ranks import start as launched
+
 LEAVES = 12
 
 
@@ -40,35 +40,7 @@ def settings(run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 def start(ranks: int, table: dict[str, Any], **environment: str) -> list[subprocess.Popen[str]]:
     """The processes of a run, in rank order."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ, **environment, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)]),
-    }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", __file__, json.dumps(table)]
-    return [
-        subprocess.Popen(
-            command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=ROOT, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-
-
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120.0) -> list[tuple[int, str]]:
-    """Exit code and standard error of each rank."""
-    ends = []
-    for process in processes:
-        try:
-            text = process.communicate(timeout=timeout)[1]
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            raise
-        ends.append((process.returncode, text))
-    return ends
+    return launched(ranks, __file__, json.dumps(table), **environment)
 
 
 def main() -> int:

@@ -17,7 +17,8 @@ import torch
 from gptcore import checkpoint
 from gptcore.dist import Member
 from gptcore.train.processes import LostRankError, naming_lost_ranks
-from tests.train.sharded_program import finish, settings, start
+from tests.ranks import finish
+from tests.train.sharded_program import settings, start
 
 # A rank that has lost another says so and ends within this; promised are 30 s.
 PATIENCE = 30.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from gptcore.align.road.settings import RoadSpec
 from gptcore.data.atomic import write_text
+from gptcore.report import gold_and_proxy
 from gptcore.report.html import Page
-from gptcore.report.plot import Panel, Series
 from gptcore.stats.intervals import Interval, wilson
 from gptcore.stats.significance import mcnemar
 
@@ -57,9 +56,9 @@ class Report:
         width = max(len(row.name) for row in self.rows)
         found.append(f"{'':{width}}  {'greedy':>20}  {'at temperature 1':>20}  seconds")
         for row in self.rows:
-            greedy = "" if row.greedy is None else _percent(row.greedy)
-            found.append(f"{row.name:{width}}  {greedy:>20}  {_percent(row.sampled):>20}  {row.seconds:7.0f}")
-        found += ["", f"reward model: {_percent(self.pair_accuracy)} of noisy pairs in order"]
+            greedy = "" if row.greedy is None else row.greedy.percent()
+            found.append(f"{row.name:{width}}  {greedy:>20}  {row.sampled.percent():>20}  {row.seconds:7.0f}")
+        found += ["", f"reward model: {self.pair_accuracy.percent()} of noisy pairs in order"]
         found += [f"PPO against {name}: p = {value:.2g} (McNemar)" for name, value in self.tests.items()]
         return found
 
@@ -98,19 +97,11 @@ class Report:
         page.section("PPO against what it has to beat")
         page.table(["exact McNemar test, two-sided", "p"], list(self.tests.items()))
         page.section("The reward model")
-        page.text(f"It orders {_percent(self.pair_accuracy)}% of pairs kept back as their noisy labels do.")
-        distance = [math.sqrt(max(point["kl"], 0.0)) for point in self.curve]
-        titles = {"gold": "gold: share of right answers", "proxy": "proxy: the reward model's score"}
+        page.text(f"It orders {self.pair_accuracy.percent('%')} of pairs kept back as their noisy labels do.")
         page.panels(
-            [
-                Panel(
-                    title,
-                    [Series(key, [(x, point[key]) for x, point in zip(distance, self.curve, strict=True)])],
-                )
-                for key, title in titles.items()
-            ],
-            x_label="square root of KL(policy ‖ SFT), nats an answer",
-            caption="gold and proxy reward as PPO leaves the fine-tuned model",
+            gold_and_proxy.panels({"PPO": self.curve}),
+            x_label=gold_and_proxy.X_LABEL,
+            caption=gold_and_proxy.CAPTION,
         )
         page.settings(self.spec.to_dict())
         return page
@@ -137,7 +128,3 @@ def build(spec: RoadSpec, done: Mapping[str, Mapping[str, Any]]) -> Report:
     accuracy = wilson(reward["pair_accuracy"] * reward["pairs"], reward["pairs"])
     extra = {"more_sft_steps": done["more_sft"]["steps"], "expert_kept": done["expert"]["kept"]}
     return Report(spec, tuple(rows), tests, tuple(done["ppo"]["curve"]), accuracy, extra)
-
-
-def _percent(found: Interval) -> str:
-    return f"{100 * found.estimate:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
