@@ -18,7 +18,8 @@ if(GPTCORE_CUDA_FOUND)
   set(CMAKE_CUDA_STANDARD 17)  # what every CMake from 3.25 on can ask of nvcc
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
-  file(GLOB GPTCORE_CUDA_SOURCES CONFIGURE_DEPENDS csrc/core/cuda/*.cu csrc/kernels/*/*.cu)
+  file(GLOB GPTCORE_CUDA_SOURCES CONFIGURE_DEPENDS csrc/core/cuda/*.cu csrc/core/cuda/*.cpp
+       csrc/kernels/*/*.cu)
   pybind11_add_module(_C_cuda MODULE NO_EXTRAS csrc/bindings/cuda/module.cpp ${GPTCORE_CUDA_SOURCES})
   target_include_directories(_C_cuda PRIVATE csrc)
   target_compile_options(_C_cuda PRIVATE $<$<AND:$<CONFIG:Release>,$<COMPILE_LANGUAGE:CXX>>:-Os>)

@@ -100,6 +100,7 @@ def adamw(
     grad_scale: float,
     grad_norm: float | None,
 ) -> tuple[float, bool]: ...
+def attach_kernels(kernels: object) -> None: ...
 def attention_backward(
     dout: Tensor | None,
     q: Tensor | None,

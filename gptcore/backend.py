@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import glob
 import importlib
 import importlib.util
 import os
@@ -56,6 +57,40 @@ def cuda_extension() -> ModuleType | None:
         return importlib.import_module("gptcore._C_cuda")
     except ImportError:
         return None
+
+
+def attach_cuda() -> bool:
+    """Give :func:`extension` the kernels for CUDA tensors, once; it asks for them with the first such tensor.
+
+    Returns:
+        Whether there are any. Ops refuse CUDA tensors otherwise.
+
+    Raises:
+        ImportError: both modules are there, but were built from different sources.
+    """
+    cuda = cuda_extension()
+    if cuda is None:
+        return False
+    extension().attach_kernels(cuda.kernels())
+    return True
+
+
+def attach_simt(directory: str) -> None:
+    """Add the instruction set ``simt``, CUDA's kernels run by the processor, from a build of ``tests/simt``.
+
+    For tests; it is some thousand times slower than the others.
+
+    Raises:
+        ImportError: there is no ``_C_simt`` in ``directory``, or it was built from other sources.
+    """
+    paths = glob.glob(os.path.join(directory, "_C_simt*.so"))
+    if not paths:
+        raise ImportError(f"attach_simt: got {directory!r}, expected a directory with a _C_simt built there")
+    spec = importlib.util.spec_from_file_location("_C_simt", paths[0])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    extension().attach_kernels(module.kernels())
 
 
 def isa() -> str:

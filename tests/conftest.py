@@ -21,6 +21,10 @@ settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# A build of tests/simt adds CUDA's kernels, run by the processor, as one more instruction set.
+if os.environ.get("GPTCORE_SIMT"):
+    backend.attach_simt(os.environ["GPTCORE_SIMT"])
+
 # torch.tanh's first call strayed by some 1e-5 in 1 of 5,846 processes, its second in none of 9,909; tests compare
 # with torch, so the first one does not count.
 torch.tanh(torch.linspace(-4, 4, 1 << 14))

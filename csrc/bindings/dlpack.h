@@ -53,20 +53,23 @@ struct ManagedTensorVersioned {
 static_assert(sizeof(ManagedTensorVersioned) == 80);
 constexpr uint64_t kFlagReadOnly = 1;
 
-// The exchange API a tensor type offers as the capsule `__dlpack_c_exchange_api__` (dlpack 1.3). Only the
-// non-owning view is used; the other slots keep their places.
+// The exchange API a tensor type offers as the capsule `__dlpack_c_exchange_api__` (dlpack 1.3): the non-owning
+// view, and for tensors on a GPU the current stream and memory. The other slots keep their places.
 struct ExchangeApiHeader {
   Version version;
   ExchangeApiHeader* previous;
 };
 
+using SetError = void (*)(void* context, const char* kind, const char* message);
+
 struct ExchangeApi {
   ExchangeApiHeader header;
-  void* managed_tensor_allocator;
+  int (*managed_tensor_allocator)(Tensor* prototype, ManagedTensorVersioned** out, void* context,
+                                  SetError error);
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
   int (*tensor_from_py_object)(void* py_object, Tensor* out);
-  void* current_work_stream;
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 
 }  // namespace gptcore::dlpack

@@ -1,6 +1,7 @@
 // _C: one register_<op>(m) line per op, and what Python may ask about the machine.
 #include "bindings/tensor_caster.h"
 #include "core/arena.h"
+#include "core/device_link.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 
@@ -51,6 +52,17 @@ void register_machine(py::module_& m) {
   m.def("num_threads_reason", &gptcore::num_threads_reason, "Why num_threads() is what it is.");
   m.def("set_num_threads", &gptcore::set_num_threads, py::arg("count"), "0 returns to the default.");
   m.def("scratch_bytes", &gptcore::scratch_bytes, "Bytes held by the kernels' scratch stacks.");
+  m.def(
+      "attach_kernels",
+      [](const py::capsule& capsule) {
+        const auto* module = capsule.get_pointer<const gptcore::DeviceModule>();
+        module->connect({&gptcore::device_call, &gptcore::device_memory});
+        if (const char* name = gptcore::attach_bodies(module->device, module->bodies)) {
+          throw py::import_error(std::string("gptcore: the modules were built from different sources (") +
+                                 name + "); rebuild both with 'pip install .'");
+        }
+      },
+      py::arg("kernels"), "Take another module's kernels, a capsule of its kernels().");
   m.def("noop", &noop, py::arg("a"), py::arg("b"), py::arg("c"),
         py::call_guard<py::gil_scoped_release_simple>(),
         "An empty kernel over three tensors, to measure the boundary.");

@@ -62,6 +62,10 @@ void view_capsule(py::handle source, TensorView* view, py::object* owner);
 // Fills `view` from a DLPack tensor, refusing what kernels cannot read.
 void view_dlpack(const dlpack::Tensor& tensor, bool readonly, py::handle source, TensorView* view);
 
+// Where `view` lies on a GPU: loads the kernels for it, once, and notes the device, the caller's current stream
+// there and who gives memory (`api`, or null), for device_call().
+void note_device(const TensorView& view, const dlpack::ExchangeApi* api);
+
 // Turns the Python error that an exchange API left into a TypeError that names the type.
 [[noreturn]] void refuse(py::handle source);
 
@@ -72,9 +76,11 @@ inline void view_of(py::handle source, TensorView* view, py::object* owner, int6
     dlpack::Tensor tensor;
     if (traits.api->tensor_from_py_object(source.ptr(), &tensor) != 0) refuse(source);
     view_dlpack(tensor, false, source, view);
+    if (view->device != Device::cpu) note_device(*view, traits.api);
     return;
   }
   if (!traits.is_numpy || !view_numpy(source, view, dims)) view_capsule(source, view, owner);
+  if (view->device != Device::cpu) note_device(*view, nullptr);
   if (traits.is_numpy && is_misaligned(*view)) view_copy(source, view, owner, dims);
 }
 

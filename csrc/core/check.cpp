@@ -40,6 +40,10 @@ std::string shape_text(const int64_t* sizes, int ndim) {
   return text + (ndim == 1 ? ",)" : ")");
 }
 
+std::string place_text(Device device, int32_t index) {
+  return device == Device::cpu ? "the CPU" : "cuda:" + std::to_string(index);
+}
+
 }  // namespace
 
 std::string describe(const TensorView& tensor) {
@@ -59,9 +63,18 @@ void Checker::defined(const TensorView& tensor, const char* argument) const {
   if (!tensor.defined) fail_type(argument, "None", "a tensor");
 }
 
-void Checker::cpu(const TensorView& tensor, const char* argument) const {
-  if (tensor.device != Device::cpu) {
-    fail(argument, "a tensor on cuda:" + std::to_string(tensor.device_index), "a tensor on the CPU");
+void Checker::on_device(const TensorView& tensor, const char* argument) const {
+  if (!seen_) {
+    if (tensor.device != Device::cpu && !(slot_ && slot_->bodies)) {
+      fail(argument, "a tensor on " + place_text(tensor.device, tensor.device_index),
+           "a tensor on the CPU: this operation has no kernel for another device here");
+    }
+    seen_ = true, device_ = tensor.device, device_index_ = tensor.device_index;
+    return;
+  }
+  if (tensor.device != device_ || (device_ != Device::cpu && tensor.device_index != device_index_)) {
+    fail(argument, "a tensor on " + place_text(tensor.device, tensor.device_index),
+         "one on " + place_text(device_, device_index_) + " like the arguments before it");
   }
 }
 
@@ -122,7 +135,8 @@ void Checker::writable(const TensorView& tensor, const char* argument) const {
 void Checker::item(const std::vector<TensorView>& list, const char* name, size_t i, const TensorView& like,
                    std::initializer_list<DType> allowed, bool written) const {
   const TensorView& tensor = list[i];
-  bool fine = tensor.defined && tensor.device == Device::cpu && tensor.ndim == like.ndim;
+  bool fine = tensor.defined && seen_ && tensor.device == device_ && tensor.device_index == device_index_ &&
+              tensor.ndim == like.ndim;
   for (int d = 0; fine && d < like.ndim; ++d) fine = tensor.sizes[d] == like.sizes[d];
   bool type = false;
   for (DType candidate : allowed) type = type || tensor.dtype == candidate;

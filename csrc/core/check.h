@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device_link.h"
 #include "core/tensor_view.h"
 
 namespace gptcore {
@@ -29,9 +30,12 @@ std::string describe(const TensorView& tensor);
 class Checker {
  public:
   explicit Checker(const char* op) : op_(op) {}
+  // For an op whose kernels may come from another module: tensors there are fine once its bodies are.
+  Checker(const char* op, const DeviceSlot& slot) : op_(op), slot_(&slot) {}
 
   void defined(const TensorView& tensor, const char* argument) const;
-  void cpu(const TensorView& tensor, const char* argument) const;
+  // On the CPU or, where the op has bodies for it, another device: the one of the call's other tensors.
+  void on_device(const TensorView& tensor, const char* argument) const;
   void dtype(const TensorView& tensor, const char* argument, std::initializer_list<DType> allowed) const;
   void ndim(const TensorView& tensor, const char* argument, int expected) const;
   // Sizes must match; -1 accepts any.
@@ -43,10 +47,13 @@ class Checker {
   void last_contiguous(const TensorView& tensor, const char* argument) const;
   void writable(const TensorView& tensor, const char* argument) const;
 
-  // The usual bundle for an input on the CPU: defined, on the CPU, of one of these types.
+  // Where the tensors lie that were checked so far.
+  Device device() const { return device_; }
+
+  // The usual bundle for an input: defined, on the call's device, of one of these types.
   void input(const TensorView& tensor, const char* argument, std::initializer_list<DType> allowed) const {
     defined(tensor, argument);
-    cpu(tensor, argument);
+    on_device(tensor, argument);
     dtype(tensor, argument, allowed);
   }
   // The same for an output, which must also be writable.
@@ -55,7 +62,7 @@ class Checker {
     writable(tensor, argument);
   }
 
-  // For ops over lists of tensors. list[i]: on the CPU, of an allowed type, contiguous, shaped like its
+  // For ops over lists of tensors. list[i]: on the call's device, of an allowed type, contiguous, shaped like its
   // parameter. Thousands of tensors come by in a call, so names are built only for errors.
   void item(const std::vector<TensorView>& list, const char* name, size_t i, const TensorView& like,
             std::initializer_list<DType> allowed, bool written) const;
@@ -71,6 +78,11 @@ class Checker {
 
  private:
   const char* op_;
+  const DeviceSlot* slot_ = nullptr;
+  // Of the first tensor checked: what the others must share.
+  mutable bool seen_ = false;
+  mutable Device device_ = Device::cpu;
+  mutable int32_t device_index_ = 0;
 };
 
 }  // namespace gptcore

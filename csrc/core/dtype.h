@@ -1,5 +1,5 @@
-// Element types that kernels know, and bf16 as storage: gcc 12 has no scalar bf16 type, so kernels keep
-// the 16 bits and convert in simd.h.
+// Element types that kernels know, and bf16 and f16 as storage: gcc 12 has no scalar bf16 type, so kernels keep
+// the 16 bits and convert in simd.h or cuda/convert.cuh.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,10 @@ enum class DType : uint8_t { f32, bf16, f16, f64, i8, u8, i16, i32, i64, boolean
 struct bf16 {
   uint16_t bits;
 };
-static_assert(sizeof(bf16) == 2);
+struct f16 {
+  uint16_t bits;
+};
+static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2);
 
 constexpr int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -41,6 +44,10 @@ constexpr DType dtype_of<float>() {
 template <>
 constexpr DType dtype_of<bf16>() {
   return DType::bf16;
+}
+template <>
+constexpr DType dtype_of<f16>() {
+  return DType::f16;
 }
 template <>
 constexpr DType dtype_of<int16_t>() {

@@ -16,10 +16,10 @@
 namespace gptcore {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"v2", "v3", "v4", "v4_bf16", "amx"};
-constexpr bool kBuilt[kIsaCount] = {GPTCORE_IF_v2(true, false), GPTCORE_IF_v3(true, false),
-                                    GPTCORE_IF_v4(true, false), GPTCORE_IF_v4_bf16(true, false),
-                                    GPTCORE_IF_amx(true, false)};
+constexpr const char* kNames[kIsaCount] = {"v2", "v3", "v4", "v4_bf16", "amx", "simt"};
+constexpr bool kBuilt[kCpuIsaCount] = {GPTCORE_IF_v2(true, false), GPTCORE_IF_v3(true, false),
+                                       GPTCORE_IF_v4(true, false), GPTCORE_IF_v4_bf16(true, false),
+                                       GPTCORE_IF_amx(true, false)};
 
 #if defined(__x86_64__)
 // AMX state is 8 KB a thread, so Linux hands it out on request only (since 5.16).
@@ -60,6 +60,10 @@ Isa offered() {
 Isa parse(const char* name) {
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(name, kNames[i]) != 0) continue;
+    if (i == static_cast<int>(Isa::simt)) {
+      if (has_bodies(Device::cpu)) return Isa::simt;
+      throw ValueError("GPTCORE_ISA: got 'simt', whose module is not loaded; tests/simt builds it");
+    }
     if (!kBuilt[i])
       throw ValueError(std::string("GPTCORE_ISA: got '") + name + "', which this build leaves out");
     if (!has_isa(static_cast<Isa>(i))) {
@@ -77,7 +81,9 @@ std::atomic<int> current{-1};
 
 const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool has_isa(Isa isa) { return kBuilt[static_cast<int>(isa)] && isa <= offered(); }
+bool has_isa(Isa isa) {
+  return isa == Isa::simt ? has_bodies(Device::cpu) : kBuilt[static_cast<int>(isa)] && isa <= offered();
+}
 
 Isa best_isa() {
   for (int i = static_cast<int>(offered()); i >= 0; --i) {

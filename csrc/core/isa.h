@@ -6,14 +6,18 @@
 //   v4       AVX-512 F, BW, CD, DQ, VL
 //   v4_bf16  and AVX512-BF16, AVX512-VNNI
 //   amx      and AMX tiles with bf16, granted by the operating system
+//   simt     CUDA's kernels, every thread run by the processor: for tests, where a build brings them (tests/simt)
 #pragma once
 
 #include <cstdint>
 
+#include "core/check.h"
+#include "core/device_link.h"
+
 namespace gptcore {
 
-enum class Isa : int32_t { v2 = 0, v3 = 1, v4 = 2, v4_bf16 = 3, amx = 4 };
-constexpr int kIsaCount = 5;
+enum class Isa : int32_t { v2 = 0, v3 = 1, v4 = 2, v4_bf16 = 3, amx = 4, simt = 5 };
+constexpr int kCpuIsaCount = 5, kIsaCount = 6;
 
 const char* name_of(Isa isa);
 
@@ -30,15 +34,24 @@ Isa current_isa();
 void set_isa(const char* name);
 
 // A kernel's variants by ISA. Missing entries (null) fall to the next lower one; every op has a body for the
-// lowest set of the build.
+// lowest set of the build, and one for another device where a module brought it.
 template <class Bodies>
 struct IsaTable {
-  const Bodies* entries[kIsaCount];
+  const Bodies* entries[kCpuIsaCount];
+  DeviceSlot device;
 
+  // The processor's.
   const Bodies& pick() const {
-    int level = static_cast<int>(current_isa());
+    const Isa isa = current_isa();
+    int level = static_cast<int>(isa == Isa::simt ? best_isa() : isa);
     while (level > 0 && !entries[level]) --level;
     return *entries[level];
+  }
+
+  // That of the device on which the tensors lie that `check` has seen.
+  const Bodies& pick(const Checker& check) const {
+    const bool other = check.device() != Device::cpu || current_isa() == Isa::simt;
+    return other && device.bodies ? *static_cast<const Bodies*>(device.bodies) : pick();
   }
 };
 
@@ -81,10 +94,14 @@ struct IsaTable {
           GPTCORE_IF_v4_bf16(GPTCORE_BODY(v4_bf16, Bodies, name), ) static const IsaTable<Bodies>           \
               name##_table{{GPTCORE_IF_v2(&v2::name, nullptr), GPTCORE_IF_v3(&v3::name, nullptr),           \
                             GPTCORE_IF_v4(&v4::name, nullptr), GPTCORE_IF_v4_bf16(&v4_bf16::name, nullptr), \
-                            amx_entry}};
+                            amx_entry},                                                                     \
+                           {#name, sizeof(Bodies)}};
 #define GPTCORE_BODIES(Bodies, name) GPTCORE_BODIES_OF(Bodies, name, nullptr)
 #define GPTCORE_BODIES_AMX(Bodies, name)            \
   GPTCORE_IF_amx(GPTCORE_BODY(amx, Bodies, name), ) \
       GPTCORE_BODIES_OF(Bodies, name, GPTCORE_IF_amx(&amx::name, nullptr))
+// A table with nothing for the processor: types that only the other device computes with.
+#define GPTCORE_DEVICE_BODIES(Bodies, name) \
+  static const IsaTable<Bodies> name##_table{{}, {#name, sizeof(Bodies)}};
 
 }  // namespace gptcore

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "core/cuda/bodies.h"
 #include "core/cuda/device.h"
 
 namespace py = pybind11;
@@ -29,6 +30,10 @@ PYBIND11_MODULE(_C_cuda, m) {
         return py::make_tuple(devices, std::string(reason));
       },
       "Visible devices as a list of dicts, and the CUDA runtime's reason where there are none.");
+  static const gptcore::DeviceModule kernels{gptcore::Device::cuda, gptcore::cuda::all_bodies(),
+                                             &gptcore::cuda::connect};
+  m.def(
+      "kernels", [] { return py::capsule(&kernels, "gptcore.kernels"); }, "What _C.attach_kernels() takes.");
   m.def("driver_version", &gptcore::cuda::driver_version,
         "The driver's CUDA version, 13000 for 13.0; 0 without one.");
   m.def("runtime_version", &gptcore::cuda::runtime_version, "The CUDA runtime this module was built with.");

@@ -1,7 +1,11 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <mutex>
+#include <stdexcept>
+#include <string>
 
+#include "core/cuda/bodies.h"
 #include "core/cuda/device.h"
 
 namespace gptcore::cuda {
@@ -31,6 +35,29 @@ bool device_info(int index, DeviceInfo* info) {
   info->multiprocessors = properties.multiProcessorCount;
   info->memory_bytes = properties.totalGlobalMem;
   return true;
+}
+
+const DeviceLimits& limits() {
+  constexpr int kMostDevices = 64;
+  static DeviceLimits all[kMostDevices];
+  static std::once_flag read[kMostDevices];
+  const int index = current_call().index;
+  if (index < 0 || index >= kMostDevices) throw std::runtime_error("gptcore: CUDA: a device index beyond 63");
+  std::call_once(read[index], [index] {
+    int major = 0, minor = 0, shared = 0;
+    const cudaError_t failed[] = {
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
+        cudaDeviceGetAttribute(&all[index].multiprocessors, cudaDevAttrMultiProcessorCount, index),
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index)};
+    for (const cudaError_t status : failed) {
+      if (status != cudaSuccess)
+        throw std::runtime_error(std::string("gptcore: CUDA: ") + cudaGetErrorString(status));
+    }
+    all[index].arch = 10 * major + minor;
+    all[index].shared_bytes = shared;
+  });
+  return all[index];
 }
 
 int driver_version() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace gptcore::cuda {
 
@@ -18,6 +19,14 @@ int device_count(const char** reason);
 
 // False where `index` is no device.
 bool device_info(int index, DeviceInfo* info);
+
+// What launchers ask of the device of the call at hand; read once a device.
+struct DeviceLimits {
+  int arch;  // 90 for compute capability 9.0
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block may have
+};
+const DeviceLimits& limits();
 
 // Versions as CUDA counts them: 13000 is 13.0. 0 without a driver.
 int driver_version();

@@ -75,8 +75,8 @@ void adamw(const AdamwLists& lists, const AdamwOptions& o, double norm) {
   numbers.step_size = static_cast<float>(o.lr / (1.0 - std::pow(o.beta1, step)));
   numbers.root_factor = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)));
   numbers.eps = static_cast<float>(o.eps);
-  adamw_bodies_table.pick().update(tensors.data(), chunks.data(), static_cast<int64_t>(chunks.size()),
-                                   numbers);
+  adamw_bodies_table.pick(check).update(tensors.data(), chunks.data(), static_cast<int64_t>(chunks.size()),
+                                        numbers);
   for (const TensorView& view : lists.steps) *view.as<float>() = static_cast<float>(o.step);
 }
 

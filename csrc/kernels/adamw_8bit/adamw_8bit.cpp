@@ -97,8 +97,8 @@ void adamw_8bit(const Adamw8bitLists& lists, const Adamw8bitOptions& o, double n
   numbers.eps = static_cast<float>(o.eps);
   numbers.seed = o.seed;
   numbers.step = static_cast<uint32_t>(o.step);
-  adamw_8bit_bodies_table.pick().update(tensors.data(), chunks.data(), static_cast<int64_t>(chunks.size()),
-                                        numbers);
+  adamw_8bit_bodies_table.pick(check).update(tensors.data(), chunks.data(),
+                                             static_cast<int64_t>(chunks.size()), numbers);
 }
 
 }  // namespace gptcore

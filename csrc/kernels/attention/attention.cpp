@@ -277,8 +277,9 @@ void check_dbias(const Checker& check, const TensorView& dbias, const TensorView
   p->dbias.batch = p->dbias_batches ? dbias.size(1) * p->queries * p->keys : 0;
 }
 
-const AttentionBodies& bodies(DType dtype) {
-  return dtype == DType::bf16 ? attention_bf16_bodies_table.pick() : attention_f32_bodies_table.pick();
+const AttentionBodies& bodies(const Checker& check, DType dtype) {
+  return dtype == DType::bf16 ? attention_bf16_bodies_table.pick(check)
+                              : attention_f32_bodies_table.pick(check);
 }
 
 }  // namespace
@@ -294,7 +295,7 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
     check.writable(lse, "lse");
   }
   if (p.heads == 0) return;
-  bodies(q.dtype).forward(p);
+  bodies(check, q.dtype).forward(p);
 }
 
 void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
@@ -324,7 +325,7 @@ void attention_backward(const TensorView& dout, const TensorView& q, const Tenso
     p.dsinks = dsinks.as<float>();
   }
   if (p.kv_heads == 0) return;
-  bodies(q.dtype).backward(p);
+  bodies(check, q.dtype).backward(p);
 }
 
 }  // namespace gptcore

@@ -55,7 +55,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
   a.index = kept.rows(), a.targets = kept.classes(), a.class_weight = weights.values();
   a.lse = kept.values(0), a.target_logit = kept.values(1);
   if (label_smoothing > 0) a.logit_sum = kept.values(2);
-  if (kept.count() > 0) cross_entropy_bodies_table.pick().forward[logits.dtype == DType::bf16](a);
+  if (kept.count() > 0) cross_entropy_bodies_table.pick(check).forward[logits.dtype == DType::bf16](a);
 
   const bool per_row = reduction == "none";
   if (lse && rows > 0) std::memset(lse.data, 0, static_cast<size_t>(rows) * sizeof(float));
@@ -107,7 +107,7 @@ void cross_entropy_backward(const TensorView& grad_loss, const TensorView& logit
   a.rows = kept.count(), a.classes = classes, a.index = kept.rows(), a.targets = kept.classes();
   a.class_weight = weights.values(), a.lse = row_lse, a.softmax_factor = factor, a.target_share = share;
   a.uniform = s > 0 ? uniform : nullptr;
-  if (kept.count() > 0) cross_entropy_bodies_table.pick().backward[logits.dtype == DType::bf16](a);
+  if (kept.count() > 0) cross_entropy_bodies_table.pick(check).backward[logits.dtype == DType::bf16](a);
   const int64_t element = size_of(dlogits.dtype);
   for (int64_t n = 0, i = 0; n < rows; ++n) {
     if (i < kept.count() && kept.row(i) == n) {

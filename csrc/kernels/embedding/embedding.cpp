@@ -76,7 +76,7 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
   a.ids = ids.data, a.table = weight.as<char>(), a.out = out.as<char>();
   a.count = count, a.row_bytes = rows.width * size;
   a.table_stride = weight.stride(0) * size, a.out_stride = rows.stride * size;
-  embedding_bodies_table.pick().forward[ids.dtype == DType::i64](a);
+  embedding_bodies_table.pick(check).forward[ids.dtype == DType::i64](a);
 }
 
 void embedding_backward(const TensorView& ids, const TensorView& grad_out, const TensorView& dweight,
@@ -105,7 +105,7 @@ void embedding_backward(const TensorView& ids, const TensorView& grad_out, const
   a.grad_out = grad_out.data, a.dweight = dweight.data;
   a.vocabulary = vocabulary, a.tokens = count, a.width = rows.width, a.grad_stride = rows.stride;
   a.accumulate = accumulate;
-  embedding_bodies_table.pick().backward[is_bf16(grad_out)][is_bf16(dweight)](a);
+  embedding_bodies_table.pick(check).backward[is_bf16(grad_out)][is_bf16(dweight)](a);
 }
 
 }  // namespace gptcore

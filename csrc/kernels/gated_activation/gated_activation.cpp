@@ -112,7 +112,7 @@ void gated_activation_forward(int kind, const TensorView& gate, const TensorView
   if (!a.gate_bias && !a.up_bias) {
     join_rows(a, {a.gate_stride, a.up ? a.up_stride : width, a.y_stride});
   }
-  gated_activation_bodies_table.pick().forward[is_bf16(gate)](a);
+  gated_activation_bodies_table.pick(check).forward[is_bf16(gate)](a);
 }
 
 void gated_activation_backward(int kind, const TensorView& grad_y, const TensorView& gate,
@@ -159,7 +159,7 @@ void gated_activation_backward(int kind, const TensorView& grad_y, const TensorV
     join_rows(a, {a.grad_y_stride, a.gate_stride, a.up ? a.up_stride : width, a.dgate_stride,
                   a.up ? a.dup_stride : width});
   }
-  gated_activation_bodies_table.pick().backward[is_bf16(gate)](a);
+  gated_activation_bodies_table.pick(check).backward[is_bf16(gate)](a);
 }
 
 }  // namespace gptcore

@@ -21,7 +21,7 @@ void check_stats(const Checker& check, const TensorView& stats, int64_t rows) {
 void layer_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight,
                         const TensorView& bias, float eps, float weight_offset, const TensorView& y,
                         const TensorView& h, const TensorView& stats) {
-  const Checker check("layer_norm");
+  const Checker check("layer_norm", layer_norm_bodies_table.device);
   check.input(x, "x", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, x, "x");
   if (rows.width == 0) check.fail("x", "a last dimension of 0", "at least 1 element to normalise");
@@ -49,13 +49,13 @@ void layer_norm_forward(const TensorView& x, const TensorView& residual, const T
   a.rows = rows.count, a.width = rows.width, a.x_stride = rows.stride, a.eps = eps;
   a.weight_offset = weight_offset;
   a.bf16_weight = is_bf16(weight ? weight : bias);
-  layer_norm_bodies_table.pick().forward[is_bf16(x)](a);
+  layer_norm_bodies_table.pick(check).forward[is_bf16(x)](a);
 }
 
 void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
                          const TensorView& weight, float weight_offset, const TensorView& stats,
                          const TensorView& dx, const TensorView& dweight, const TensorView& dbias) {
-  const Checker check("layer_norm_backward");
+  const Checker check("layer_norm_backward", layer_norm_bodies_table.device);
   check.input(h, "h", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, h, "h");
   if (rows.width == 0) check.fail("h", "a last dimension of 0", "at least 1 element");
@@ -81,7 +81,7 @@ void layer_norm_backward(const TensorView& grad_y, const TensorView& grad_h, con
   a.bf16_weight = is_bf16(weight), a.bf16_dweight = is_bf16(dweight ? dweight : dbias);
   a.rows = rows.count, a.width = rows.width, a.h_stride = rows.stride;
   a.weight_offset = weight_offset;
-  layer_norm_bodies_table.pick().backward[is_bf16(h)](a);
+  layer_norm_bodies_table.pick(check).backward[is_bf16(h)](a);
 }
 
 }  // namespace gptcore

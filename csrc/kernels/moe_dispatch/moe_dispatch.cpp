@@ -78,7 +78,7 @@ void moe_dispatch_forward(const TensorView& x, const TensorView& rows, const Ten
   a.tokens = x.data, a.sorted = out.data, a.rows = rows.as<int32_t>();
   a.count = x.size(0), a.choices = rows.size(1), a.width = x.size(1);
   a.token_stride = x.stride(0), a.sorted_stride = out.stride(0);
-  moe_dispatch_bodies_table.pick().dispatch[is_bf16(x)](a);
+  moe_dispatch_bodies_table.pick(check).dispatch[is_bf16(x)](a);
 }
 
 void moe_combine_forward(const TensorView& y, const TensorView& rows, const TensorView& gates,
@@ -94,7 +94,7 @@ void moe_combine_forward(const TensorView& y, const TensorView& rows, const Tens
   a.gates = gates ? gates.as<float>() : nullptr;
   a.count = out.size(0), a.choices = rows.size(1), a.width = y.size(1);
   a.token_stride = out.stride(0), a.sorted_stride = y.stride(0);
-  moe_dispatch_bodies_table.pick().combine[is_bf16(y)](a);
+  moe_dispatch_bodies_table.pick(check).combine[is_bf16(y)](a);
 }
 
 void moe_combine_backward(const TensorView& dout, const TensorView& y, const TensorView& rows,
@@ -114,7 +114,7 @@ void moe_combine_backward(const TensorView& dout, const TensorView& y, const Ten
   a.gates = gates.as<float>(), a.dgates = dgates.as<float>();
   a.count = dout.size(0), a.choices = rows.size(1), a.width = y.size(1);
   a.token_stride = dout.stride(0), a.sorted_stride = y.stride(0), a.dsorted_stride = dy.stride(0);
-  moe_dispatch_bodies_table.pick().combine_backward[is_bf16(y)](a);
+  moe_dispatch_bodies_table.pick(check).combine_backward[is_bf16(y)](a);
 }
 
 }  // namespace gptcore

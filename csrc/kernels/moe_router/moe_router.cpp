@@ -213,7 +213,7 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
   a.probabilities = a.top_probability + 2 * sizes.tokens;
   a.z_and_entropy = a.probabilities + chunks * sizes.experts;
   a.counts = scratch.as<int32_t>() + numbers;
-  if (sizes.tokens > 0) moe_router_bodies_table.pick().forward[is_bf16(logits)](a);
+  if (sizes.tokens > 0) moe_router_bodies_table.pick(check).forward[is_bf16(logits)](a);
 
   int32_t *firsts = a.counts + 2 * chunks * sizes.experts, *all = firsts + sizes.experts;
   const int64_t counted = sum_counts(a, chunks, 0, firsts);
@@ -281,7 +281,7 @@ void moe_router_backward(const TensorView& dgates, const TensorView& dbalance_lo
   a.choices = sizes.choices, a.chosen = experts.as<int32_t>(), a.rows = rows.as<int32_t>();
   a.dgates = dgates ? dgates.as<float>() : nullptr, a.lse = lse.as<float>(), a.balance_factor = factor;
   a.z_factor = static_cast<float>(2.0 * given(dz_loss) / n), a.renormalise = renormalise;
-  moe_router_bodies_table.pick().backward[is_bf16(logits)](a);
+  moe_router_bodies_table.pick(check).backward[is_bf16(logits)](a);
 }
 
 }  // namespace gptcore

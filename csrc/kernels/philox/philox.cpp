@@ -16,8 +16,8 @@ void philox(const TensorView& counters, int64_t seed, const TensorView& out) {
   check.output(out, "out", {DType::i32});
   check.same_shape(out, "out", counters, "counters");
   check.contiguous(out, "out");
-  philox_bodies_table.pick().run(static_cast<uint64_t>(seed), counters.as<uint32_t>(), counters.size(0),
-                                 out.as<uint32_t>());
+  philox_bodies_table.pick(check).run(static_cast<uint64_t>(seed), counters.as<uint32_t>(), counters.size(0),
+                                      out.as<uint32_t>());
 }
 
 }  // namespace gptcore

@@ -35,7 +35,7 @@ void rms_norm_forward(const TensorView& x, const TensorView& residual, const Ten
   a.y = y.data, a.h = residual ? h.data : nullptr, a.rstd = rstd.as<float>();
   a.rows = rows.count, a.width = rows.width, a.x_stride = rows.stride, a.eps = eps;
   a.weight_offset = weight_offset;
-  rms_norm_bodies_table.pick().forward[is_bf16(x)](a);
+  rms_norm_bodies_table.pick(check).forward[is_bf16(x)](a);
 }
 
 void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
@@ -64,7 +64,7 @@ void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const
   a.bf16_weight = is_bf16(weight), a.bf16_dweight = is_bf16(dweight);
   a.rows = rows.count, a.width = rows.width, a.h_stride = rows.stride;
   a.weight_offset = weight_offset;
-  rms_norm_bodies_table.pick().backward[is_bf16(h)](a);
+  rms_norm_bodies_table.pick(check).backward[is_bf16(h)](a);
 }
 
 }  // namespace gptcore

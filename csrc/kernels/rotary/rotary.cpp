@@ -74,7 +74,7 @@ void rotary(const TensorView& x, const TensorView& cos, const TensorView& sin, c
   a.offset = offset, a.half = cos.size(1);
   a.x_strides = strides_of(x), a.out_strides = strides_of(out);
   a.interleaved = interleaved, a.inverse = inverse;
-  rotary_bodies_table.pick().run[x.dtype == DType::bf16](a);
+  rotary_bodies_table.pick(check).run[x.dtype == DType::bf16](a);
 }
 
 }  // namespace gptcore

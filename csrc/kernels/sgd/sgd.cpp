@@ -62,7 +62,8 @@ void sgd(const SgdLists& lists, const SgdOptions& o, double norm) {
   const double scale = o.maximize ? -o.grad_scale : o.grad_scale;
   const SgdNumbers numbers = {static_cast<float>(clip / scale), static_cast<float>(o.lr),
                               static_cast<float>(o.momentum), o.nesterov};
-  sgd_bodies_table.pick().update(tensors.data(), chunks.data(), static_cast<int64_t>(chunks.size()), numbers);
+  sgd_bodies_table.pick(check).update(tensors.data(), chunks.data(), static_cast<int64_t>(chunks.size()),
+                                      numbers);
 }
 
 }  // namespace gptcore

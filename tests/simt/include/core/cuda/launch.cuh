@@ -1,0 +1,54 @@
+// csrc/core/cuda/launch.cuh for the processor.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <tuple>
+
+#include "core/cuda/bodies.h"
+#include "core/cuda/device.h"
+
+namespace gptcore::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+
+struct Launch {
+  dim3 grid, block;
+  int64_t shared_bytes = 0;
+  int cluster = 1;
+};
+
+template <auto kernel, class... Arguments>
+void launch(const Launch& l, const Arguments&... arguments) {
+  if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
+  if (l.shared_bytes > limits().shared_bytes)
+    throw std::runtime_error("simt: more shared memory than a block has");
+  const auto body = [&] { kernel(arguments...); };
+  simt::run(l.grid, l.block, l.shared_bytes, l.cluster, body);
+}
+
+inline void set_bytes(void* data, int value, int64_t bytes) {
+  if (bytes > 0) std::memset(data, value, static_cast<size_t>(bytes));
+}
+
+template <class T = unsigned char>
+inline T* shared_memory() {
+  return reinterpret_cast<T*>(simt::current->block->shared);
+}
+
+inline int lane() { return static_cast<int>(simt::lane()); }
+inline int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+inline void named_barrier(int id, int threads) { simt::barrier(id, threads); }
+inline void named_barrier_arrive(int id, int threads) { simt::barrier(id, threads, true); }
+
+inline unsigned cluster_rank() { return simt::current->block->rank; }
+inline void cluster_sync() { simt::cluster_barrier(); }
+inline float peer_float(const float* own, unsigned rank) {
+  const auto offset = reinterpret_cast<const unsigned char*>(own) - simt::current->block->shared;
+  return *reinterpret_cast<const float*>(simt::grid.cluster[rank].shared + offset);
+}
+
+}  // namespace gptcore::cuda

@@ -1,0 +1,93 @@
+// The processor as a GPU: one block (or cluster) at a time, each thread a fiber.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+
+namespace simt {
+
+// Threads of a warp under one mask: each leaves a value, all read all.
+struct Meeting {
+  unsigned mask = 0, arrived = 0, generation = 0;
+  uint64_t values[2][32];
+};
+
+struct Warp {
+  unsigned lanes = 0;  // that exist
+  std::vector<Meeting> meetings;
+};
+
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Block {
+  uint3 index{};
+  unsigned rank = 0;  // in its cluster
+  int threads = 0, finished = 0;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+  unsigned char* shared = nullptr;
+  int64_t shared_bytes = 0;
+  std::vector<unsigned char> room;
+};
+
+struct Thread {
+  uint3 index{};
+  int linear = 0;
+  Block* block = nullptr;
+  void* stack_pointer = nullptr;
+  bool finished = false;
+};
+
+struct Grid {
+  dim3 blocks, threads;
+  std::vector<Block> cluster;  // the blocks at work
+  Barrier cluster_barrier;
+};
+
+extern Thread* current;
+extern Grid grid;
+
+// Runs `body` as every thread of every block.
+void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, const std::function<void()>& body);
+
+// Ends the launch with an error: launch() throws it.
+[[noreturn]] void fail(const std::string& message);
+
+// Lets the others go on.
+void yield();
+// Counts what lets somebody go on; a round of turns without any is a deadlock.
+void note_progress();
+
+template <class Ready>
+void wait_until(const Ready& ready) {
+  while (!ready()) yield();
+  note_progress();
+}
+
+// A barrier of `count` threads; 0: all that have not ended. Waits unless `arrive_only`.
+void barrier(int id, int count, bool arrive_only = false);
+void cluster_barrier();
+
+// Leaves `mine` and returns what each lane of `mask` left, at its lane's place. Valid until the next meeting.
+const uint64_t* meet(unsigned mask, uint64_t mine);
+
+// Work that the hardware does on its own time, done at the latest when `flush_async` finds nobody else able to go on,
+// at the earliest a few turns later.
+void later(std::function<void()> work);
+
+inline unsigned lane() { return static_cast<unsigned>(current->linear) % 32; }
+
+}  // namespace simt
