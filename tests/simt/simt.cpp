@@ -252,7 +252,8 @@ const uint64_t* meet(unsigned mask, uint64_t mine) {
 
 void later(std::function<void()> work) { pending.push_back(std::move(work)); }
 
-void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, const std::function<void()>& body) {
+void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool ordered,
+         const std::function<void()>& body) {
   if (threads.x * threads.y * threads.z > 1024)
     throw std::runtime_error("simt: a block of more than 1024 threads");
   if (blocks.x % static_cast<unsigned>(cluster) != 0)
@@ -262,7 +263,7 @@ void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, const std
   failure.clear();
   std::vector<uint64_t> order(uint64_t{blocks.x} / static_cast<unsigned>(cluster) * blocks.y * blocks.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), random_order());
+  if (!ordered) std::shuffle(order.begin(), order.end(), random_order());
   const auto count = static_cast<size_t>(threads.x * threads.y * threads.z);
   std::vector<Thread> all(count * static_cast<size_t>(cluster));
   for (const uint64_t i : order) {

@@ -60,8 +60,9 @@ struct Grid {
 extern Thread* current;
 extern Grid grid;
 
-// Runs `body` as every thread of every block.
-void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, const std::function<void()>& body);
+// Runs `body` as every thread of every block; blocks in a shuffled order unless `ordered`.
+void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool ordered,
+         const std::function<void()>& body);
 
 // Ends the launch with an error: launch() throws it.
 [[noreturn]] void fail(const std::string& message);

@@ -2,7 +2,7 @@
 // instruction CUDA C++ has no word for; tests/simt has the same functions for the processor.
 //
 // House rules for kernels, which tests/simt relies on: shared memory is dynamic only, by shared_memory(); blocks wait
-// for each other only within a cluster; threads of a warp meet by __shfl, __syncwarp and the like with the mask of
+// for each other only within a cluster, or in an ordered launch for blocks before them; threads of a warp meet by __shfl, __syncwarp and the like with the mask of
 // those who come.
 #pragma once
 
@@ -23,7 +23,8 @@ constexpr unsigned kFullMask = 0xffffffffu;
 struct Launch {
   dim3 grid, block;
   int64_t shared_bytes = 0;
-  int cluster = 1;  // blocks along x that share their shared memory; 1 below sm_90
+  int cluster = 1;       // blocks along x that share their shared memory; 1 below sm_90
+  bool ordered = false;  // blocks may wait for blocks of lower index (x fastest), which start no later
 };
 
 inline void check_cuda(cudaError_t status, const char* what) {
@@ -102,6 +103,22 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
 // The half of a barrier that does not wait.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// --- across blocks ---------------------------------------------------------------------------------------------
+
+// Waits until another block has made *flag at least `value` by signal(): one thread's business, with a barrier behind
+// it for the others. What was written before the signal is then there to read.
+__device__ __forceinline__ void wait_for(const int* flag, int value) {
+  int seen;
+  do {
+    asm volatile("ld.global.acquire.gpu.b32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (seen < value);
+}
+// Adds one to *flag, behind a barrier after what the others shall see.
+__device__ __forceinline__ void signal(int* flag) {
+  __threadfence();
+  asm volatile("red.global.release.gpu.add.s32 [%0], 1;" ::"l"(flag) : "memory");
 }
 
 // --- clusters, from sm_90 on -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ struct Launch {
   dim3 grid, block;
   int64_t shared_bytes = 0;
   int cluster = 1;
+  bool ordered = false;
 };
 
 template <auto kernel, class... Arguments>
@@ -26,7 +27,7 @@ void launch(const Launch& l, const Arguments&... arguments) {
   if (l.shared_bytes > limits().shared_bytes)
     throw std::runtime_error("simt: more shared memory than a block has");
   const auto body = [&] { kernel(arguments...); };
-  simt::run(l.grid, l.block, l.shared_bytes, l.cluster, body);
+  simt::run(l.grid, l.block, l.shared_bytes, l.cluster, l.ordered, body);
 }
 
 inline void set_bytes(void* data, int value, int64_t bytes) {
@@ -43,6 +44,14 @@ inline int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 inline void named_barrier(int id, int threads) { simt::barrier(id, threads); }
 inline void named_barrier_arrive(int id, int threads) { simt::barrier(id, threads, true); }
+
+inline void wait_for(const int* flag, int value) {
+  simt::wait_until([=] { return *flag >= value; });
+}
+inline void signal(int* flag) {
+  ++*flag;
+  simt::note_progress();
+}
 
 inline unsigned cluster_rank() { return simt::current->block->rank; }
 inline void cluster_sync() { simt::cluster_barrier(); }
