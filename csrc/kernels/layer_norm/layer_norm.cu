@@ -49,9 +49,72 @@ void forward(const LayerNormForward& a) {
   launch<&forward_rows<T>>({dim3(static_cast<unsigned>(a.rows)), dim3(kThreads), 32 * sizeof(float)}, a);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads) backward_rows(const LayerNormBackward a) {
+  float* room = shared_memory<float>();
+  const int64_t row = blockIdx.x;
+  const T* dy = static_cast<const T*>(a.grad_y) + row * a.grad_y_stride;
+  const T* h = static_cast<const T*>(a.h) + row * a.h_stride;
+  const T* dh = a.grad_h ? static_cast<const T*>(a.grad_h) + row * a.grad_h_stride : nullptr;
+  T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
+  const float mean = a.mean[row], rstd = a.rstd[row];
+  const auto weighted = [&](int64_t c) {
+    const float g = to_float(dy[c]);
+    if (!a.weight) return g;
+    const float w = a.bf16_weight ? to_float(static_cast<const bf16*>(a.weight)[c])
+                                  : static_cast<const float*>(a.weight)[c];
+    return g * (w + a.weight_offset);
+  };
+  const auto normed = [&](int64_t c) { return (to_float(h[c]) - mean) * rstd; };
+  float sum = 0.0f, product = 0.0f;
+  for (int64_t c = threadIdx.x; c < a.width; c += kThreads) {
+    sum += weighted(c);
+    product += weighted(c) * normed(c);
+  }
+  sum = block_reduce(sum, room) / static_cast<float>(a.width);
+  product = block_reduce(product, room + kWarp) / static_cast<float>(a.width);
+  for (int64_t c = threadIdx.x; c < a.width; c += kThreads) {
+    float d = (weighted(c) - sum - normed(c) * product) * rstd;
+    if (dh) d += to_float(dh[c]);
+    dx[c] = from_float<T>(d);
+  }
+}
+
+// A thread a column.
+template <class T>
+__global__ void __launch_bounds__(kThreads) backward_columns(const LayerNormBackward a) {
+  const int64_t c = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  if (c >= a.width) return;
+  float dweight = 0.0f, dbias = 0.0f;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const float g = to_float(static_cast<const T*>(a.grad_y)[row * a.grad_y_stride + c]);
+    const float h = to_float(static_cast<const T*>(a.h)[row * a.h_stride + c]);
+    dweight += g * ((h - a.mean[row]) * a.rstd[row]);
+    dbias += g;
+  }
+  const auto put = [&](void* out, float x) {
+    if (!out) return;
+    if (a.bf16_dweight) {
+      static_cast<bf16*>(out)[c] = from_float<bf16>(x);
+    } else {
+      static_cast<float*>(out)[c] = x;
+    }
+  };
+  put(a.dweight, dweight), put(a.dbias, dbias);
+}
+
+template <class T>
+void backward(const LayerNormBackward& a) {
+  launch<&backward_rows<T>>({dim3(static_cast<unsigned>(a.rows)), dim3(kThreads), 2 * kWarp * sizeof(float)},
+                            a);
+  if (!a.dweight && !a.dbias) return;
+  const auto blocks = static_cast<unsigned>((a.width + kThreads - 1) / kThreads);
+  launch<&backward_columns<T>>({dim3(blocks), dim3(kThreads)}, a);
+}
+
 }  // namespace
 
 GPTCORE_CUDA_BODIES(LayerNormBodies, layer_norm_bodies) = {{forward<float>, forward<bf16>},
-                                                           {nullptr, nullptr}};
+                                                           {backward<float>, backward<bf16>}};
 
 }  // namespace gptcore::cuda
