@@ -250,6 +250,35 @@ const uint64_t* meet(unsigned mask, uint64_t mine) {
   return m.values[generation & 1];
 }
 
+namespace {
+void make(const Copy& c) {
+  std::memset(c.to, 0, 16);
+  if (c.bytes > 0) std::memcpy(c.to, c.from, static_cast<size_t>(c.bytes));
+}
+}  // namespace
+
+void copy(const Copy& c) {
+  if (c.bytes < 0 || c.bytes > 16) fail("a copy of " + std::to_string(c.bytes) + " bytes");
+  if (random_order()() & 1) {
+    make(c);
+  } else {
+    current->open_copies.push_back(c);
+  }
+}
+
+void commit_copies() {
+  current->copy_groups.push_back(std::move(current->open_copies));
+  current->open_copies.clear();
+}
+
+void wait_for_copies(size_t groups_left) {
+  auto& groups = current->copy_groups;
+  while (groups.size() > groups_left) {
+    for (const Copy& c : groups.front()) make(c);
+    groups.erase(groups.begin());
+  }
+}
+
 void later(std::function<void()> work) { pending.push_back(std::move(work)); }
 
 void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool ordered,
@@ -284,6 +313,7 @@ void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool orde
                         static_cast<unsigned>(t) / threads.x % threads.y,
                         static_cast<unsigned>(t) / threads.x / threads.y};
         thread.block = &block, thread.finished = false;
+        thread.open_copies.clear(), thread.copy_groups.clear();
         thread.stack_pointer = fresh_stack(stack_of(c * count + t));
       }
     }

@@ -43,12 +43,21 @@ struct Block {
   std::vector<unsigned char> room;
 };
 
+// 16 bytes on their way to shared memory, of which `bytes` come from the source.
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes;
+};
+
 struct Thread {
   uint3 index{};
   int linear = 0;
   Block* block = nullptr;
   void* stack_pointer = nullptr;
   bool finished = false;
+  std::vector<Copy> open_copies;               // not yet committed
+  std::vector<std::vector<Copy>> copy_groups;  // committed, the oldest first
 };
 
 struct Grid {
@@ -84,6 +93,25 @@ void cluster_barrier();
 
 // Leaves `mine` and returns what each lane of `mask` left, at its lane's place. Valid until the next meeting.
 const uint64_t* meet(unsigned mask, uint64_t mine);
+
+// What all lanes of a warp do together: `work` is called once with what each of them brought (a struct that lives until
+// then, with a member `bool done`), before any of them goes on.
+template <class Request, class Work>
+void together(Request& mine, const Work& work) {
+  const uint64_t* all = meet(0xffffffffu, reinterpret_cast<uint64_t>(&mine));
+  if (mine.done) return;
+  if (current->block->warps[static_cast<size_t>(current->linear) / 32].lanes != 0xffffffffu)
+    fail("a warp of fewer than 32 threads at an instruction of a whole warp");
+  Request* lanes[32];
+  for (int i = 0; i < 32; ++i) lanes[i] = reinterpret_cast<Request*>(all[i]);
+  work(lanes);
+  for (Request* lane : lanes) lane->done = true;
+}
+
+// Asynchronous copies of this thread: each is made at once or when its group is waited for, as chance has it.
+void copy(const Copy& c);
+void commit_copies();
+void wait_for_copies(size_t groups_left);
 
 // Work that the hardware does on its own time, done at the latest when `flush_async` finds nobody else able to go on,
 // at the earliest a few turns later.
