@@ -53,6 +53,12 @@ struct IsaTable {
     const bool other = check.device() != Device::cpu || current_isa() == Isa::simt;
     return other && device.bodies ? *static_cast<const Bodies*>(device.bodies) : pick();
   }
+
+  // The device's alone, of a table without others; null where the call is the processor's.
+  const Bodies* pick_device(const Checker& check) const {
+    const bool other = check.device() != Device::cpu || current_isa() == Isa::simt;
+    return other ? static_cast<const Bodies*>(device.bodies) : nullptr;
+  }
 };
 
 // GPTCORE_BODIES(Bodies, name): declares `const Bodies name`, which <op>_cpu.cpp defines once per ISA

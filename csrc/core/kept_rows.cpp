@@ -15,6 +15,7 @@ void check_targets(const Checker& check, const TensorView& targets, int64_t rows
   check.shape(targets, "targets", {rows});
   if (rows > limit) check.fail("targets", describe(targets), "at most 2^30 rows");
   check.contiguous(targets, "targets");
+  if (check.device() != Device::cpu) return;  // the kernel makes NaN of a wrong one
   const int64_t* target = targets.as<int64_t>();
   for (int64_t n = 0; n < rows; ++n) {
     const int64_t t = target[n];

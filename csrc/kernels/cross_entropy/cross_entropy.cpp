@@ -5,11 +5,13 @@
 #include "core/check.h"
 #include "core/isa.h"
 #include "core/kept_rows.h"
+#include "core/loss_rows.h"
 #include "kernels/cross_entropy/cross_entropy_body.h"
 
 namespace gptcore {
 
 GPTCORE_BODIES(CrossEntropyBodies, cross_entropy_bodies)
+GPTCORE_DEVICE_BODIES(CrossEntropyDeviceBodies, cross_entropy_device_bodies)
 
 namespace {
 
@@ -33,12 +35,28 @@ double divisor_of(const KeptRows& kept, const ClassValues& weights, const std::s
   return total;
 }
 
+ClassVector class_vector(const TensorView& tensor) { return {tensor.data, is_bf16(tensor) != 0}; }
+
+CrossEntropyDevice device_call_of(const TensorView& logits, const TensorView& targets,
+                                  const TensorView& class_weight, int64_t ignore_index,
+                                  double label_smoothing, const std::string& reduction) {
+  CrossEntropyDevice a{};
+  LossRows& rows = a.rows;
+  rows.logits = logits.data, rows.stride = logits.stride(0);
+  rows.rows = logits.size(0), rows.classes = rows.all_classes = logits.size(1);
+  rows.targets = targets.as<int64_t>(), rows.ignore_index = ignore_index;
+  rows.scale = 1, rows.smoothing = label_smoothing, rows.missing = 0;
+  rows.class_weight = class_vector(class_weight);
+  a.mean = reduction == "mean", a.per_row = reduction == "none";
+  return a;
+}
+
 }  // namespace
 
 void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
                            const TensorView& class_weight, int64_t ignore_index, double label_smoothing,
                            const std::string& reduction, const TensorView& loss, const TensorView& lse) {
-  const Checker check("cross_entropy");
+  const Checker check("cross_entropy", cross_entropy_device_bodies_table.device);
   check_inputs(check, logits, targets, class_weight, ignore_index, label_smoothing, reduction);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   check_loss(check, loss, "loss", rows, reduction, {DType::f32, logits.dtype});
@@ -48,6 +66,15 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
     check.writable(lse, "lse");
   }
 
+  const CrossEntropyDeviceBodies* device = cross_entropy_device_bodies_table.pick_device(check);
+  if (device) {
+    CrossEntropyDevice a =
+        device_call_of(logits, targets, class_weight, ignore_index, label_smoothing, reduction);
+    a.rows.lse = lse.as<float>();
+    a.loss = loss.data, a.bf16_loss = is_bf16(loss), a.loss_stride = a.per_row ? loss.stride(0) : 0;
+    device->forward[is_bf16(logits)](a);
+    return;
+  }
   const KeptRows kept(targets, ignore_index, 3, 1);
   const ClassValues weights(class_weight, classes, 1.0);
   CrossEntropyForward a{};
@@ -77,7 +104,7 @@ void cross_entropy_forward(const TensorView& logits, const TensorView& targets,
 void cross_entropy_backward(const TensorView& grad_loss, const TensorView& logits, const TensorView& targets,
                             const TensorView& class_weight, const TensorView& lse, int64_t ignore_index,
                             double label_smoothing, const std::string& reduction, const TensorView& dlogits) {
-  const Checker check("cross_entropy_backward");
+  const Checker check("cross_entropy_backward", cross_entropy_device_bodies_table.device);
   check_inputs(check, logits, targets, class_weight, ignore_index, label_smoothing, reduction);
   const int64_t rows = logits.size(0), classes = logits.size(1);
   if (grad_loss) check_loss(check, grad_loss, "grad_loss", rows, reduction, {DType::f32, logits.dtype});
@@ -86,6 +113,17 @@ void cross_entropy_backward(const TensorView& grad_loss, const TensorView& logit
   check.same_shape(dlogits, "dlogits", logits, "logits");
   check.last_contiguous(dlogits, "dlogits");
 
+  const CrossEntropyDeviceBodies* device = cross_entropy_device_bodies_table.pick_device(check);
+  if (device) {
+    CrossEntropyDevice a =
+        device_call_of(logits, targets, class_weight, ignore_index, label_smoothing, reduction);
+    a.rows.lse = lse.as<float>(), a.rows.lse_given = true;
+    a.rows.dlogits = dlogits.data, a.rows.out_stride = dlogits.stride(0);
+    a.rows.grad_loss = class_vector(grad_loss), a.rows.grad_per_row = a.per_row;
+    a.rows.grad_stride = a.per_row && grad_loss ? grad_loss.stride(0) : 0;
+    device->backward[is_bf16(logits)](a);
+    return;
+  }
   const KeptRows kept(targets, ignore_index, 4, 1);
   const ClassValues weights(class_weight, classes, 1.0);
   float *row_lse = kept.values(0), *factor = kept.values(1), *share = kept.values(2),

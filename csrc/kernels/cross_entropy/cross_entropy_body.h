@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/loss_rows.h"
+
 namespace gptcore {
 
 struct CrossEntropyForward {
@@ -23,6 +25,21 @@ struct CrossEntropyBackward {
   const int32_t *index, *targets;
   const float* class_weight;
   const float *lse, *softmax_factor, *target_share, *uniform;
+};
+
+// Where the host does not wait: everything from the tensors, in one struct.
+struct CrossEntropyDevice {
+  LossRows rows;  // without divisors and row sums, which are scratch
+  bool mean, per_row;
+  void* loss;  // forward only
+  bool bf16_loss;
+  int64_t loss_stride;
+};
+
+// [logits bf16?]
+struct CrossEntropyDeviceBodies {
+  void (*forward[2])(const CrossEntropyDevice&);
+  void (*backward[2])(const CrossEntropyDevice&);
 };
 
 // [logits bf16?]
