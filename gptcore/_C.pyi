@@ -276,6 +276,41 @@ def linear_cross_entropy_backward(
     first_class: int = 0,
     num_classes: int = 0,
 ) -> None: ...
+def linear_cross_entropy_check(
+    x: Tensor | None,
+    weight: Tensor | None,
+    targets: Tensor | None,
+    options: tuple[Any, ...],
+    outputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> None: ...
+def linear_cross_entropy_divisors(
+    targets: Tensor | None, classes: int, options: tuple[Any, ...], divisors: Tensor | None
+) -> None: ...
+def linear_cross_entropy_rows(
+    products: Tensor | None,
+    targets: Tensor | None,
+    options: tuple[Any, ...],
+    divisors: Tensor | None,
+    row_loss: Tensor | None,
+    row_z: Tensor | None,
+    logprobs: Tensor | None,
+    lse: Tensor | None,
+    entropy: Tensor | None,
+    predicted: Tensor | None,
+    lse_given: bool,
+    grad_loss: Tensor | None,
+    grad_z: Tensor | None,
+    missing: float,
+    dlogits: Tensor | None,
+) -> None: ...
+def linear_cross_entropy_totals(
+    row_loss: Tensor | None,
+    row_z: Tensor | None,
+    divisors: Tensor | None,
+    loss: Tensor | None,
+    z: Tensor | None,
+) -> None: ...
 def linear_cross_entropy_forward(
     x: Tensor | None,
     weight: Tensor | None,

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "core/tensor_view.h"
+
 namespace gptcore {
 
 // A vector of f32 or bf16 on the device, or null.
@@ -12,6 +14,8 @@ struct ClassVector {
   const void* data;
   bool bf16;
 };
+
+inline ClassVector class_vector(const TensorView& tensor) { return {tensor.data, is_bf16(tensor) != 0}; }
 
 struct LossRows {
   const void* logits;  // (rows, classes), what the products are

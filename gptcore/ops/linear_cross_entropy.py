@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptcore import backend
+from gptcore.ops import linear_cross_entropy_chunks as chunks
 from gptcore.ops.arrays import Array, as_array, as_rows, empty, empty_like, is_torch, last_contiguous
+from gptcore.ops.linear_cross_entropy_chunks import runs_in_chunks
 from gptcore.ops.loss_options import LossOptions, with_defaults
 from gptcore.ops.registration import TorchOp
 
@@ -20,7 +22,7 @@ CHUNK_ROWS = 512
 
 # Places among the op's inputs, which are x, weight, targets and the options in the order of the signature: those that
 # every call passes, up to the reduction; then only where some are used the tensors, the soft cap, what else to return.
-_REDUCTION, _BIAS = 7, 9
+_Z_LOSS, _REDUCTION, _BIAS = 5, 7, 9
 _ALWAYS, _TENSORS, _SOFT_CAP, _OBSERVED = slice(3, 8), slice(8, 11), slice(11, 12), slice(12, 14)
 
 
@@ -300,6 +302,29 @@ def _run(
     observed: tuple[Array, ...] = ()
     if want_entropy or want_predicted:
         observed = _observed(x, want_entropy, want_predicted)
+    if runs_in_chunks(x):
+        entropy, predicted = (
+            o if w else None
+            for o, w in zip(observed or (None, None), (want_entropy, want_predicted), strict=True)
+        )
+        options = (
+            ignore_index,
+            smoothing,
+            z_loss,
+            scale,
+            reduction,
+            token_weight,
+            bias,
+            class_weight,
+            soft_cap,
+            0,
+            0,
+        )
+        chunks.forward(
+            last_contiguous(x), last_contiguous(weight), targets, options, (*out, entropy, predicted),
+            (dx, dweight, dbias),
+        )  # fmt: skip
+        return (*out, *observed)
     backend.extension().linear_cross_entropy_forward(
         last_contiguous(x), last_contiguous(weight), targets, ignore_index, smoothing, z_loss, scale,
         reduction, *out, dx, dweight, token_weight, bias, class_weight, soft_cap, dbias,
@@ -326,6 +351,25 @@ def _run_backward(
     if want_weight and main_grad is None:
         dweight = empty(weight, weight.shape)
     dbias = empty_like(bias) if want_bias and bias is not None else None
+    if runs_in_chunks(x):
+        options = (
+            ignore_index,
+            smoothing,
+            z_loss,
+            scale,
+            reduction,
+            token_weight,
+            bias,
+            class_weight,
+            soft_cap,
+            0,
+            0,
+        )
+        chunks.backward(
+            grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, options,
+            (dx, dweight, dbias), main_grad is not None,
+        )  # fmt: skip
+        return dx, None if main_grad is not None else dweight, dbias
     backend.extension().linear_cross_entropy_backward(
         grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, ignore_index, smoothing,
         z_loss, scale, reduction, dx, dweight, main_grad is not None, token_weight, bias, class_weight, soft_cap, dbias,
@@ -357,14 +401,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...], made: Any,
     ctx.options, ctx.modifiers, ctx.main_grad = inputs[_ALWAYS], inputs[_SOFT_CAP], main_grad
 
 
-def _gradients_at_once(x: Any, weight: Any, main_grad: Any, reduction: str) -> bool:
+def _gradients_at_once(x: Any, weight: Any, main_grad: Any, z_loss: float, reduction: str) -> bool:
     """Whether the eager forward makes the gradients too, for gradients of 1 of loss and z_loss.
 
     That saves making the logits again, a quarter of all products, at the price of weight and its gradient
     crossing memory once per chunk of 512 tokens: bf16 products are too fast for that to pay with a second chunk.
     main_grad takes the weight's gradient unrounded.
+
+    On a GPU the chunks are large enough for it always to pay; but whether one factor serves both losses is not known
+    there without waiting, so not with a z_loss.
     """
     torch = sys.modules["torch"]
+    if runs_in_chunks(x):
+        return reduction != "none" and not z_loss
     if x.dtype is not weight.dtype or reduction == "none":
         return False
     return x.dtype is torch.float32 or (
@@ -376,9 +425,10 @@ def _eager_forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
     x, weight = inputs[:2]
     main_grad = getattr(weight, "main_grad", None)
     dx = dweight = dbias = None
-    if _gradients_at_once(x, weight, main_grad, inputs[_REDUCTION]):
+    if _gradients_at_once(x, weight, main_grad, inputs[_Z_LOSS], inputs[_REDUCTION]):
         want_x, want_weight = ctx.needs_input_grad[:2]
-        dx, dweight = empty_like(x) if want_x else None, empty_like(weight) if want_weight else None
+        like = weight if main_grad is None else main_grad  # unrounded where it is to be added
+        dx, dweight = empty_like(x) if want_x else None, empty_like(like) if want_weight else None
         dbias = empty_like(inputs[_BIAS]) if _needs_bias(ctx) else None
     output = _run(*inputs, dx=dx, dweight=dweight, dbias=dbias)
     _save(ctx, inputs, output, (dx, dweight, dbias), main_grad)
@@ -392,6 +442,8 @@ def _needs_bias(ctx: Any) -> bool:
 def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tuple[Any, ...]:
     x, _, _, _, dx, dweight, dbias, *_ = ctx.saved_tensors
     made = dx is not None or dweight is not None or dbias is not None
+    if made and grad_loss is not None and runs_in_chunks(x):
+        return _scaled_unseen(ctx, grad_loss, dx, dweight, dbias)
     factor = _common_factor(grad_loss, grad_z, ctx.options[2]) if made else None
     half = x.element_size() == 2 or (dbias is not None and dbias.element_size() == 2)
     # bf16 gradients are rounded already: only a power of two rounds them no second time.
@@ -403,6 +455,18 @@ def _eager_backward(ctx: Any, grad_loss: Any, grad_z: Any, *unused: Any) -> tupl
         dweight = None
     return _in_place(
         _scaled(dx, factor, last_use), _scaled(dweight, factor, last_use), _scaled(dbias, factor, last_use)
+    )
+
+
+def _scaled_unseen(ctx: Any, factor: Any, dx: Any, dweight: Any, dbias: Any) -> tuple[Any, ...]:
+    """The gradients made for 1, times a factor that stays on the device; 16-bit ones are rounded again, to equal bits
+    where it is a power of two."""
+    if dweight is not None and ctx.main_grad is not None:
+        ctx.main_grad.addcmul_(dweight, factor)
+        dweight = None
+    keep = sys.modules["torch"]._C._autograd._get_current_graph_task_keep_graph()
+    return _in_place(
+        *(g if g is None else g * factor if keep else g.mul_(factor) for g in (dx, dweight, dbias))
     )
 
 

@@ -177,6 +177,10 @@ def test_same_bits_for_every_thread_count_and_run(isa: str, threads: None, shape
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
+    if isa == "simt":
+        pytest.skip(
+            "on a GPU the products are the library's, whose bits may change with their number of rows"
+        )
     x, weight, targets = inputs(200, 50, 700, dtype)
     options = _everything(200, 700)
     tokens = options.pop("token_weight")

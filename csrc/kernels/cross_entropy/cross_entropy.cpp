@@ -35,8 +35,6 @@ double divisor_of(const KeptRows& kept, const ClassValues& weights, const std::s
   return total;
 }
 
-ClassVector class_vector(const TensorView& tensor) { return {tensor.data, is_bf16(tensor) != 0}; }
-
 CrossEntropyDevice device_call_of(const TensorView& logits, const TensorView& targets,
                                   const TensorView& class_weight, int64_t ignore_index,
                                   double label_smoothing, const std::string& reduction) {

@@ -9,6 +9,7 @@
 #include "core/isa.h"
 #include "core/kept_rows.h"
 #include "kernels/linear_cross_entropy/linear_cross_entropy_body.h"
+#include "kernels/linear_cross_entropy/linear_cross_entropy_checks.h"
 
 namespace gptcore {
 
@@ -25,94 +26,10 @@ const LinearCrossEntropyBodies& bodies_of(const TensorView& x, const TensorView&
   return (half ? linear_cross_entropy_bf16_bodies_table : linear_cross_entropy_f32_bodies_table).pick();
 }
 
-// All classes, of which a slice has some.
-int64_t all_classes(const LinearCrossEntropyOptions& options, const TensorView& weight) {
-  return options.num_classes > 0 ? options.num_classes : weight.size(0);
-}
-
-void check_slice(const Checker& check, const LinearCrossEntropyOptions& options, int64_t classes) {
-  if (options.first_class < 0 || options.first_class + classes > options.num_classes) {
-    check.fail(
-        "first_class",
-        std::to_string(options.first_class) + " with " + std::to_string(classes) + " classes from it on",
-        "a slice of " + std::to_string(options.num_classes));
-  }
-  if (options.reduction != "none")
-    check.fail("reduction", "'" + options.reduction + "'", "'none' of a slice");
-  if (options.class_weight) check.fail("class_weight", describe(options.class_weight), "None of a slice");
-}
-
 KeptRows kept_rows(const TensorView& targets, const TensorView& weight,
                    const LinearCrossEntropyOptions& options, int value_arrays) {
   const int64_t slice = options.num_classes > 0 ? weight.size(0) : 0;
   return KeptRows(targets, options.ignore_index, value_arrays, kRowPadding, options.first_class, slice);
-}
-
-void check_inputs(const Checker& check, const TensorView& x, const TensorView& weight,
-                  const TensorView& targets, const LinearCrossEntropyOptions& options) {
-  check.input(x, "x", {DType::f32, DType::bf16});
-  check.ndim(x, "x", 2);
-  check.last_contiguous(x, "x");
-  check.input(weight, "weight", {DType::f32, DType::bf16});
-  check.ndim(weight, "weight", 2);
-  check.shape(weight, "weight", {-1, x.size(1)});
-  check.last_contiguous(weight, "weight");
-  check_loss_options(check, options.reduction, options.label_smoothing);
-  if (!std::isfinite(options.z_loss)) check.fail("z_loss", std::to_string(options.z_loss), "a finite number");
-  if (!std::isfinite(options.logit_scale)) {
-    check.fail("logit_scale", std::to_string(options.logit_scale), "a finite number");
-  }
-  if (options.logit_soft_cap) {
-    const float cap = static_cast<float>(*options.logit_soft_cap);
-    if (!(cap > 0 && std::isnormal(cap) && std::isnormal(1 / cap))) {
-      check.fail("logit_soft_cap", std::to_string(*options.logit_soft_cap),
-                 "None or a number above 0 within f32's range");
-    }
-  }
-  const auto check_by_class = [&](const TensorView& tensor, const char* name) {
-    if (tensor) check_class_values(check, tensor, name, weight.size(0), {DType::f32, DType::bf16});
-  };
-  check_by_class(options.bias, "bias");
-  check_by_class(options.class_weight, "class_weight");
-  if (options.token_weight) check_row_values(check, options.token_weight, "token_weight", x.size(0));
-  if (options.num_classes != 0) check_slice(check, options, weight.size(0));
-  check_targets(check, targets, x.size(0), all_classes(options, weight), options.ignore_index);
-}
-
-void check_gradients(const Checker& check, const TensorView& x, const TensorView& weight,
-                     const LinearCrossEntropyOptions& options, const LinearCrossEntropyGradients& gradients) {
-  if (gradients.dx) {
-    check.output(gradients.dx, "dx", {x.dtype});
-    check.same_shape(gradients.dx, "dx", x, "x");
-    check.last_contiguous(gradients.dx, "dx");
-  }
-  if (gradients.dweight) {
-    check.output(gradients.dweight, "dweight", {DType::f32, weight.dtype});
-    check.same_shape(gradients.dweight, "dweight", weight, "weight");
-    check.last_contiguous(gradients.dweight, "dweight");
-  }
-  if (gradients.dbias) {
-    if (!options.bias) check.fail("dbias", describe(gradients.dbias), "None, as bias is");
-    check_class_values(check, gradients.dbias, "dbias", weight.size(0), {DType::f32, options.bias.dtype});
-    check.writable(gradients.dbias, "dbias");
-  }
-}
-
-void check_outputs(const Checker& check, const LinearCrossEntropyOutputs& out, int64_t rows,
-                   const std::string& reduction) {
-  check_loss(check, out.loss, "loss", rows, reduction, {DType::f32});
-  check_loss(check, out.z, "z", rows, reduction, {DType::f32});
-  check_row_values(check, out.logprobs, "logprobs", rows);
-  check_row_values(check, out.lse, "lse", rows);
-  if (out.entropy) check_row_values(check, out.entropy, "entropy", rows);
-  if (out.predicted) {
-    check.input(out.predicted, "predicted", {DType::i64});
-    check.shape(out.predicted, "predicted", {rows});
-    check.contiguous(out.predicted, "predicted");
-  }
-  for (const TensorView* o : {&out.loss, &out.z, &out.logprobs, &out.lse, &out.entropy, &out.predicted}) {
-    check.writable(*o, "output");
-  }
 }
 
 // Those that forward makes at once.
@@ -126,7 +43,7 @@ void check_gradients_at_once(const Checker& check, const TensorView& x, const Te
   if (options.reduction == "none") {
     check.fail("reduction", "'none'", "'mean' or 'sum' for gradients at once");
   }
-  check_gradients(check, x, weight, options, gradients);
+  check_linear_cross_entropy_gradients(check, x, weight, options, gradients);
 }
 
 // How much rows and classes count in the loss, and what sums over rows are divided by.
@@ -315,9 +232,9 @@ void linear_cross_entropy_forward(const TensorView& x, const TensorView& weight,
                                   const LinearCrossEntropyOutputs& out,
                                   const LinearCrossEntropyGradients& gradients) {
   const Checker check("linear_cross_entropy");
-  check_inputs(check, x, weight, targets, options);
+  check_linear_cross_entropy(check, x, weight, targets, options);
   const int64_t rows = x.size(0);
-  check_outputs(check, out, rows, options.reduction);
+  check_linear_cross_entropy_outputs(check, out, rows, options.reduction);
   const bool at_once = gradients.dx || gradients.dweight || gradients.dbias;
   if (at_once) check_gradients_at_once(check, x, weight, options, gradients);
 
@@ -347,12 +264,12 @@ void linear_cross_entropy_backward(const TensorView& grad_loss, const TensorView
                                    const LinearCrossEntropyOptions& options,
                                    const LinearCrossEntropyGradients& gradients, bool accumulate) {
   const Checker check("linear_cross_entropy_backward");
-  check_inputs(check, x, weight, targets, options);
+  check_linear_cross_entropy(check, x, weight, targets, options);
   const int64_t rows = x.size(0);
   if (grad_loss) check_loss(check, grad_loss, "grad_loss", rows, options.reduction, {DType::f32});
   if (grad_z) check_loss(check, grad_z, "grad_z", rows, options.reduction, {DType::f32});
   check_row_values(check, lse, "lse", rows);
-  check_gradients(check, x, weight, options, gradients);
+  check_linear_cross_entropy_gradients(check, x, weight, options, gradients);
   if (gradients.dweight && accumulate && gradients.dweight.dtype != DType::f32) {
     check.fail("dweight", describe(gradients.dweight), "f32 to accumulate into");
   }
