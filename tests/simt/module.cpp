@@ -7,6 +7,7 @@
 #include "core/cuda/bodies.h"
 #include "core/cuda/device.h"
 #include "core/cuda/scratch.h"
+#include "hopper_check.h"
 #include "mma_check.h"
 
 namespace py = pybind11;
@@ -48,5 +49,6 @@ PYBIND11_MODULE(_C_simt, m) {
                                              &gptcore::cuda::connect};
   m.def("kernels", [] { return py::capsule(&kernels, "gptcore.kernels"); });
   gptcore::cuda::define_mma_check(m);
+  gptcore::cuda::define_hopper_check(m);
   m.def("arch", [] { return gptcore::cuda::limits().arch; });
 }

@@ -99,6 +99,8 @@ void leave() { gptcore_simt_switch(&current->stack_pointer, scheduler_stack); }
 
 void enter() {
   (*kernel_body)();
+  if (!current->stores.empty() || !current->products.empty())
+    failure = "a thread ends without having waited for its stores or products";
   current->finished = true;
   ++current->block->finished;
   ++progress;
@@ -279,6 +281,18 @@ void wait_for_copies(size_t groups_left) {
   }
 }
 
+void Groups::commit() {
+  closed.push_back(std::move(open));
+  open.clear();
+}
+
+void Groups::wait(size_t groups_left) {
+  while (closed.size() > groups_left) {
+    for (const auto& work : closed.front()) work();
+    closed.erase(closed.begin());
+  }
+}
+
 void later(std::function<void()> work) { pending.push_back(std::move(work)); }
 
 void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool ordered,
@@ -314,6 +328,7 @@ void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool orde
                         static_cast<unsigned>(t) / threads.x / threads.y};
         thread.block = &block, thread.finished = false;
         thread.open_copies.clear(), thread.copy_groups.clear();
+        thread.stores = thread.products = Groups{}, thread.sums.clear();
         thread.stack_pointer = fresh_stack(stack_of(c * count + t));
       }
     }

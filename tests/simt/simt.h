@@ -1,6 +1,7 @@
 // The processor as a GPU: one block (or cluster) at a time, each thread a fiber.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -50,6 +51,16 @@ struct Copy {
   int bytes;
 };
 
+// What a thread has begun, in groups that it waits for, the oldest first: done by the waits, as late as they allow.
+struct Groups {
+  std::vector<std::function<void()>> open;
+  std::vector<std::vector<std::function<void()>>> closed;
+
+  bool empty() const { return open.empty() && closed.empty(); }
+  void commit();
+  void wait(size_t groups_left);
+};
+
 struct Thread {
   uint3 index{};
   int linear = 0;
@@ -58,6 +69,16 @@ struct Thread {
   bool finished = false;
   std::vector<Copy> open_copies;               // not yet committed
   std::vector<std::vector<Copy>> copy_groups;  // committed, the oldest first
+  Groups stores, products;                     // Hopper's bulk stores, and products of a warpgroup
+  bool products_fenced = false;                // since the last wait for them
+  std::vector<const void*> sums;               // that products begun will write, once for each
+
+  // Whether this is the first of those under way into these sums.
+  bool begin_product(const void* into) {
+    sums.push_back(into);
+    return std::count(sums.begin(), sums.end(), into) == 1;
+  }
+  void end_product(const void* into) { sums.erase(std::find(sums.begin(), sums.end(), into)); }
 };
 
 struct Grid {
