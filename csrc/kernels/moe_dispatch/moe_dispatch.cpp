@@ -44,6 +44,7 @@ void check_rows(const Checker& check, const TensorView& rows, int64_t tokens, in
     check.fail("rows", std::to_string(rows.size(1)) + " choices",
                "1 to " + std::to_string(kMostDispatchChoices));
   }
+  if (check.device() != Device::cpu) return;  // kernels there leave out what lies outside
   const int32_t* row = rows.as<int32_t>();
   for (int64_t i = 0; i < rows.numel(); ++i) {
     if (row[i] < -1 || row[i] >= count) {
@@ -52,12 +53,13 @@ void check_rows(const Checker& check, const TensorView& rows, int64_t tokens, in
   }
 }
 
-// How many rows are in use.
+// How many rows are in use; 0 where only the device knows.
 int64_t check_offsets(const Checker& check, const TensorView& offsets, int64_t count) {
   check.input(offsets, "offsets", {DType::i32});
   check.ndim(offsets, "offsets", 1);
   check.contiguous(offsets, "offsets");
   if (offsets.size(0) < 1) check.fail("offsets", "no numbers", "one more than there are experts");
+  if (check.device() != Device::cpu) return 0;
   const int64_t used = offsets.as<int32_t>()[offsets.size(0) - 1];
   if (used < 0 || used > count) {
     check.fail("offsets", std::to_string(used) + " at its end", "0 to " + std::to_string(count) + " rows");
@@ -69,12 +71,13 @@ int64_t check_offsets(const Checker& check, const TensorView& offsets, int64_t c
 
 void moe_dispatch_forward(const TensorView& x, const TensorView& rows, const TensorView& offsets,
                           const TensorView& out) {
-  const Checker check("moe_dispatch");
+  const Checker check("moe_dispatch", moe_dispatch_bodies_table.device);
   check_pair(check, x, "x", out, "out");
   check.writable(out, "out");
   check_rows(check, rows, x.size(0), out.size(0));
   MoeDispatch a{};
   a.used = check_offsets(check, offsets, out.size(0)), a.all = out.size(0);
+  a.used_rows = offsets.as<int32_t>() + offsets.size(0) - 1;
   a.tokens = x.data, a.sorted = out.data, a.rows = rows.as<int32_t>();
   a.count = x.size(0), a.choices = rows.size(1), a.width = x.size(1);
   a.token_stride = x.stride(0), a.sorted_stride = out.stride(0);
@@ -83,7 +86,7 @@ void moe_dispatch_forward(const TensorView& x, const TensorView& rows, const Ten
 
 void moe_combine_forward(const TensorView& y, const TensorView& rows, const TensorView& gates,
                          const TensorView& offsets, const TensorView& out) {
-  const Checker check("moe_combine");
+  const Checker check("moe_combine", moe_dispatch_bodies_table.device);
   check_pair(check, y, "y", out, "out");
   check.writable(out, "out");
   check_rows(check, rows, out.size(0), y.size(0));
@@ -92,7 +95,7 @@ void moe_combine_forward(const TensorView& y, const TensorView& rows, const Tens
   MoeCombine a{};
   a.sorted = y.data, a.tokens = out.data, a.rows = rows.as<int32_t>();
   a.gates = gates ? gates.as<float>() : nullptr;
-  a.count = out.size(0), a.choices = rows.size(1), a.width = y.size(1);
+  a.count = out.size(0), a.choices = rows.size(1), a.width = y.size(1), a.all = y.size(0);
   a.token_stride = out.stride(0), a.sorted_stride = y.stride(0);
   moe_dispatch_bodies_table.pick(check).combine[is_bf16(y)](a);
 }
@@ -100,7 +103,7 @@ void moe_combine_forward(const TensorView& y, const TensorView& rows, const Tens
 void moe_combine_backward(const TensorView& dout, const TensorView& y, const TensorView& rows,
                           const TensorView& gates, const TensorView& offsets, const TensorView& dy,
                           const TensorView& dgates) {
-  const Checker check("moe_combine_backward");
+  const Checker check("moe_combine_backward", moe_dispatch_bodies_table.device);
   check_pair(check, y, "y", dout, "dout");
   check_rows(check, rows, dout.size(0), y.size(0));
   check_choices(check, gates, "gates", DType::f32, rows);
@@ -110,6 +113,7 @@ void moe_combine_backward(const TensorView& dout, const TensorView& y, const Ten
   check.writable(dgates, "dgates");
   MoeCombineBackward a{};
   a.used = check_offsets(check, offsets, y.size(0)), a.all = y.size(0);
+  a.used_rows = offsets.as<int32_t>() + offsets.size(0) - 1;
   a.dtokens = dout.data, a.sorted = y.data, a.dsorted = dy.data, a.rows = rows.as<int32_t>();
   a.gates = gates.as<float>(), a.dgates = dgates.as<float>();
   a.count = dout.size(0), a.choices = rows.size(1), a.width = y.size(1);

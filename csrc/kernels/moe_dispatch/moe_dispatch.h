@@ -17,7 +17,7 @@
 // Bits     each row from its own inputs: the same on every thread count and in any batch.
 // Cost     dispatch N C read, M C written; combine N K C read, N C written; its backward 2 N K C read, M C written.
 // Errors   ValueError or TypeError on any violated line above but a row that is given twice, before anything is
-//          written.
+//          written. On CUDA rows and offsets are not read for that: a row outside is left out.
 #pragma once
 
 #include "core/tensor_view.h"

@@ -12,6 +12,7 @@ struct MoeDispatch {
   void* sorted;
   const int32_t* rows;
   int64_t count, choices, width, used, all;  // N, K, C; rows of `sorted` in use, and all of them
+  const int32_t* used_rows;                  // where `used` lies: on another device it is known there alone
   int64_t token_stride, sorted_stride;
 };
 
@@ -20,7 +21,7 @@ struct MoeCombine {
   void* tokens;
   const int32_t* rows;
   const float* gates;  // null: ones
-  int64_t count, choices, width, token_stride, sorted_stride;
+  int64_t count, choices, width, all, token_stride, sorted_stride;
 };
 
 struct MoeCombineBackward {
@@ -30,6 +31,7 @@ struct MoeCombineBackward {
   const float* gates;
   float* dgates;
   int64_t count, choices, width, used, all;
+  const int32_t* used_rows;
   int64_t token_stride, sorted_stride, dsorted_stride;
 };
 

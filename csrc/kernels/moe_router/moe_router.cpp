@@ -9,10 +9,12 @@
 #include "core/isa.h"
 #include "core/rows.h"
 #include "kernels/moe_router/moe_router_body.h"
+#include "kernels/moe_router/moe_router_device.h"
 
 namespace gptcore {
 
 GPTCORE_BODIES(MoeRouterBodies, moe_router_bodies)
+GPTCORE_DEVICE_BODIES(MoeRouterDeviceBodies, moe_router_device_bodies)
 
 namespace {
 
@@ -180,7 +182,7 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
                         const TensorView& rows, const TensorView& offsets, const TensorView& requested,
                         const TensorView& balance_loss, const TensorView& z_loss, const TensorView& entropy,
                         const TensorView& lse, const TensorView& share) {
-  const Checker check("moe_router");
+  const Checker check("moe_router", moe_router_device_bodies_table.device);
   const Sizes sizes = check_inputs(check, logits, experts);
   if (mask) check_vector(check, mask, "mask", sizes.tokens, {DType::boolean, DType::u8});
   check_choice(check, sizes, priority, uniforms, by_gate, second_threshold, capacity);
@@ -197,6 +199,22 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
   for (const TensorView* out :
        {&experts, &gates, &rows, &offsets, &requested, &balance_loss, &z_loss, &entropy, &lse, &share}) {
     check.writable(*out, "out");
+  }
+
+  const bool drawn = second_threshold > 0;
+  if (const MoeRouterDeviceBodies* bodies = moe_router_device_bodies_table.pick_device(check)) {
+    MoeRouterDeviceForward d{};
+    d.logits = logits.data, d.stride = logits.stride(0), d.tokens = sizes.tokens, d.experts = sizes.experts;
+    d.choices = sizes.choices, d.bf16 = is_bf16(logits), d.mask = mask ? mask.as<uint8_t>() : nullptr;
+    d.priority = priority ? priority.as<float>() : nullptr;
+    d.uniforms = drawn ? uniforms.as<float>() : nullptr;
+    d.renormalise = renormalise, d.by_gate = by_gate, d.count_all = count_all;
+    d.second_threshold = second_threshold, d.capacity = capacity;
+    d.chosen = experts.as<int32_t>(), d.rows = rows.as<int32_t>(), d.offsets = offsets.as<int32_t>();
+    d.requested = requested.as<int32_t>(), d.gates = gates.as<float>(), d.lse = lse.as<float>();
+    d.balance_loss = balance_loss.as<float>(), d.z_loss = z_loss.as<float>();
+    d.entropy = entropy.as<float>(), d.share = share.as<float>();
+    return bodies->forward(d);
   }
 
   MoeRouterForward a{};
@@ -230,7 +248,6 @@ void moe_router_forward(const TensorView& logits, const TensorView& mask, const 
   const float* by = by_gate ? a.top_probability : priority ? priority.as<float>() : nullptr;
   if (by) sort_tokens(by, sizes.tokens, order);
   const Places places{sizes, by ? order : nullptr, capacity, a.chosen, a.gates, rows.as<int32_t>()};
-  const bool drawn = second_threshold > 0;
   int32_t *asked = requested.as<int32_t>(), *start = offsets.as<int32_t>(), *next = firsts;
   const size_t bytes = static_cast<size_t>(sizes.experts) * sizeof(int32_t);
   if (drawn) {
@@ -252,7 +269,7 @@ void moe_router_backward(const TensorView& dgates, const TensorView& dbalance_lo
                          const TensorView& logits, const TensorView& experts, const TensorView& rows,
                          const TensorView& lse, const TensorView& share, bool renormalise,
                          const TensorView& dlogits) {
-  const Checker check("moe_router_backward");
+  const Checker check("moe_router_backward", moe_router_device_bodies_table.device);
   const Sizes sizes = check_inputs(check, logits, experts);
   check_table(check, experts, "experts", DType::i32, {sizes.tokens, sizes.choices});
   check_table(check, rows, "rows", DType::i32, {sizes.tokens, sizes.choices});
@@ -265,6 +282,17 @@ void moe_router_backward(const TensorView& dgates, const TensorView& dbalance_lo
   check.same_shape(dlogits, "dlogits", logits, "logits");
   check.last_contiguous(dlogits, "dlogits");
   if (sizes.tokens == 0) return;
+  if (const MoeRouterDeviceBodies* bodies = moe_router_device_bodies_table.pick_device(check)) {
+    const auto number = [](const TensorView& tensor) { return tensor ? tensor.as<float>() : nullptr; };
+    MoeRouterDeviceBackward d{};
+    d.logits = logits.data, d.dlogits = dlogits.data, d.stride = logits.stride(0);
+    d.out_stride = dlogits.stride(0), d.tokens = sizes.tokens, d.experts = sizes.experts;
+    d.choices = sizes.choices, d.bf16 = is_bf16(logits), d.chosen = experts.as<int32_t>();
+    d.rows = rows.as<int32_t>(), d.dgates = number(dgates), d.dbalance_loss = number(dbalance_loss);
+    d.dz_loss = number(dz_loss), d.lse = lse.as<float>(), d.share = share.as<float>();
+    d.renormalise = renormalise;
+    return bodies->backward(d);
+  }
 
   const int64_t counted = check_chosen(check, sizes, experts.as<int32_t>());
   const double n = static_cast<double>(std::max<int64_t>(counted, 1));

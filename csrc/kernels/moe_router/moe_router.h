@@ -29,7 +29,8 @@
 //          fixes, then f64 over chunks: the same bits on every thread count.
 // Cost     forward N E read, 2 N E exponentials and 3 K N E comparisons at most; backward 2 N E * size bytes,
 //          N E exponentials. Places N K steps on one thread; a sort of N with priorities.
-// Errors   ValueError or TypeError on any violated line above, before anything is written.
+// Errors   ValueError or TypeError on any violated line above, before anything is written. On CUDA backward does not look
+//          for experts outside: they get no gradient of their gate.
 #pragma once
 
 #include "core/tensor_view.h"

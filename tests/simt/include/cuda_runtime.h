@@ -213,3 +213,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+template <class T>
+inline unsigned __match_any_sync(unsigned mask, T x) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  const uint64_t* all = ::simt::meet(mask, bits);
+  unsigned same = 0;
+  for (unsigned i = 0; i < 32; ++i) same |= static_cast<unsigned>((mask >> i & 1) && all[i] == bits) << i;
+  return same;
+}

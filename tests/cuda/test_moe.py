@@ -1,0 +1,152 @@
+"""Experts' kernels for CUDA, run by the processor (tests/simt): what the processor's kernels have no part in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from gptcore import backend
+from gptcore.ops.moe_dispatch import moe_combine, moe_combine_backward, moe_dispatch
+from gptcore.ops.moe_router import MoERouting, moe_router
+from tests.ops.test_moe_router import PLACES, check, gradient
+from tests.tolerance import same_bits
+
+pytestmark = pytest.mark.skipif("simt" not in backend.available_isas(), reason="needs GPTCORE_SIMT")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def simt() -> Iterator[None]:
+    before = backend.isa()
+    backend.set_isa("simt")
+    yield
+    backend.set_isa(before)
+
+
+def on_processor(function: Any, *arguments: Any) -> Any:
+    backend.set_isa(next(isa for isa in reversed(backend.available_isas()) if isa != "simt"))
+    try:
+        return function(*arguments)
+    finally:
+        backend.set_isa("simt")
+
+
+def assert_same_places(routing: MoERouting, wanted: MoERouting) -> None:
+    for name in PLACES:
+        assert torch.equal(getattr(routing, name), getattr(wanted, name)), name
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+def test_any_option_of_the_router(simt: None, data: Any, dtype: torch.dtype) -> None:
+    tokens, experts = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    logits = torch.randn(tokens, experts, generator=generator).mul(
+        data.draw(st.sampled_from([0.1, 2.0, 20.0]))
+    )
+    top_k = data.draw(st.integers(1, min(experts, 7)))
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "capacity": data.draw(st.sampled_from([None, 1, 3, 20])),
+        "renormalise": data.draw(st.booleans()),
+        "balance": data.draw(st.sampled_from(["first", "all"])),
+    }
+    if data.draw(st.booleans()):
+        options["mask"] = torch.rand(tokens, generator=generator) < data.draw(
+            st.sampled_from([0.0, 0.3, 0.8])
+        )
+    kind = data.draw(st.sampled_from(["position", "gate", "ties"]))
+    if kind == "gate":
+        options["priority"] = "gate"
+        gaps = torch.softmax(logits.to(dtype).double(), -1).amax(-1).sort().values.diff()
+        assume(bool((gaps > 1e-6).all()))  # else rounding decides who is first
+    elif kind == "ties":
+        options["priority"] = torch.randint(-2, 5, (tokens,), generator=generator).float() * 0.5
+    if top_k > 1:
+        options["second_choice"] = data.draw(st.sampled_from(["always", "gshard", "st_moe"]))
+        options["uniforms"] = torch.rand(tokens, generator=generator)
+    check(logits.to(dtype), **options)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"),
+    # a chunk, several; more chunks than are kept apart; every way to share out lanes and warps; the limits
+    [
+        (1, 1, 1),
+        (97, 8, 8),
+        (17000, 8, 2),
+        (300, 9, 2),
+        (60, 256, 8),
+        (40, 1100, 3),
+        (33, 2100, 2),
+        (34, 4096, 64),
+    ],
+)
+def test_choices_and_rows_are_those_of_the_processor(
+    simt: None, tokens: int, experts: int, top_k: int
+) -> None:
+    logits = torch.randint(-40, 40, (tokens, experts)).float() / 8  # with many ties
+    options: dict[str, Any] = {"top_k": top_k, "capacity": max(1, tokens * top_k // experts)}
+    routing = moe_router(logits, **options)
+    wanted = on_processor(lambda: moe_router(logits, **options))
+    assert_same_places(routing, wanted)
+    for name in ("gates", "lse", "share", "balance_loss", "z_loss", "entropy"):
+        torch.testing.assert_close(getattr(routing, name), getattr(wanted, name), rtol=1e-5, atol=1e-6)
+    leaf = logits.requires_grad_()
+    found = gradient(moe_router(leaf, **options), leaf)
+    expected = on_processor(lambda: gradient(moe_router(leaf, **options), leaf))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 65, 2048, 2049, 5000])
+def test_priorities_over_several_tiles_of_keys(simt: None, tokens: int) -> None:
+    """Ties, both zeros, infinities and NaN: the order that the processor sorts them into."""
+    priority = torch.randint(-50, 50, (tokens,)).float()
+    priority[torch.rand(tokens) < 0.1] = float("nan")
+    priority[torch.rand(tokens) < 0.1] *= -0.0
+    priority[torch.rand(tokens) < 0.05] = -float("inf")
+    logits = torch.randn(tokens, 3)
+
+    def route() -> MoERouting:
+        return moe_router(logits, top_k=2, capacity=max(1, tokens // 4), priority=priority)
+
+    assert_same_places(route(), on_processor(route))
+
+
+def test_every_output_of_the_router_is_written(simt: None) -> None:
+    tokens, experts, top_k = 41, 11, 3
+    logits, mask = torch.randn(tokens, experts), torch.rand(tokens) < 0.7
+    wanted = moe_router(logits, top_k=top_k, capacity=5, mask=mask)
+    outputs = [torch.full_like(x, -77) if not x.is_floating_point() else torch.full_like(x, float("nan"))
+               for x in wanted]  # fmt: skip
+    gates, chosen, *others = outputs
+    backend.extension().moe_router_forward(
+        logits, mask, None, None, True, False, 0.0, 5, False, chosen, gates, *others
+    )
+    assert all(same_bits(got, x) for got, x in zip(outputs, wanted, strict=True))
+
+
+def test_rows_behind_the_last_and_gradients_are_written_over_what_was_there(simt: None) -> None:
+    for dtype in DTYPES:
+        for width in (5, 64, 72, 1100):
+            routing = moe_router(torch.randn(50, 6), top_k=2, capacity=7)
+            rows, offsets, gates = routing.rows, routing.offsets, routing.gates
+            x, dout = torch.randn(50, width).to(dtype), torch.randn(50, width).to(dtype)
+            out, dy = (torch.full((100, width), float("nan")).to(dtype) for _ in range(2))
+            dgates = torch.full((50, 2), float("nan"))
+            extension = backend.extension()
+            extension.moe_dispatch_forward(x, rows, offsets, out)
+            extension.moe_combine_backward(dout, out, rows, gates, offsets, dy, dgates)
+            wanted = on_processor(moe_dispatch, x, rows, offsets)
+            assert same_bits(out, wanted)
+            by_processor = on_processor(moe_combine_backward, dout, wanted, rows, offsets, gates)
+            assert same_bits(dy, by_processor[0])
+            torch.testing.assert_close(dgates, by_processor[1], rtol=1e-4, atol=1e-4)
+            back = moe_combine(out, rows, offsets, gates)
+            expected = on_processor(moe_combine, wanted, rows, offsets, gates)
+            torch.testing.assert_close(back, expected)
