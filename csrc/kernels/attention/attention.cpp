@@ -64,7 +64,7 @@ void check_documents(const Checker& check, const TensorView& cu_q, const TensorV
     check.fail("cu_seqlens_k", std::to_string(cu_k.size(0) - 1) + " documents",
                "as many as cu_seqlens_q has, " + std::to_string(cu_q.size(0) - 1));
   }
-  p->batch = cu_q.size(0) - 1;
+  p->batch = cu_q.size(0) - 1, p->total_q = total_q, p->total_k = total_k;
   p->cu_q = cu_q.as<int32_t>(), p->cu_k = cu_k.as<int32_t>();
 }
 
@@ -197,7 +197,7 @@ void check_options(const Checker& check, const AttentionOptions& options, DType 
   if (options.attn_mask) p->mask = check_scores(check, options.attn_mask, "attn_mask", {DType::boolean}, *p);
   if (options.attn_bias) {
     p->bias = check_scores(check, options.attn_bias, "attn_bias", {DType::f32, dtype}, *p);
-    p->bias_bf16 = options.attn_bias.dtype == DType::bf16;
+    p->bias_16bit = options.attn_bias.dtype == DType::bf16;
   }
   if (options.sinks) {
     check_per_head(check, options.sinks, "sinks", *p);

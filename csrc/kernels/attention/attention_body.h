@@ -18,8 +18,10 @@ struct AttentionProblem {
   AttentionTensor dout, dq, dk, dv;  // backward only
   float* lse;                        // f32, tokens contiguous
   int64_t lse_batch, lse_head;
-  const int32_t *cu_q, *cu_k;    // null unless packed; then `batch` counts documents
-  int64_t batch, queries, keys;  // per sequence; the longest document when packed
+  const int32_t *cu_q, *cu_k;  // null unless packed; then `batch` counts documents
+  // Per sequence. When packed the longest document's, or the totals where lengths are not read on the host.
+  int64_t batch, queries, keys;
+  int64_t total_q, total_k;  // tokens of all documents
   int64_t heads, kv_heads, head_dim;
   float scale;
   int64_t left, right;  // window in keys; negative means unbounded. Causal is right = 0.
@@ -27,8 +29,9 @@ struct AttentionProblem {
   float soft_cap;       // 0: none
   const float* slopes;  // ALiBi, or null
   int64_t slopes_batch, slopes_head;
-  AttentionTensor mask, bias;  // bytes; f32 or bf16. Strides are 0 where they serve all; data may be null.
-  bool bias_bf16;
+  // Bytes; f32 or q's type. Strides are 0 where they serve all; data may be null.
+  AttentionTensor mask, bias;
+  bool bias_16bit;        // bf16, or f16 where q is
   AttentionTensor dbias;  // backward only: f32
   const float* sinks;     // one a head, or null
   const float* dlse;      // backward only: like lse, or null
@@ -40,6 +43,7 @@ struct AttentionProblem {
   int32_t keep;
   float keep_scale;
   uint64_t seed;
+  const int64_t* seed_at;  // where to read it instead, on another device
   uint32_t offset;
 };
 

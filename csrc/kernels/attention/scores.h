@@ -182,8 +182,8 @@ GPTCORE_INLINE void add_bias(float* x, int64_t count, float factor, const T* bia
 class ScoreTerms {
  public:
   ScoreTerms(const AttentionProblem& p, const Sequence& s)
-      : f32_({p.bias_bf16 ? nullptr : p.bias.data, p.bias.batch, p.bias.token, p.bias.head}, s),
-        bf16_({p.bias_bf16 ? p.bias.data : nullptr, p.bias.batch, p.bias.token, p.bias.head}, s),
+      : f32_({p.bias_16bit ? nullptr : p.bias.data, p.bias.batch, p.bias.token, p.bias.head}, s),
+        bf16_({p.bias_16bit ? p.bias.data : nullptr, p.bias.batch, p.bias.token, p.bias.head}, s),
         mask_(p.mask, s) {}
 
   // To `count` scores of a row from `key` on, which lack `factor`.
