@@ -10,7 +10,7 @@ GPTCORE_BODIES(RmsNormBodies, rms_norm_bodies)
 
 void rms_norm_forward(const TensorView& x, const TensorView& residual, const TensorView& weight, float eps,
                       float weight_offset, const TensorView& y, const TensorView& h, const TensorView& rstd) {
-  const Checker check("rms_norm");
+  const Checker check("rms_norm", rms_norm_bodies_table.device);
   check.input(x, "x", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, x, "x");
   if (rows.width == 0) check.fail("x", "a last dimension of 0", "at least 1 element to normalise");
@@ -41,7 +41,7 @@ void rms_norm_forward(const TensorView& x, const TensorView& residual, const Ten
 void rms_norm_backward(const TensorView& grad_y, const TensorView& grad_h, const TensorView& h,
                        const TensorView& weight, float weight_offset, const TensorView& rstd,
                        const TensorView& dx, const TensorView& dweight) {
-  const Checker check("rms_norm_backward");
+  const Checker check("rms_norm_backward", rms_norm_bodies_table.device);
   check.input(h, "h", {DType::f32, DType::bf16});
   const Rows rows = rows_of(check, h, "h");
   if (rows.width == 0) check.fail("h", "a last dimension of 0", "at least 1 element");
