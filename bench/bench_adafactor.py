@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from bench.bench_adamw import drawn, gpt2_shapes, parameters, streams
-from bench.case import Callables, Case, Cost, Target
+from bench.bench_adamw import XL, drawn, gpt2_shapes, parameters, streams
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target
 
 LR, EPS = 1e-2, (1e-7, 1e-3)
 
@@ -23,7 +23,7 @@ def _setup(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Callables]:
         import torch
 
         low = target.dtype != "float32"
-        start, grads = drawn(tuple(shapes), target.dtype)
+        start, grads = drawn(tuple(shapes), target.dtype, target.device)
         calls = {"gptcore": _our_step(start, grads, low)}
         forms = {"torch_eager": False, "torch_foreach": True}
         if target.quick and parameters(shapes) > 1e8:
@@ -70,7 +70,7 @@ def _setup_blocks(shapes: Sequence[tuple[int, ...]]) -> Callable[[Target], Calla
 
     def setup(target: Target) -> Callables:
         low = target.dtype != "float32"
-        start, grads = drawn(tuple(shapes), target.dtype)
+        start, grads = drawn(tuple(shapes), target.dtype, target.device)
         return {
             "gptcore": _our_step(start, grads, low, in_blocks=True),
             "gptcore_plain": _our_step(start, grads, low),
@@ -126,12 +126,14 @@ def _cost(shapes: Sequence[tuple[int, ...]]) -> Callable[[int], Cost]:
 
 
 _GPT2 = gpt2_shapes()
+_XL = gpt2_shapes(*XL)
 _MANY = [(64, 64)] * 1000
 _FEW = [(64, 64)] * 4
 
 CASES = [
     Case("adafactor/gpt2_124m/step", _setup(_GPT2), _cost(_GPT2), repeats=7, quick="float32"),
     Case("adafactor/gpt2_124m_in_blocks/step", _setup_blocks(_GPT2), _cost(_GPT2), repeats=7, quick=False),
-    Case("adafactor/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
+    Case("adafactor/gpt2_xl/step", _setup(_XL), _cost(_XL), repeats=7, devices=ON_GPU),
+    Case("adafactor/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY), devices=ANYWHERE),
     Case("adafactor/4_tensors_64x64/step", _setup(_FEW), _cost(_FEW), small=True),
 ]

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from bench.case import Callables, Case, Cost, Target
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target
 
 LR, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
@@ -18,10 +18,13 @@ def block_shapes(layers: int, c: int = 768) -> list[tuple[int, ...]]:
     return block * layers
 
 
-def gpt2_shapes() -> list[tuple[int, ...]]:
-    """The 148 parameter tensors of GPT-2 124M, head tied."""
-    c = 768
-    return [(50257, c), (1024, c), *block_shapes(12, c), (c,), (c,)]
+def gpt2_shapes(layers: int = 12, c: int = 768) -> list[tuple[int, ...]]:
+    """The 148 parameter tensors of GPT-2 124M, head tied; or those of a larger one."""
+    return [(50257, c), (1024, c), *block_shapes(layers, c), (c,), (c,)]
+
+
+# GPT-2 1.5B.
+XL = (48, 1600)
 
 
 def parameters(shapes: Sequence[tuple[int, ...]]) -> int:
@@ -30,12 +33,12 @@ def parameters(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 @functools.lru_cache(maxsize=3)
-def drawn(shapes: tuple[tuple[int, ...], ...], dtype: str) -> tuple[list, list]:
+def drawn(shapes: tuple[tuple[int, ...], ...], dtype: str, device: str = "cpu") -> tuple[list, list]:
     """Parameters in f32 and gradients in ``dtype``: one set for all optimizers, which clone what they write to.
 
     Drawing those of GPT-2 takes as long as measuring it. Three are kept: the large one and the small ones between.
     """
-    target = Target(dtype)
+    target = Target(dtype, device)
     grads = [target.randn(*shape, scale=1e-3) for shape in shapes]
     return [target.randn(*shape, dtype="float32", scale=0.02) for shape in shapes], grads
 
@@ -74,7 +77,7 @@ def _setup(
         from gptcore.ops.adamw import adamw_, split_master
 
         low = target.dtype != "float32"
-        start, grads = drawn(tuple(shapes), target.dtype)
+        start, grads = drawn(tuple(shapes), target.dtype, target.device)
         mine = [p.clone() for p in start]
         copies = [p.bfloat16() for p in start] if low and not split else None
         lows = None
@@ -159,7 +162,8 @@ CASES = [
         repeats=7,
         quick=False,
     ),
-    Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY)),
+    Case("adamw/gpt2_xl/step", _setup(gpt2_shapes(*XL)), _cost(gpt2_shapes(*XL)), repeats=7, devices=ON_GPU),
+    Case("adamw/1000_tensors_64x64/step", _setup(_MANY), _cost(_MANY), devices=ANYWHERE),
     Case("adamw/4_tensors_64x64/step", _setup(_ONE_SMALL), _cost(_ONE_SMALL), small=True),
     Case(
         "adamw/blocks_28m_amsgrad/step",

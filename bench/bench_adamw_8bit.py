@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from bench.bench_adamw import BETAS, EPS, LR, MAX_NORM, WEIGHT_DECAY, drawn, gpt2_shapes
-from bench.case import Callables, Case, Cost, Target
+from bench.bench_adamw import BETAS, EPS, LR, MAX_NORM, WEIGHT_DECAY, XL, drawn, gpt2_shapes
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -22,7 +22,7 @@ def _setup(shapes: Shapes, clip: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
 
-        start, grads = drawn(tuple(shapes), "float32")
+        start, grads = drawn(tuple(shapes), "float32", target.device)
         params = [torch.nn.Parameter(p.clone()) for p in start]
         optimizer = torch.optim.AdamW(
             params, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
@@ -74,6 +74,7 @@ def _cost(shapes: Shapes) -> Callable[[int], Cost]:
 
 
 _GPT2 = gpt2_shapes()
+_XL = gpt2_shapes(*XL)
 _MANY = [(64, 64)] * 1000
 _FEW = [(64, 64)] * 4
 
@@ -82,6 +83,7 @@ CASES = [
     Case(
         "adamw_8bit/gpt2_124m_unclipped/step", _setup(_GPT2, clip=False), _cost(_GPT2), repeats=7, quick=False
     ),
-    Case("adamw_8bit/1000_tensors_64x64/step", _setup(_MANY, clip=True), _cost(_MANY)),
+    Case("adamw_8bit/gpt2_xl/step", _setup(_XL, clip=True), _cost(_XL), repeats=7, devices=ON_GPU),
+    Case("adamw_8bit/1000_tensors_64x64/step", _setup(_MANY, clip=True), _cost(_MANY), devices=ANYWHERE),
     Case("adamw_8bit/4_tensors_64x64/step", _setup(_FEW, clip=True), _cost(_FEW), small=True),
 ]

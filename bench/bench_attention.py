@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.case import PLAIN, Callables, Case, Cost, Target, compiled, with_gradient
+from bench.case import DTYPES, ON_GPU, PLAIN, Callables, Case, Cost, Target, compiled, with_gradient
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,27 @@ def _sdpa(shape: Shape, device: str) -> Callable[..., Any]:
     return call
 
 
+def _backends(shape: Shape, sdpa: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """torch's attention by each of its fused backends, for what they can express: no mask, no soft cap."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    special = shape.documents > 1 or shape.alibi or shape.prefix or shape.sparse or shape.soft_cap
+    if special or shape.window is not None:
+        return {}
+
+    def under(backend: Any) -> Callable[..., Any]:
+        def call(q: Any, k: Any, v: Any) -> Any:
+            with sdpa_kernel(backend):
+                return sdpa(q, k, v)
+
+        return call
+
+    return {
+        "torch_flash": under(SDPBackend.FLASH_ATTENTION),
+        "torch_cudnn": under(SDPBackend.CUDNN_ATTENTION),
+    }
+
+
 def _composed(shape: Shape, device: str) -> Callable[..., Any]:
     """A soft cap by hand, since torch's attention has none."""
     import torch
@@ -255,11 +276,14 @@ def _setup(shape: Shape, *, backward: bool) -> Callable[[Target], Callables]:
             "torch_eager": sdpa,
             "torch_compiled": compiled(sdpa),
         }
+        if target.device == "cuda":
+            functions |= _backends(shape, sdpa)
         if shape != shape.plain:
             functions[PLAIN] = _plainly(shape, target.device)
         if shape.documents > 1:
             functions["torch_per_document_eager"] = _per_document(shape)
-        if not backward and shape.keys == shape.T and not target.quick and not shape.dropout:
+        by_flex = not backward or target.device == "cuda"  # no backward on the CPU
+        if by_flex and shape.keys == shape.T and not target.quick and not shape.dropout:
             functions["torch_flex_compiled"] = _flex(shape, target.device)
         if backward:
             grad = target.randn(shape.B, shape.T, shape.H, shape.D)
@@ -327,6 +351,20 @@ SHAPES = (
     Shape(1, 4096, 12, 64, sparse=(128, 0)),
     Shape(1, 4096, 12, 64, sparse=(128, 32)),
 )
+# The shapes of the figures that Hopper kernels are known by, at two lengths, and each option at the longer one.
+GPU_SHAPES = (
+    Shape(4, 1024, 48, 128),
+    Shape(4, 8192, 48, 128),
+    Shape(4, 8192, 48, 128, causal=False),
+    Shape(4, 8192, 48, 64),
+    Shape(4, 8192, 64, 128, Hkv=8),
+    Shape(1, 8192, 48, 128, window=1024),
+    Shape(1, 8192, 48, 128, documents=4),
+    Shape(1, 8192, 48, 128, soft_cap=50.0),
+    Shape(1, 8192, 48, 128, alibi=True),
+    Shape(1, 8192, 48, 128, dropout=0.1),
+)
+GPU_DECODE = Shape(32, 1, 32, 128, Hkv=8, S=8192)
 # Labels and directions that --quick measures.
 QUICK = {
     ("B1_H1_T64_D64_causal", "forward_backward"),
@@ -342,7 +380,7 @@ def _cases() -> list[Case]:
     cases = []
     for backward in (False, True):
         direction = "forward_backward" if backward else "forward"
-        for shape in SHAPES:
+        for shape in (*SHAPES, *GPU_SHAPES):
             cases.append(
                 Case(
                     f"attention/{shape.label}/{direction}",
@@ -350,6 +388,8 @@ def _cases() -> list[Case]:
                     _cost(shape, backward=backward),
                     small=shape.T == 64,
                     quick=(shape.label, direction) in QUICK,
+                    dtypes=("bfloat16",) if shape in GPU_SHAPES else DTYPES,
+                    devices=ON_GPU if shape in GPU_SHAPES else ("cpu",),
                 )
             )
             if shape.dropout:  # no two implementations drop the same weights
@@ -358,10 +398,9 @@ def _cases() -> list[Case]:
         name = f"attention/qkv_{fused.label}/{direction}"
         setup = _setup_fused(fused, backward=backward)
         cases.append(Case(name, setup, _cost(fused, backward=backward), quick=backward))
-    decode = _setup(DECODE, backward=False)
-    cases.append(
-        Case(f"attention/decode_{DECODE.label}/forward", decode, _cost(DECODE, backward=False), quick=False)
-    )
+    for shape, devices in ((DECODE, ("cpu",)), (GPU_DECODE, ON_GPU)):
+        name, cost = f"attention/decode_{shape.label}/forward", _cost(shape, backward=False)
+        cases.append(Case(name, _setup(shape, backward=False), cost, quick=False, devices=devices))
     return cases
 
 

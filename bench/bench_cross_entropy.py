@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, both_directions
+from bench.case import ON_GPU, Callables, Case, Cost, Target, both_directions
 
 
 def _setup(
@@ -40,11 +40,12 @@ def _cost(tokens: int, vocabulary: int, *, backward: bool) -> Callable[[int], Co
 
 
 SHAPES = ((64, 64, 0.0), (1024, 50257, 0.0), (1024, 50257, 0.1))
+GPU_SHAPE = (8192, 50257, 0.0)
 
 
 def _cases() -> list[Case]:
     cases = []
-    for tokens, vocabulary, smoothing in SHAPES:
+    for tokens, vocabulary, smoothing in (*SHAPES, GPU_SHAPE):
         for backward in (False, True):
             label = f"N{tokens}_V{vocabulary}" + ("_smoothing" if smoothing else "")
             cases.append(
@@ -53,7 +54,8 @@ def _cases() -> list[Case]:
                     _setup(tokens, vocabulary, smoothing, backward=backward),
                     _cost(tokens, vocabulary, backward=backward),
                     small=tokens == 64,
-                    quick=backward and not smoothing,
+                    quick=backward and not smoothing and tokens < 8192,
+                    devices=ON_GPU if tokens == 8192 else ("cpu",),
                 )
             )
     return cases

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, both_directions
+from bench.case import ON_GPU, Callables, Case, Cost, Target, both_directions
 
 
 def _setup(vocabulary: int, width: int, tokens: int, *, backward: bool) -> Callable[[Target], Callables]:
@@ -38,17 +38,20 @@ def _cost(vocabulary: int, width: int, tokens: int, *, backward: bool) -> Callab
 
 
 SHAPES = ((64, 64, 64), (50257, 768, 1024), (50257, 768, 8192))
+GPU_SHAPE = (50257, 1600, 32768)
 
 
 def _cases() -> list[Case]:
     cases = []
-    for vocabulary, width, tokens in SHAPES:
+    for vocabulary, width, tokens in (*SHAPES, GPU_SHAPE):
         for backward in (False, True):
             direction = "forward_backward" if backward else "forward"
             name = f"embedding/V{vocabulary}_C{width}_N{tokens}/{direction}"
             setup = _setup(vocabulary, width, tokens, backward=backward)
             cost = _cost(vocabulary, width, tokens, backward=backward)
-            cases.append(Case(name, setup, cost, small=tokens == 64, quick=backward and tokens < 8192))
+            quick = backward and tokens < 8192
+            devices = ON_GPU if tokens == GPU_SHAPE[2] else ("cpu",)
+            cases.append(Case(name, setup, cost, small=tokens == 64, quick=quick, devices=devices))
     return cases
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, both_directions
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target, both_directions
 
 
 def _functions(kind: str) -> dict[str, Callable[..., Any]]:
@@ -71,17 +71,19 @@ SHAPES = (
     ("swiglu", 64, 64), ("swiglu", 2048, 11008),
     ("geglu", 2048, 2048),
 )  # fmt: skip
+GPU_SHAPES = (("gelu_tanh_bias", 16384, 6400), ("swiglu", 16384, 11008))
 
 
 def _cases() -> list[Case]:
     cases = []
-    for kind, rows, width in SHAPES:
+    for kind, rows, width in (*SHAPES, *GPU_SHAPES):
         for backward in (False, True):
             name = f"gated_activation/{kind}_{rows}x{width}/{'forward_backward' if backward else 'forward'}"
             setup = _setup(kind, rows, width, backward=backward)
             cost = _cost(kind, rows, width, backward=backward)
             quick = backward and kind in ("gelu_tanh", "swiglu") and rows != 4096
-            cases.append(Case(name, setup, cost, small=rows == 64, quick=quick))
+            devices = ON_GPU if rows == 16384 else ANYWHERE if rows == 64 else ("cpu",)
+            cases.append(Case(name, setup, cost, small=rows == 64, quick=quick, devices=devices))
     return cases
 
 

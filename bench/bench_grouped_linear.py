@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, with_gradient
+from bench.case import DTYPES, ON_GPU, Callables, Case, Cost, Target, with_gradient
 
 TOKENS, TOP_K = 4096, 2
 # (Cin, Cout) of the packed gate and up projection, and of the down projection of a layer of C 768, F 3072.
 WIDTHS = ((768, 6144), (3072, 768))
+# Of Mixtral 8x7B, and of 64 small experts.
+GPU_TOKENS, GPU_WIDTHS = 16384, {8: ((4096, 28672), (14336, 4096)), 64: ((2048, 2816), (1408, 2048))}
 # Experts, and how rows are spread: about evenly, as a balanced router does, or by Zipf's law.
 SPREADS = ((8, "even"), (64, "even"), (64, "zipf"))
 DENSE = "one dense product of as many flops: no experts, a weight E times smaller; the limit"
@@ -35,15 +37,15 @@ def _loop(sizes: list[int]) -> Callable[[Any, Any], Any]:
 
 
 def _setup(
-    experts: int, spread: str, inner: int, outer: int, backward: bool
+    tokens: int, experts: int, spread: str, inner: int, outer: int, backward: bool
 ) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
 
         from gptcore.ops import grouped_linear
 
-        sizes = group_sizes(experts, spread)
-        offsets = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+        sizes = group_sizes(experts, spread, tokens * TOP_K)
+        offsets = torch.tensor([0, *sizes]).cumsum(0).to(target.device, torch.int32)
         x = target.randn(sum(sizes), inner, grad=backward)
         weight = target.randn(experts, outer, inner, scale=inner**-0.5, grad=backward)
         dense = target.randn(outer, inner, scale=inner**-0.5, grad=backward)
@@ -68,8 +70,8 @@ def _setup(
     return setup
 
 
-def _cost(experts: int, inner: int, outer: int, backward: bool) -> Callable[[int], Cost]:
-    rows = TOKENS * TOP_K
+def _cost(tokens: int, experts: int, inner: int, outer: int, backward: bool) -> Callable[[int], Cost]:
+    rows = tokens * TOP_K
 
     def cost(element: int) -> Cost:
         weight, x, y = experts * inner * outer * element, rows * inner * element, rows * outer * element
@@ -80,16 +82,31 @@ def _cost(experts: int, inner: int, outer: int, backward: bool) -> Callable[[int
     return cost
 
 
-CASES = [
-    Case(
-        f"grouped_linear/E{experts}_{spread}_Cin{inner}_Cout{outer}/{'forward_backward' if backward else 'forward'}",
-        _setup(experts, spread, inner, outer, backward),
-        _cost(experts, inner, outer, backward),
+def _case(
+    tokens: int, experts: int, spread: str, inner: int, outer: int, backward: bool, devices: Sequence[str]
+) -> Case:
+    direction, rows = "forward_backward" if backward else "forward", "" if tokens == TOKENS else f"_N{tokens}"
+    return Case(
+        f"grouped_linear/E{experts}_{spread}_Cin{inner}_Cout{outer}{rows}/{direction}",
+        _setup(tokens, experts, spread, inner, outer, backward),
+        _cost(tokens, experts, inner, outer, backward),
         repeats=10,
         quick="bfloat16" if inner == 768 and spread == "even" else False,
         footnotes={"torch_dense_eager": DENSE},
+        dtypes=DTYPES if tokens == TOKENS else ("bfloat16",),
+        devices=devices,
     )
+
+
+CASES = [
+    _case(TOKENS, experts, spread, inner, outer, backward, ("cpu",))
     for backward in (False, True)
     for experts, spread in SPREADS
     for inner, outer in WIDTHS
+]
+CASES += [
+    _case(GPU_TOKENS, experts, spread, inner, outer, backward, ON_GPU)
+    for backward in (False, True)
+    for experts, spread in SPREADS
+    for inner, outer in GPU_WIDTHS[experts]
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.bench_hf_train_step import gpt2
-from bench.bench_train_step import PARAMETERS, VOCABULARY
+from bench.bench_train_step import SMALL, VOCABULARY
 from bench.case import Case, Cost, Target
 
 PROMPT, NEW = 32, 64
@@ -43,7 +43,8 @@ def participants(target: Target, batch: int) -> dict[str, Callable[[], Callable[
 def _case(batch: int) -> Case:
     def cost(element: int) -> Cost:
         """Every new token reads every weight once."""
-        return Cost(flops=2.0 * PARAMETERS * batch * (PROMPT + NEW), read=float(element * PARAMETERS * NEW))
+        parameters = SMALL.parameters
+        return Cost(flops=2.0 * parameters * batch * (PROMPT + NEW), read=float(element * parameters * NEW))
 
     return Case(
         f"hf_generate/gpt2_124m_B{batch}/generate",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, both_directions, compiled
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target, both_directions, compiled
 
 EPS = 1e-5
 
@@ -85,24 +85,31 @@ def _cost(rows: int, width: int, *, backward: bool, residual: bool = False) -> C
 MANY_ROWS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-1}
 # 256 rows of 768 and what backward adds to them stay in the L2 caches of two cores.
 SHAPES = ((64, 64), (256, 768), (1024, 768), (4096, 768), (2048, 4096), (16384, 4096))
+# From what a block of threads takes at once to what needs several.
+GPU_SHAPES = ((16384, 1024), (16384, 8192), (4096, 32768))
 
 
 def _cases() -> list[Case]:
     cases = []
-    for rows, width in SHAPES:
+    for rows, width in (*SHAPES, *GPU_SHAPES):
         small = rows * width <= 4096
         for backward in (False, True):
             direction = "forward_backward" if backward else "forward"
+            devices = ON_GPU if (rows, width) in GPU_SHAPES else ANYWHERE if rows in (64, 16384) else ("cpu",)
             quick = rows * width == 4096 * 768 or (small and backward)
             setup = _setup(rows, width, backward=backward)
             cost = _cost(rows, width, backward=backward)
-            case = Case(f"layer_norm/{rows}x{width}/{direction}", setup, cost, small=small, quick=quick)
-            cases.append(replace(case, tolerance=MANY_ROWS_TOLERANCE) if rows == 16384 else case)
+            name = f"layer_norm/{rows}x{width}/{direction}"
+            case = Case(name, setup, cost, small=small, quick=quick, devices=devices)
+            cases.append(replace(case, tolerance=MANY_ROWS_TOLERANCE) if rows >= 16384 else case)
     for backward in (False, True):
         direction = "forward_backward" if backward else "forward"
-        setup = _setup_residual(4096, 768, backward=backward)
-        cost = _cost(4096, 768, backward=backward, residual=True)
-        cases.append(Case(f"layer_norm/4096x768_residual/{direction}", setup, cost, quick=backward))
+        for rows, width, devices in ((4096, 768, ("cpu",)), (16384, 4096, ON_GPU)):
+            setup = _setup_residual(rows, width, backward=backward)
+            cost = _cost(rows, width, backward=backward, residual=True)
+            name = f"layer_norm/{rows}x{width}_residual/{direction}"
+            case = Case(name, setup, cost, quick=backward, devices=devices)
+            cases.append(replace(case, tolerance=MANY_ROWS_TOLERANCE) if rows == 16384 else case)
     cases.append(
         Case("layer_norm/64x64_out/forward", _setup_out(64, 64), _cost(64, 64, backward=False), small=True)
     )

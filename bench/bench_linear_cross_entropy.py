@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import PLAIN, Callables, Case, Cost, Target, both_directions
+from bench.case import ON_GPU, PLAIN, Callables, Case, Cost, Target, both_directions
 
 
 def _modifiers(name: str, target: Target, tokens: int, vocabulary: int) -> dict[str, Any]:
@@ -109,11 +109,12 @@ SHAPES = (
     (1024, 768, 50257, "class_weight"),
     (512, 2048, 32000, ""),
 )
+GPU_SHAPES = ((8192, 4096, 131072, ""), (16384, 768, 50257, ""), (16384, 768, 50257, "zloss"))
 
 
 def _cases() -> list[Case]:
     cases = []
-    for tokens, width, vocabulary, variant in SHAPES:
+    for tokens, width, vocabulary, variant in (*SHAPES, *GPU_SHAPES):
         for backward in (False,) if variant == "entropy" else (False, True):  # it has no gradient
             label = f"N{tokens}_C{width}_V{vocabulary}" + (f"_{variant}" if variant else "")
             cases.append(
@@ -122,7 +123,8 @@ def _cases() -> list[Case]:
                     _setup(tokens, width, vocabulary, variant, backward=backward),
                     _cost(tokens, width, vocabulary, backward=backward),
                     small=tokens == 64,
-                    quick=backward and width in (64, 768) and not variant,
+                    quick=backward and width in (64, 768) and not variant and tokens <= 1024,
+                    devices=ON_GPU if tokens >= 8192 else ("cpu",),
                 )
             )
     return cases

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target
+from bench.case import ON_GPU, Callables, Case, Cost, Target
 
 TOKENS, TOP_K = 4096, 2
+GPU_TOKENS = 32768
 
 
 def eager_router(logits: Any, capacity: int) -> tuple[Any, Any]:
@@ -28,15 +29,15 @@ def eager_router(logits: Any, capacity: int) -> tuple[Any, Any]:
     return gates * kept, 1e-2 * balance + 1e-3 * z
 
 
-def _setup(experts: int, *, backward: bool) -> Callable[[Target], Callables]:
+def _setup(tokens: int, experts: int, *, backward: bool) -> Callable[[Target], Callables]:
     def setup(target: Target) -> Callables:
         import torch
 
         from gptcore.ops import expert_capacity, moe_router
 
-        logits = target.randn(TOKENS, experts, grad=backward)
-        grad = torch.randn(TOKENS, TOP_K)
-        capacity = expert_capacity(TOKENS, experts, factor=1.25, convention="per_assignment")
+        logits = target.randn(tokens, experts, grad=backward)
+        grad = torch.randn(tokens, TOP_K, device=target.device)
+        capacity = expert_capacity(tokens, experts, factor=1.25, convention="per_assignment")
 
         def ours(logits: Any) -> tuple[Any, Any]:
             routing = moe_router(logits, top_k=TOP_K, capacity=capacity)
@@ -50,7 +51,9 @@ def _setup(experts: int, *, backward: bool) -> Callable[[Target], Callables]:
 
             def both() -> object:
                 gates, loss = router(logits)
-                return torch.autograd.grad([gates, loss], logits, [grad, torch.ones(())])
+                return torch.autograd.grad(
+                    [gates, loss], logits, [grad, torch.ones((), device=target.device)]
+                )
 
             return both if backward else forward
 
@@ -63,11 +66,11 @@ def _setup(experts: int, *, backward: bool) -> Callable[[Target], Callables]:
     return setup
 
 
-def _cost(experts: int, *, backward: bool) -> Callable[[int], Cost]:
+def _cost(tokens: int, experts: int, *, backward: bool) -> Callable[[int], Cost]:
     """Logits read (and their gradient written); three tables of choices written."""
 
     def cost(element: int) -> Cost:
-        logits, tables = TOKENS * experts * element, 3 * 4 * TOKENS * TOP_K
+        logits, tables = tokens * experts * element, 3 * 4 * tokens * TOP_K
         return Cost(0, logits * (2 if backward else 1), tables + (logits if backward else 0))
 
     return cost
@@ -75,12 +78,14 @@ def _cost(experts: int, *, backward: bool) -> Callable[[int], Cost]:
 
 CASES = [
     Case(
-        f"moe_router/N{TOKENS}_E{experts}_K{TOP_K}/{'forward_backward' if backward else 'forward'}",
-        _setup(experts, backward=backward),
-        _cost(experts, backward=backward),
+        f"moe_router/N{tokens}_E{experts}_K{TOP_K}/{'forward_backward' if backward else 'forward'}",
+        _setup(tokens, experts, backward=backward),
+        _cost(tokens, experts, backward=backward),
         dtypes=("float32",),  # bf16 logits tie, and peers break ties as they come
         quick=backward and experts == 8,
+        devices=("cpu",) if tokens == TOKENS else ON_GPU,
     )
+    for tokens in (TOKENS, GPU_TOKENS)
     for experts in (8, 64, 256)
     for backward in (False, True)
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, both_directions
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target, both_directions
 
 EPS = 1e-6
 
@@ -82,23 +82,29 @@ def _cost(rows: int, width: int, *, backward: bool, residual: bool = False) -> C
 
 # 256 rows of 768 and what backward adds to them stay in the L2 caches of two cores.
 SHAPES = ((64, 64), (256, 768), (1024, 768), (4096, 768), (2048, 4096), (16384, 4096))
+# From what a block of threads takes at once to what needs several.
+GPU_SHAPES = ((16384, 1024), (16384, 8192), (4096, 32768))
 
 
 def _cases() -> list[Case]:
     cases = []
-    for rows, width in SHAPES:
+    for rows, width in (*SHAPES, *GPU_SHAPES):
         small = rows * width <= 4096
         for backward in (False, True):
             direction = "forward_backward" if backward else "forward"
+            devices = ON_GPU if (rows, width) in GPU_SHAPES else ANYWHERE if rows in (64, 16384) else ("cpu",)
             quick = rows * width == 4096 * 768 or (small and backward)
             setup = _setup(rows, width, backward=backward)
             cost = _cost(rows, width, backward=backward)
-            cases.append(Case(f"rms_norm/{rows}x{width}/{direction}", setup, cost, small=small, quick=quick))
+            name = f"rms_norm/{rows}x{width}/{direction}"
+            cases.append(Case(name, setup, cost, small=small, quick=quick, devices=devices))
     for backward in (False, True):
         direction = "forward_backward" if backward else "forward"
-        setup = _setup_residual(2048, 4096, backward=backward)
-        cost = _cost(2048, 4096, backward=backward, residual=True)
-        cases.append(Case(f"rms_norm/2048x4096_residual/{direction}", setup, cost, quick=False))
+        for rows, devices in ((2048, ("cpu",)), (16384, ON_GPU)):
+            setup = _setup_residual(rows, 4096, backward=backward)
+            cost = _cost(rows, 4096, backward=backward, residual=True)
+            name = f"rms_norm/{rows}x4096_residual/{direction}"
+            cases.append(Case(name, setup, cost, quick=False, devices=devices))
         setup = _setup_zero_centred(4096, 768, backward=backward)
         cost = _cost(4096, 768, backward=backward)
         cases.append(Case(f"rms_norm/4096x768_zero_centred/{direction}", setup, cost, quick=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.case import Callables, Case, Cost, Target, both_directions
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target, both_directions
 
 
 def rotate_halves(x: Any, cos: Any, sin: Any) -> Any:
@@ -49,11 +49,12 @@ def _cost(shape: tuple[int, ...], *, backward: bool) -> Callable[[int], Cost]:
 
 
 SHAPES = ((1, 64, 1, 64), (2, 512, 12, 64), (1, 2048, 32, 128))
+GPU_SHAPE = (4, 4096, 32, 128)
 
 
 def _cases() -> list[Case]:
     cases = []
-    for shape in SHAPES:
+    for shape in (*SHAPES, GPU_SHAPE):
         label = "B{}_T{}_H{}_D{}".format(*shape)
         small = shape[1] == 64
         for interleaved in (False, True):
@@ -68,6 +69,7 @@ def _cases() -> list[Case]:
                         _cost(shape, backward=backward),
                         small=small,
                         quick=backward and not interleaved and shape[3] == 64,
+                        devices=ON_GPU if shape == GPU_SHAPE else ANYWHERE if small else ("cpu",),
                     )
                 )
     return cases

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.bench_adamw import drawn, gpt2_shapes, parameters, streams
-from bench.case import Callables, Case, Cost, Target
+from bench.bench_adamw import XL, drawn, gpt2_shapes, parameters, streams
+from bench.case import ANYWHERE, ON_GPU, Callables, Case, Cost, Target
 
 LR, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.1, 1.0
 
@@ -25,7 +25,7 @@ def _setup(
         from gptcore.ops.sgd import sgd_
 
         low = target.dtype != "float32"
-        start, grads = drawn(tuple(shapes), target.dtype)
+        start, grads = drawn(tuple(shapes), target.dtype, target.device)
         mine = [p.clone() for p in start]
         copies = [p.bfloat16() for p in start] if low else None
         buffers = [torch.zeros_like(p) for p in start] if form.get("momentum") else None
@@ -84,6 +84,7 @@ def _cost(
 
 
 _GPT2 = gpt2_shapes()
+_XL = gpt2_shapes(*XL)
 _MANY = [(64, 64)] * 1000
 _MOMENTUM = {"momentum": 0.9}
 
@@ -104,6 +105,7 @@ CASES = [
         quick=False,
     ),
     Case("sgd/gpt2_124m_plain/step", _setup(_GPT2), _cost(_GPT2, momentum=False), repeats=7, quick=False),
-    Case("sgd/1000_tensors_64x64/step", _setup(_MANY, **_MOMENTUM), _cost(_MANY)),
+    Case("sgd/gpt2_xl/step", _setup(_XL, **_MOMENTUM), _cost(_XL), repeats=7, devices=ON_GPU),
+    Case("sgd/1000_tensors_64x64/step", _setup(_MANY, **_MOMENTUM), _cost(_MANY), devices=ANYWHERE),
     Case("sgd/4_tensors_64x64/step", _setup([(64, 64)] * 4, **_MOMENTUM), _cost([(64, 64)] * 4), small=True),
 ]

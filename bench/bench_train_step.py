@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from bench.case import Case, Cost, Target
+from bench.case import DTYPES, ON_GPU, Case, Cost, Target
 
-LAYERS, HEADS, HEAD_SIZE, VOCABULARY = 12, 12, 64, 50257
-PARAMETERS = 124_439_808
+VOCABULARY = 50257
+
+
+@dataclass(frozen=True)
+class Size:
+    """A GPT-2 by its preset's name: layers, heads of 64, all parameters."""
+
+    preset: str
+    layers: int
+    heads: int
+    parameters: int
+
+    @property
+    def width(self) -> int:
+        return 64 * self.heads
+
+
+SMALL = Size("gpt2", 12, 12, 124_439_808)
+XL = Size("gpt2-xl", 48, 25, 1_557_611_200)
 # What the peer's vocabulary is padded to in a second setting: a multiple of 128 suits oneDNN's blocks.
 PADDED_VOCABULARY = 50304
 
 
-def step_flops(tokens: int, length: int) -> float:
+def step_flops(tokens: int, length: int, size: Size = SMALL) -> float:
     """6 N + 12 L H D T for each token (PaLM, appendix B): N all parameters, attention not halved."""
-    return tokens * (6.0 * PARAMETERS + 12.0 * LAYERS * HEADS * HEAD_SIZE * length)
+    return tokens * (6.0 * size.parameters + 12.0 * size.layers * size.width * length)
 
 
-def participants(target: Target, batch: int, length: int) -> dict[str, Callable[[], Callable[[], object]]]:
+def participants(
+    target: Target, batch: int, length: int, size: Size = SMALL
+) -> dict[str, Callable[[], Callable[[], object]]]:
     """Factories by name: calling one builds the participant and returns its step on one random batch."""
     from bench.peers.torch_gpt2 import GPT2Config, Hyper, TorchTrainer
     from bench.trainer import GptcoreTrainer
@@ -28,13 +48,14 @@ def participants(target: Target, batch: int, length: int) -> dict[str, Callable[
     targets = target.randint(VOCABULARY, batch, length)
 
     def ours() -> Callable[[], object]:
-        trainer = GptcoreTrainer(presets.get("gpt2"), target.torch_dtype, Hyper())
+        config = presets.get(size.preset)
+        trainer = GptcoreTrainer(config, target.torch_dtype, Hyper(), device=target.device)
         return lambda: trainer.step(tokens, targets)
 
-    def peer(mode: str, *, compiled: bool, vocabulary: int) -> Callable[[], Callable[[], object]]:
+    def peer(mode: str, *, compiled: bool | str, vocabulary: int) -> Callable[[], Callable[[], object]]:
         def build() -> Callable[[], object]:
-            config = GPT2Config(vocabulary=vocabulary)
-            trainer = TorchTrainer(config, mode, Hyper(), compiled=compiled)
+            config = GPT2Config(vocabulary, layers=size.layers, heads=size.heads, width=size.width)
+            trainer = TorchTrainer(config, mode, Hyper(), compiled=compiled, device=target.device)
             return lambda: trainer.step(tokens, targets)
 
         return build
@@ -49,20 +70,26 @@ def participants(target: Target, batch: int, length: int) -> dict[str, Callable[
                     padded = "_padded" if vocabulary != VOCABULARY else ""
                     name = f"torch_{mode}{padded}_{'compiled' if compiled else 'eager'}"
                     factories[name] = peer(mode, compiled=compiled, vocabulary=vocabulary)
+        if target.device == "cuda":  # in a graph, as ours
+            graphs = peer(mode, compiled="reduce-overhead", vocabulary=PADDED_VOCABULARY)
+            factories[f"torch_{mode}_padded_graphs_compiled"] = graphs
     return factories
 
 
-def _case(batch: int, length: int) -> Case:
+def _case(batch: int, length: int, size: Size = SMALL, *, gpu: bool = False) -> Case:
     tokens = batch * length
+    name = "gpt2_124m" if size is SMALL else "gpt2_1.5b"
     return Case(
-        f"train_step/gpt2_124m_B{batch}_T{length}/step",
-        functools.partial(participants, batch=batch, length=length),
-        lambda _element: Cost(step_flops(tokens, length)),
+        f"train_step/{name}_B{batch}_T{length}/step",
+        functools.partial(participants, batch=batch, length=length, size=size),
+        lambda _element: Cost(step_flops(tokens, length, size)),
+        dtypes=("bfloat16",) if gpu else DTYPES,
         repeats=5,
         heavy=True,
         quick=False,
         tokens=tokens,
+        devices=ON_GPU if gpu else ("cpu",),
     )
 
 
-CASES = [_case(2, 512), _case(4, 1024)]
+CASES = [_case(2, 512), _case(4, 1024), _case(32, 1024, gpu=True), _case(8, 1024, XL, gpu=True)]

@@ -23,6 +23,8 @@ OURS = "gptcore"
 # Our own call without the option that a case is about: what the option costs is their quotient.
 PLAIN = "gptcore_plain"
 DTYPES = ("float32", "bfloat16")
+# Where a case is measured: sizes that say something of a processor say little of a GPU, and the other way round.
+ON_GPU, ANYWHERE = ("cuda",), ("cpu", "cuda")
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 # Suites that train whole models: minutes, not milliseconds.
 STEP_SUITES = (
@@ -85,17 +87,19 @@ class Target:
         """Normal values times ``scale`` in this target's dtype or ``dtype``, with gradients if asked."""
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed + next(self._draws))
-        values = torch.randn(*shape, generator=generator) * scale
-        made = values.to(device=self.device, dtype=getattr(torch, dtype or self.dtype))
-        return made.requires_grad_(grad)
+        values = torch.randn(*shape, generator=self._generator(), device=self.device) * scale
+        return values.to(getattr(torch, dtype or self.dtype)).requires_grad_(grad)
 
     def randint(self, high: int, *shape: int) -> torch.Tensor:
         """int64 values in [0, high)."""
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed + next(self._draws))
-        return torch.randint(0, high, shape, generator=generator).to(self.device)
+        return torch.randint(0, high, shape, generator=self._generator(), device=self.device)
+
+    def _generator(self) -> torch.Generator:
+        import torch
+
+        return torch.Generator(self.device).manual_seed(self.seed + next(self._draws))
 
 
 Callables = Mapping[str, Callable[[], Any]]
@@ -129,6 +133,7 @@ class Case:
     tokens: tokens per call, for tokens/s.
     once: under one allocator setting is enough, that of users who care for speed: it is not about calls' time.
     measure: takes over the timing altogether (target, progress) -> Measured.
+    devices: where it is measured.
     """
 
     name: str
@@ -146,6 +151,7 @@ class Case:
     tokens: int = 0
     once: bool = False
     measure: Callable[[Target, Callable[[str], None]], Measured] | None = None
+    devices: Sequence[str] = ("cpu",)
 
     @property
     def suite(self) -> str:

@@ -20,8 +20,18 @@ from typing import Any, TextIO
 
 from bench import machine
 from bench.case import ELEMENT_BYTES, OURS, PLAIN, Case, Target, load
-from bench.timing import CacheFlush, interleave, statistics, time_calls, warm_up
+from bench.timing import (
+    MIN_DEVICE_SECONDS,
+    MIN_SAMPLE_SECONDS,
+    CacheFlush,
+    interleave,
+    statistics,
+    time_calls,
+    warm_up,
+)
 
+# Dense bf16, NVIDIA's datasheets of H100 and H200 SXM.
+H200_BF16_FLOPS = 989.4e12
 MAX_DRIFT = 0.05
 MAX_ATTEMPTS = 3
 # A case of --quick stops sampling after about this long, but never below three samples.
@@ -55,7 +65,7 @@ class Child:
 
         self._job, self._emit, self._torch = job, emit, torch
         self._synchronize = torch.cuda.synchronize if job.device == "cuda" else lambda: None
-        self._flush = CacheFlush()
+        self._flush = CacheFlush(device=job.device)
         self._ceilings = machine.measure(job.device, quick=job.quick)
         self._probe = machine.DriftProbe(job.device)
         described = machine.describe(job.device, job.allocator, job.wait_policy)
@@ -96,6 +106,8 @@ class Child:
         with _fallbacks_noted() as fallbacks:
             extra: dict[str, Any] = {}
             calls = self._participants(case, target, extra)
+            if self._job.device == "cuda" and not case.heavy:
+                extra["peak_mib"] = {name: self._peak_mib(call) for name, call in calls.items()}
             samples, drift = self._sample(case, calls)
         if fallbacks:
             extra["fallbacks"] = fallbacks
@@ -132,7 +144,32 @@ class Child:
                 self._clear()
         fastest = min(heats, key=heats.__getitem__)
         extra["heats_ms"] = {name: round(seconds * 1e3, 3) for name, seconds in heats.items()}
+        if self._job.device == "cuda":
+            extra["peak_mib"] = {name: self._built_peak_mib(factories[name]) for name in (OURS, fastest)}
         return {name: factories[name]() for name in (OURS, fastest)}
+
+    def _peak_mib(self, call: Callable[[], Any]) -> float:
+        """What a call takes of the GPU's memory at its most, beyond what is there before it."""
+        cuda = self._torch.cuda
+        call()
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
+        call()
+        return round((cuda.max_memory_allocated() - before) / 2**20, 1)
+
+    def _built_peak_mib(self, factory: Callable[[], Callable[[], Any]]) -> float:
+        """The same of a participant with all that it keeps: weights, moments, buffers of graphs."""
+        cuda = self._torch.cuda
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
+        call = factory()
+        for _ in range(2):
+            call()
+        peak = cuda.max_memory_allocated() - before
+        del call
+        self._clear()
+        cuda.empty_cache()
+        return round(peak / 2**20, 1)
 
     def _sample(
         self, case: Case, calls: dict[str, Callable[[], Any]]
@@ -147,8 +184,9 @@ class Child:
         for _ in range(1 if self._job.quick else MAX_ATTEMPTS):
             before = self._probe()
             samples = interleave(
-                calls, repeats=repeats, warm=warm, flush=flush, synchronize=self._synchronize
-            )
+                calls, repeats=repeats, warm=warm, flush=flush, synchronize=self._synchronize,
+                min_seconds=MIN_DEVICE_SECONDS if self._job.device == "cuda" else MIN_SAMPLE_SECONDS,
+            )  # fmt: skip
             drift = machine.drift(before, self._probe())
             if drift < least:
                 best, least = samples, drift
@@ -218,6 +256,8 @@ def build_record(
         record["target_ms"] = case.target_ms
     if case.tokens:
         record["tokens_per_s"] = round(case.tokens / ours.median, 1)
+        if job.device == "cuda":  # the convention of the field: of the datasheet's dense bf16 rate
+            record["mfu"] = round(case.cost(ELEMENT_BYTES[dtype]).flops / ours.median / H200_BF16_FLOPS, 4)
     if case.footnotes:
         record["footnotes"] = dict(case.footnotes)
     return record

@@ -104,6 +104,7 @@ def select(options: Options) -> list[tuple[Case, str]]:
                 (case, dtype)
                 for dtype in case.dtypes
                 if dtype in options.dtypes
+                and options.device in case.devices
                 and (
                     case.matches(options.patterns, dtype)
                     if options.patterns
@@ -127,6 +128,9 @@ def plan(options: Options, chosen: Iterable[tuple[Case, str]]) -> list[tuple[Set
     a case runs once: small ones under default waiting, the others under the short spin.
     """
     pairs = list(chosen)
+    if options.device != "cpu":  # neither malloc nor waiting threads matter to it
+        setting = Setting(options.allocators[0], "spin2000", options.product_bits)
+        return [(setting, [(case.name, dtype) for case, dtype in pairs])] if pairs else []
     every = [(case.name, dtype) for case, dtype in pairs]
     once = {case.name for case, _ in pairs if case.once}
     small = [(case.name, dtype) for case, dtype in pairs if case.small]

@@ -24,10 +24,13 @@ from bench.case import Cost
 # together where a last level of hundreds of MB ends: a rate between what it holds and what it does not would be
 # one that nothing reaches.
 WORKING_SETS = (512 << 10, 1 << 20, 8 << 20, 64 << 20, 128 << 20, 256 << 20, 512 << 20)
+# On a GPU: within a second level of 50 MB, about its end, and far beyond.
+DEVICE_WORKING_SETS = (16 << 20, 64 << 20, 256 << 20, 1 << 30, 4 << 30)
 # Reads to writes: 1 : 0, 1 : 1, 1 : 1 of the same bytes, 2 : 1 of which one is written back.
 TRAFFIC = ("read", "copy", "in_place", "update")
 # (M, K, N): square ones and GPT-2's feed-forward products. The best one is the ceiling.
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 768, 3072), (2048, 4096, 4096))
+DEVICE_PRODUCTS = ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 16384))
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ def measure_peak(device: str = "cpu", budget: float = 0.15) -> tuple[dict[str, f
     peak: dict[str, float] = {}
     method: dict[str, str] = {}
     for dtype in ("float32", "bfloat16"):
-        for m, k, n in PRODUCTS:
-            a = torch.ones(m, k, dtype=getattr(torch, dtype), device=device)
-            b = torch.ones(k, n, dtype=getattr(torch, dtype), device=device)
+        for m, k, n in PRODUCTS if device == "cpu" else DEVICE_PRODUCTS:
+            # Random, since a GPU that multiplies ones draws less power and clocks higher.
+            a = torch.randn(m, k, device=device).to(getattr(torch, dtype))
+            b = torch.randn(k, n, device=device).to(getattr(torch, dtype))
             out = torch.empty(m, n, dtype=getattr(torch, dtype), device=device)
             call = functools.partial(torch.mm, a, b, out=out)
             rate = 2.0 * m * k * n / _best_seconds(call, synchronize, budget)
@@ -159,7 +163,8 @@ def _raise_by_register_loop(peak: dict[str, float], method: dict[str, str]) -> N
 
 def measure(device: str = "cpu", *, quick: bool = False) -> Ceilings:
     """All ceilings of ``device``; about 4 s, with ``quick`` about 2 s."""
-    bandwidth = measure_bandwidth(device, budget=0.01 if quick else 0.05)
+    sizes = WORKING_SETS if device == "cpu" else DEVICE_WORKING_SETS
+    bandwidth = measure_bandwidth(device, sizes, budget=0.01 if quick else 0.05)
     peak, method = measure_peak(device, budget=0.05 if quick else 0.15)
     return Ceilings(bandwidth, peak, method)
 
@@ -174,9 +179,11 @@ class DriftProbe:
         import torch
 
         self._synchronize = _synchronizer(device)
-        self._source = torch.ones(4 << 20, device=device)
+        # On a GPU so large that draining it does not count.
+        size, self._side = (4 << 20, 512) if device == "cpu" else (256 << 20, 4096)
+        self._source = torch.ones(size, device=device)
         self._sink = torch.empty_like(self._source)
-        self._a = torch.ones(512, 512, device=device)
+        self._a = torch.randn(self._side, self._side, device=device)
         self._out = torch.empty_like(self._a)
 
     def __call__(self) -> tuple[float, float]:
@@ -186,7 +193,7 @@ class DriftProbe:
         product = _best_seconds(
             lambda: torch.mm(self._a, self._a, out=self._out), self._synchronize, 0.02, least=8
         )
-        return 2 * 4 * self._source.numel() / stream, 2.0 * 512**3 / product
+        return 2 * 4 * self._source.numel() / stream, 2.0 * self._side**3 / product
 
 
 def drift(before: Sequence[float], after: Sequence[float]) -> float:
@@ -214,6 +221,13 @@ def _isa() -> str:
         return f"unknown ({error})"
 
 
+def _driver() -> int | None:
+    from gptcore import backend
+
+    cuda = backend.cuda_extension()
+    return cuda.driver_version() if cuda else None
+
+
 def describe(device: str, allocator: str, wait_policy: str) -> dict[str, Any]:
     """What a reader must know about the machine to use the figures."""
     import torch
@@ -231,7 +245,15 @@ def describe(device: str, allocator: str, wait_policy: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
     }
     if device == "cuda":
-        described["gpu"] = torch.cuda.get_device_name()
+        properties = torch.cuda.get_device_properties(0)
+        described |= {
+            "gpu": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
+        }
     return described
 
 

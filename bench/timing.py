@@ -10,6 +10,8 @@ from typing import Any
 
 # One sample lasts at least this long, so that the clock's 50 ns and a timer interrupt disappear in it.
 MIN_SAMPLE_SECONDS = 1e-3
+# On a GPU at least this long: draining it costs some 10 us.
+MIN_DEVICE_SECONDS = 1e-2
 MAX_INNER = 2000
 
 
@@ -42,15 +44,15 @@ def statistics(samples: Sequence[float]) -> Statistics:
 class CacheFlush:
     """Evicts the caches by writing a buffer; built on first use because it is large."""
 
-    def __init__(self, num_bytes: int = 256 << 20) -> None:
-        self._num_bytes = num_bytes
+    def __init__(self, num_bytes: int = 256 << 20, device: str = "cpu") -> None:
+        self._num_bytes, self._device = num_bytes, device
         self._buffer: Any = None
 
     def __call__(self) -> None:
         import torch
 
         if self._buffer is None:
-            self._buffer = torch.zeros(self._num_bytes // 4)
+            self._buffer = torch.zeros(self._num_bytes // 4, device=self._device)
         self._buffer.add_(1.0)
 
 
@@ -89,15 +91,16 @@ def interleave(
     warm: Mapping[str, float],
     flush: Callable[[], None] | None = None,
     synchronize: Callable[[], None] = _nothing,
+    min_seconds: float = MIN_SAMPLE_SECONDS,
 ) -> dict[str, list[float]]:
     """Seconds per call for each name, sampled A B A B.
 
     repeats: samples for each name. warm: seconds of a warm call, which sets how many calls one sample
-    takes. flush: called before each sample, which then is a single call on cold caches. The order is
-    rotated from round to round, so that nobody always runs after the same neighbour.
+    takes, to last min_seconds. flush: called before each sample, which then is a single call on cold
+    caches. The order is rotated from round to round, so that nobody always runs after the same neighbour.
     """
     names = list(calls)
-    inner = {name: 1 if flush else _inner_count(warm[name]) for name in names}
+    inner = {name: 1 if flush else _inner_count(warm[name], min_seconds) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
@@ -115,5 +118,5 @@ def interleave(
     return samples
 
 
-def _inner_count(seconds: float) -> int:
-    return max(1, min(MAX_INNER, round(MIN_SAMPLE_SECONDS / max(seconds, 1e-9))))
+def _inner_count(seconds: float, min_seconds: float = MIN_SAMPLE_SECONDS) -> int:
+    return max(1, min(MAX_INNER, round(min_seconds / max(seconds, 1e-9))))

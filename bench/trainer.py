@@ -13,12 +13,14 @@ from bench.peers.torch_gpt2 import Hyper
 class GptcoreTrainer:
     """A model of gptcore with its fused AdamW; bf16 weights have f32 masters, split between them and the optimizer."""
 
-    def __init__(self, config: Any, dtype: torch.dtype, hyper: Hyper, *, seed: int = 0) -> None:
+    def __init__(
+        self, config: Any, dtype: torch.dtype, hyper: Hyper, *, seed: int = 0, device: str = "cpu"
+    ) -> None:
         from gptcore.models import GPT
         from gptcore.optim import AdamW, decay_groups
 
         torch.manual_seed(seed)
-        self.model = GPT(config).to(dtype)
+        self.model = GPT(config).to(device, dtype)
         groups = decay_groups(self.model, hyper.weight_decay)
         self.optimizer = AdamW(
             groups,

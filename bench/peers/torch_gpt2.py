@@ -119,21 +119,27 @@ class Hyper:
 class TorchTrainer:
     """One participant: a model, an optimizer, and ``step``; mode is one of MODES.
 
+    compiled: False, True, or a mode of torch.compile.
     loss(tokens, targets): the loss in evaluation, by the uncompiled model.
     """
 
-    def __init__(self, config: GPT2Config, mode: str, hyper: Hyper, *, compiled: bool, seed: int = 0) -> None:
+    def __init__(
+        self, config: GPT2Config, mode: str, hyper: Hyper, *, compiled: bool | str, seed: int = 0,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         if mode not in MODES:
             raise ValueError(
                 f"TorchTrainer: argument 'mode': got '{mode}', expected one of {', '.join(MODES)}"
             )
         torch.manual_seed(seed)
-        self.mode, self.hyper = mode, hyper
-        self.model = TorchGPT2(config)
+        self.mode, self.hyper, self.device = mode, hyper, device
+        self.model = TorchGPT2(config).to(device)
         if mode in ("bf16", "bf16_master"):
             self.model.bfloat16()
         self._forward: Callable[..., Tensor] = (
-            torch.compile(self.model, dynamic=False) if compiled else self.model
+            torch.compile(self.model, dynamic=False, mode=compiled if isinstance(compiled, str) else None)
+            if compiled
+            else self.model
         )
         self.parameters = list(self.model.parameters())
         self.masters = self.parameters
@@ -151,7 +157,7 @@ class TorchTrainer:
 
     def _precision(self) -> Any:
         if self.mode == "autocast":
-            return torch.autocast("cpu", torch.bfloat16)
+            return torch.autocast(self.device, torch.bfloat16)
         return contextlib.nullcontext()
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -127,3 +127,22 @@ def test_wrong_options_get_one_sentence(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_a_case_runs_on_the_devices_it_names():
+    on_cpu = {case.name for case, _ in select(Options(suites=suites()))}
+    on_gpu = {case.name for case, _ in select(Options(suites=suites(), device="cuda"))}
+    assert "layer_norm/64x64/forward" in on_cpu & on_gpu
+    assert "attention/B4_H48_T8192_D128_causal/forward" in on_gpu - on_cpu
+    assert "train_step/gpt2_124m_B2_T512/step" in on_cpu - on_gpu
+    # malloc and waiting threads are the processor's: one setting.
+    jobs = plan(Options(device="cuda"), select(Options(suites=["layer_norm"], device="cuda")))
+    assert len(jobs) == 1
+
+
+def test_every_target_of_a_gpu_has_a_case():
+    names = {case.name.split("/")[0] for suite in suites() for case in load(suite) if "cuda" in case.devices}
+    assert names >= {
+        "attention", "layer_norm", "rms_norm", "gated_activation", "rotary", "embedding", "cross_entropy",
+        "linear_cross_entropy", "adamw", "adafactor", "adamw_8bit", "sgd", "moe_router", "grouped_linear", "train_step",
+    }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from bench import ROOT
 from bench import bench_shakespeare as shakespeare
-from bench.bench_train_step import PARAMETERS
+from bench.bench_train_step import SMALL
 from bench.peak import STEPS
 from bench.peers.torch_gpt2 import MODES, GPT2Config, Hyper, TorchGPT2, TorchTrainer
 from bench.trainer import GptcoreTrainer, copy_weights
@@ -27,7 +27,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_peer_has_gpt2s_parameters():
     with torch.device("meta"):
-        assert sum(p.numel() for p in TorchGPT2(GPT2Config()).parameters()) == PARAMETERS
+        assert sum(p.numel() for p in TorchGPT2(GPT2Config()).parameters()) == SMALL.parameters
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,7 +85,7 @@ def test_a_peak_holds_at_least_the_training_state_and_not_much_more():
     command = [sys.executable, "-m", "bench.bench_memory", "gptcore", "float32", "1", "8"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     found = json.loads(done.stdout)
-    state = 16 * PARAMETERS  # weights, gradients and two moments in f32
+    state = 16 * SMALL.parameters  # weights, gradients and two moments in f32
     # A tied table has two gradients until they are added: 154 MB more. The rest is the loss's scratch.
     assert state <= found["peak"] <= 1.25 * state
     assert len(found["seconds"]) == STEPS and min(found["seconds"]) > 0

@@ -304,7 +304,7 @@ __device__ __forceinline__ double block_total(int64_t count, double* room, const
   return total;
 }
 
-__global__ void __launch_bounds__(kSumThreads) loss_divisors(const LossDivisors a) {
+__global__ void __launch_bounds__(kSumThreads, 1) loss_divisors(const LossDivisors a) {
   double* room = shared_memory<double>();
   const auto weight = [&](int64_t n) { return a.token_weight ? a.token_weight[n] : 1.0f; };
   const auto counts = [&](int64_t n) { return a.targets[n] != a.ignore_index; };
@@ -335,7 +335,7 @@ __device__ __forceinline__ void store_loss(const LossTotals& a, int64_t place, d
   }
 }
 
-__global__ void __launch_bounds__(kSumThreads) loss_totals(const LossTotals a) {
+__global__ void __launch_bounds__(kSumThreads, 1) loss_totals(const LossTotals a) {
   double* room = shared_memory<double>();
   if (a.per_row) {
     const int64_t n = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
