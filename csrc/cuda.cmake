@@ -20,6 +20,12 @@ if(GPTCORE_CUDA_FOUND)
   enable_language(CUDA)
   file(GLOB GPTCORE_CUDA_SOURCES CONFIGURE_DEPENDS csrc/core/cuda/*.cu csrc/core/cuda/*.cpp
        csrc/kernels/*/*.cu)
+  # A kernel that spills, or indexes registers by what only the device knows, works at a tenth of its rate and says so
+  # nowhere else. Not for users, whose compiler may allocate registers in another way.
+  set(GPTCORE_PTXAS_STRICT "--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error")
+  if(GPTCORE_CUDA_STRICT)
+    add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=${GPTCORE_PTXAS_STRICT}>)
+  endif()
   # What Hopper alone can run (wgmma, the bulk copy engine) is compiled for it alone.
   set(GPTCORE_SM90_SOURCES ${GPTCORE_CUDA_SOURCES})
   list(FILTER GPTCORE_SM90_SOURCES INCLUDE REGEX "_sm90\\.cu$")

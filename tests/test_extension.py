@@ -151,3 +151,24 @@ def test_the_stub_names_what_the_module_has() -> None:
         parameters = re.findall(r"(?:\(|, )(\w+): ", signature)
         body = re.search(rf"^def {name}\((.*?)\) ->", stub, flags=re.MULTILINE | re.DOTALL)
         assert body and re.findall(r"(\w+): ", body.group(1)) == parameters, name
+
+
+SPILLS = """
+template <int n> __global__ void __launch_bounds__(1024, 2) f(const float* x, float* y) {
+  float kept[n];
+  for (int i = 0; i < n; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+  for (int i = 0; i < n; ++i) for (int j = 0; j < n; ++j) y[(i * n + j) * 1024 + threadIdx.x] = kept[i] * kept[j];
+}
+template __global__ void f<SIZE>(const float*, float*);
+"""
+
+
+@pytest.mark.parametrize(("size", "fine"), [(4, True), (64, False)])
+def test_a_kernel_that_spills_does_not_build(tmp_path: Path, size: int, fine: bool) -> None:
+    strict = re.search(r'GPTCORE_PTXAS_STRICT "([^"]+)"', (ROOT / "csrc" / "cuda.cmake").read_text())
+    assert strict is not None
+    (tmp_path / "f.cu").write_text(SPILLS.replace("SIZE", str(size)))
+    command = [_tool("nvcc"), "-arch=sm_80", f"-Xptxas={strict[1]}", "-c", "f.cu", "-o", "f.o"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode == 0) == fine, result.stderr
