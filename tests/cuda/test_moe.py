@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from gptcore import backend
+from gptcore.ops.grouped_linear import grouped_linear, grouped_linear_backward
 from gptcore.ops.moe_dispatch import moe_combine, moe_combine_backward, moe_dispatch
 from gptcore.ops.moe_router import MoERouting, moe_router
 from tests.ops.test_moe_router import PLACES, check, gradient
@@ -150,3 +151,48 @@ def test_rows_behind_the_last_and_gradients_are_written_over_what_was_there(simt
             back = moe_combine(out, rows, offsets, gates)
             expected = on_processor(moe_combine, wanted, rows, offsets, gates)
             torch.testing.assert_close(back, expected)
+
+
+def grouped_inputs(
+    sizes: list[int], inner: int, outer: int, dtype: torch.dtype, rest: int = 0
+) -> tuple[Any, ...]:
+    offsets = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    rows = int(offsets[-1]) + rest
+    x, dy = torch.randn(rows, inner).to(dtype), torch.randn(rows, outer).to(dtype)
+    return x, torch.randn(len(sizes), outer, inner).to(dtype), offsets, torch.randn(len(sizes), outer), dy
+
+
+def check_groups(x: Any, weight: Any, offsets: Any, bias: Any, dy: Any) -> None:
+    """Every result over what was there before, against the processor's."""
+    y, dx = torch.full_like(dy, float("nan")), torch.full_like(x, float("nan"))
+    extension = backend.extension()
+    extension.grouped_linear(x, weight, offsets, bias, y)
+    wanted = on_processor(lambda: grouped_linear(x, weight, offsets, bias=bias))
+    close = {"rtol": 2e-2, "atol": 2e-2} if x.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(y, wanted, **close)
+    for accumulate, to in ((False, x.dtype), (True, torch.float32), (True, x.dtype)):
+        start = torch.full(weight.shape, 1.5 if accumulate else float("nan")).to(to)
+        dweight, dbias = start.clone(), torch.full_like(bias, float("nan"))
+        extension.grouped_linear_backward(dy, x, weight, offsets, dx, dweight, dbias, accumulate)
+        wanted = on_processor(
+            lambda start=start, accumulate=accumulate: grouped_linear_backward(
+                dy, x, weight, offsets, bias=bias, out=start, accumulate=accumulate
+            )
+        )
+        for got, expected in zip((dx, dweight, dbias), wanted, strict=True):
+            torch.testing.assert_close(
+                got, expected, **(close | {"atol": 0.1} if to != torch.float32 else close)
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ragged_groups(simt: None, dtype: torch.dtype) -> None:
+    """Empty groups, several in a row; groups that end before, at and behind a tile's end; rows behind the last."""
+    check_groups(*grouped_inputs([0, 0, 128, 1, 0, 127, 129, 0, 7, 0], 40, 136, dtype, rest=3))
+    check_groups(*grouped_inputs([0, 0, 0], 16, 8, dtype, rest=5))
+    check_groups(*grouped_inputs([0, 3], 9, 130, dtype))
+
+
+def test_many_groups(simt: None) -> None:
+    sizes = torch.randint(0, 3, (70,)).tolist()
+    check_groups(*grouped_inputs(sizes, 8, 8, torch.bfloat16, rest=1))

@@ -6,12 +6,14 @@
 #include "core/check.h"
 #include "core/isa.h"
 #include "core/parallel.h"
+#include "kernels/grouped_linear/grouped_device.h"
 #include "kernels/grouped_linear/grouped_linear_body.h"
 
 namespace gptcore {
 
 GPTCORE_BODIES(GroupedBodies, grouped_f32_bodies)
 GPTCORE_BODIES_AMX(GroupedBodies, grouped_bf16_bodies)
+GPTCORE_DEVICE_BODIES(GroupedDeviceBodies, grouped_device_bodies)
 
 namespace {
 
@@ -85,6 +87,11 @@ Groups checked_groups(const Checker& check, const TensorView& rows, const char* 
   check.input(offsets, "offsets", {DType::i32});
   check.shape(offsets, "offsets", {groups.experts + 1});
   check.contiguous(offsets, "offsets");
+  if (check.device() != Device::cpu) {  // whose kernels cut offsets to the rows there are
+    if (groups.experts <= kMostDeviceExperts) return groups;
+    check.fail("weight", std::to_string(groups.experts) + " experts",
+               "at most " + std::to_string(kMostDeviceExperts));
+  }
   if (groups.offsets[0] != 0) {
     check.fail("offsets", "offsets[0] = " + std::to_string(groups.offsets[0]), "0");
   }
@@ -187,14 +194,49 @@ void bias_gradient(const Groups& groups, const TensorView& dy, const TensorView&
   });
 }
 
+// --- the same by another device's kernels ----------------------------------------------------------------------
+
+void multiply_rows(const GroupedDeviceBodies& bodies, const Groups& groups, const TensorView& in,
+                   const TensorView& weight, bool transpose, const TensorView& bias, const TensorView& out) {
+  GroupedRowsDevice a{};
+  a.in = in.data, a.weight = weight.data, a.bias = bias.data, a.out = out.data, a.offsets = groups.offsets;
+  a.experts = groups.experts, a.rows = in.size(0);
+  a.depth = transpose ? groups.inner : groups.outer, a.width = transpose ? groups.outer : groups.inner;
+  a.in_stride = in.stride(0), a.out_stride = out.stride(0);
+  a.depth_lines = transpose, a.f32_bias = bias.dtype == DType::f32;
+  bodies.rows[is_bf16(in)](a);
+}
+
+void weight_gradient(const GroupedDeviceBodies& bodies, const Groups& groups, const TensorView& dy,
+                     const TensorView& x, const TensorView& dweight, bool accumulate) {
+  GroupedWeightDevice a{};
+  a.dy = dy.data, a.x = x.data, a.dweight = dweight.data, a.offsets = groups.offsets;
+  a.experts = groups.experts, a.rows = dy.size(0), a.outer = groups.outer, a.inner = groups.inner;
+  a.dy_stride = dy.stride(0), a.x_stride = x.stride(0);
+  a.accumulate = accumulate, a.f32_out = dweight.dtype == DType::f32;
+  bodies.weight[is_bf16(dy)](a);
+}
+
+void bias_gradient(const GroupedDeviceBodies& bodies, const Groups& groups, const TensorView& dy,
+                   const TensorView& dbias) {
+  GroupedBiasDevice a{};
+  a.dy = dy.data, a.dbias = dbias.data, a.offsets = groups.offsets;
+  a.experts = groups.experts, a.rows = dy.size(0), a.outer = groups.outer, a.dy_stride = dy.stride(0);
+  a.f32_out = dbias.dtype == DType::f32;
+  bodies.bias[is_bf16(dy)](a);
+}
+
 }  // namespace
 
 void grouped_linear(const TensorView& x, const TensorView& weight, const TensorView& offsets,
                     const TensorView& bias, const TensorView& out, int64_t largest) {
-  const Checker check("grouped_linear");
+  const Checker check("grouped_linear", grouped_device_bodies_table.device);
   const Groups groups = checked_groups(check, x, "x", false, weight, offsets);
   if (bias) check_bias(check, bias, "bias", groups);
   check_rows_out(check, out, "out", groups.dtype, x, groups.outer);
+  if (const GroupedDeviceBodies* bodies = grouped_device_bodies_table.pick_device(check)) {
+    return multiply_rows(*bodies, groups, x, weight, true, bias, out);
+  }
   multiply_rows(groups, x, weight, true, bias, out, largest);
 }
 
@@ -202,7 +244,7 @@ void grouped_linear_backward(const TensorView& dy, const TensorView& x, const Te
                              const TensorView& offsets, const TensorView& dx, const TensorView& dweight,
                              const TensorView& dbias, bool accumulate, int64_t largest_dx,
                              int64_t largest_dweight) {
-  const Checker check("grouped_linear_backward");
+  const Checker check("grouped_linear_backward", grouped_device_bodies_table.device);
   const Groups groups = checked_groups(check, dy, "dy", true, weight, offsets);
   if (x || dweight) {
     check.input(x, "x", {groups.dtype});
@@ -218,6 +260,12 @@ void grouped_linear_backward(const TensorView& dy, const TensorView& x, const Te
   if (dbias) {
     check_bias(check, dbias, "dbias", groups);
     check.writable(dbias, "dbias");
+  }
+  if (const GroupedDeviceBodies* bodies = grouped_device_bodies_table.pick_device(check)) {
+    if (dx) multiply_rows(*bodies, groups, dy, weight, false, {}, dx);
+    if (dweight) weight_gradient(*bodies, groups, dy, x, dweight, accumulate);
+    if (dbias) bias_gradient(*bodies, groups, dy, dbias);
+    return;
   }
   if (dx) multiply_rows(groups, dy, weight, false, {}, dx, largest_dx);
   if (dweight) weight_gradient(groups, dy, x, dweight, accumulate, largest_dweight);

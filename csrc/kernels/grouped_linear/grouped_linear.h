@@ -13,17 +13,18 @@
 // Aliasing outputs overlap no input and no other output.
 // Left out groups of more than `largest` rows (in backward: of `largest_dx` for dx, of `largest_dweight` for dweight)
 //          are another library's: their part of the result is neither read nor written. Everything is checked all
-//          the same, and dbias is all groups'.
+//          the same, and dbias is all groups'. On CUDA none is left out.
 // Gradients overwritten; with accumulate dweight is added to what it holds (in f32, then rounded once to its type).
 // Sums     f32 throughout, rounded once to the result's type.
 // Bits     An element of y is one chain over Cin, one of dx over Cout, in an order that the depth alone fixes: it
 //          depends on its row, its expert's weight, the type and the ISA, and on nothing else: not on M, E, offsets, the
 //          row's place, on what rows its expert has or on threads. (The rows of one expert alone, or of all experts
 //          spread over processes, give the same bits.) Elements of dweight and dbias are chains over the expert's rows
-//          in their order. With AMX or AVX512-BF16 subnormal bf16 inputs of products count as zero.
+//          in their order (dbias on CUDA of every eighth row, eight chains added in order). With AMX or AVX512-BF16 subnormal bf16 inputs of products count as zero.
 // Cost     2 M Cin Cout flops for each of y, dx and dweight; each reads or writes all of the weight that has rows once:
 //          E Cin Cout size bytes, which is what bounds it with few rows for each expert.
-// Errors   ValueError or TypeError on any violated line above, before anything is written.
+// Errors   ValueError or TypeError on any violated line above, before anything is written. On CUDA offsets are
+//          not read for that: what of a group lies outside the rows is left out. There are 16,384 experts at most.
 #pragma once
 
 #include <cstdint>
