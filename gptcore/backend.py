@@ -17,6 +17,9 @@ from collections import Counter
 from types import ModuleType
 from typing import Any
 
+# Compute capability from which kernels run: that of the A100.
+OLDEST_CUDA = (8, 0)
+
 _extension: ModuleType | None = None
 _fallbacks: Counter[tuple[str, str]] = Counter()
 
@@ -73,6 +76,64 @@ def attach_cuda() -> bool:
         return False
     extension().attach_kernels(cuda.kernels())
     return True
+
+
+@functools.cache
+def cuda_kernels() -> frozenset[str]:
+    """Operations with kernels for CUDA tensors, by the names of their files; none where CUDA was not built.
+
+    One whose kernels are written per dtype is there by each of these too: ``attention_f16``, ``attention``.
+    """
+    cuda = cuda_extension()
+    tables = [] if cuda is None else extension().kernel_tables(cuda.kernels())
+    names = {table.removesuffix("_bodies") for table in tables}
+    plain = {name.removesuffix(f"_{dtype}") for name in names for dtype in ("f32", "bf16", "f16")}
+    return frozenset(names | plain | ({"grouped_linear"} if "grouped" in plain else set()))
+
+
+def has_kernels(device: Any, *ops: str) -> bool:
+    """Whether gptcore's kernels take tensors on ``device`` (a torch.device or its name), those of all ``ops``.
+
+    A CUDA device needs none to be asked about, so that what runs where can be told without one.
+    """
+    return why_no_kernels(device, *ops) is None
+
+
+def why_no_kernels(device: Any, *ops: str) -> str | None:
+    """Why not, in a few words, or None where :func:`has_kernels` says yes."""
+    kind, _, index = str(device).partition(":")
+    if kind == "cpu":
+        return None
+    if kind != "cuda":
+        return f"device {kind}"
+    lacks = next((op for op in ops if op not in cuda_kernels()), None)
+    return _unfit_cuda(int(index or 0)) or (None if lacks is None else f"device cuda: no kernel of {lacks}")
+
+
+def takes_half(*tensors: Any) -> bool:
+    """Whether these are f16 torch tensors of one device on which attention takes f16: CUDA, not the CPU."""
+    device = tensors[0].device
+    return (
+        all(str(t.dtype) == "torch.float16" and t.device == device for t in tensors)
+        and device.type != "cpu"
+        and has_kernels(device, "attention_f16")
+    )
+
+
+@functools.cache
+def _unfit_cuda(index: int) -> str | None:
+    """Why no kernel runs on the CUDA device of this number."""
+    cuda = cuda_extension()
+    if cuda is None:
+        return "device cuda: gptcore was built without CUDA"
+    if not cuda_kernels():
+        return "device cuda: no kernels"
+    for found in cuda.devices()[0]:
+        major, _, minor = found["compute_capability"].partition(".")
+        if found["index"] == index and (int(major), int(minor)) < OLDEST_CUDA:
+            oldest = ".".join(map(str, OLDEST_CUDA))
+            return f"device cuda: compute capability {major}.{minor}, expected {oldest} or later"
+    return None
 
 
 def attach_simt(directory: str) -> None:
@@ -207,6 +268,8 @@ def info() -> dict[str, Any]:
         "cuda_driver": cuda.driver_version() if cuda else None,
         "cuda_devices": devices,
         "cuda_reason": reason,
+        "cuda_kernels": sorted(cuda_kernels()),
+        "cuda_unfit": {device["index"]: _unfit_cuda(device["index"]) for device in devices},
         "torch": _module_version("torch"),
         "numpy": _module_version("numpy"),
         "mkl_cbwr": os.environ.get("MKL_CBWR"),

@@ -53,21 +53,23 @@ def _to_torch(name: str, reason: str, *args: Any, **keywords: Any) -> Any:
     return function(*args, **keywords)
 
 
-def _uncovered_tensor(x: Any) -> str | None:
-    """Why kernels do not take ``x``, or None if they do."""
+def _uncovered_tensor(x: Any, kernel: str, beside: Tensor | None = None) -> str | None:
+    """Why the kernels of ``kernel`` do not take ``x``, which lies with ``beside``, or None if they do."""
     if not isinstance(x, Tensor):
         return f"a {type(x).__name__} instead of a tensor"
-    if x.device.type != "cpu":
-        return f"device {x.device.type}"
+    if x.device.type != "cpu" and (reason := backend.why_no_kernels(x.device, kernel)):
+        return reason
+    if beside is not None and x.device != beside.device:
+        return "several devices"
     if x.layout is not torch.strided:
         return f"layout {x.layout}"
-    if x.dtype not in _KERNEL_DTYPES:
+    if x.dtype not in _KERNEL_DTYPES and not (kernel == "attention" and backend.takes_half(x)):
         return f"dtype {x.dtype}"
     return None
 
 
-def _uncovered_norm(x: Any, shape: Any, *vectors: Tensor | None) -> str | None:
-    if reason := _uncovered_tensor(x):
+def _uncovered_norm(kernel: str, x: Any, shape: Any, *vectors: Tensor | None) -> str | None:
+    if reason := _uncovered_tensor(x, kernel):
         return reason
     try:
         shape = tuple(shape)
@@ -77,7 +79,7 @@ def _uncovered_norm(x: Any, shape: Any, *vectors: Tensor | None) -> str | None:
         return "normalized_shape"
     given = [v for v in vectors if v is not None]
     for v in given:
-        if reason := _uncovered_tensor(v):
+        if reason := _uncovered_tensor(v, kernel, x):
             return reason
         if tuple(v.shape) != shape:
             return "shape of weight or bias"
@@ -108,11 +110,13 @@ def layer_norm(
     *,
     weight_offset: float = 0.0,
 ) -> Tensor:
-    """As ``torch.nn.functional.layer_norm``; f32 and bf16 on the CPU run on gptcore's kernel.
+    """As ``torch.nn.functional.layer_norm``; f32 and bf16 run on gptcore's kernel.
 
     ``weight_offset`` is added to ``weight``: 1 for a zero-centred weight.
     """
-    reason = _uncovered_norm(input, normalized_shape, weight, bias) or (eps < 0 and "negative eps")
+    reason = _uncovered_norm("layer_norm", input, normalized_shape, weight, bias) or (
+        eps < 0 and "negative eps"
+    )
     if reason:
         weight = _shifted("layer_norm", weight, weight_offset)
         return _to_torch("layer_norm", reason, input, normalized_shape, weight, bias, eps)
@@ -131,11 +135,11 @@ def rms_norm(
     *,
     weight_offset: float = 0.0,
 ) -> Tensor:
-    """As ``torch.nn.functional.rms_norm``; f32 and bf16 on the CPU run on gptcore's kernel.
+    """As ``torch.nn.functional.rms_norm``; f32 and bf16 run on gptcore's kernel.
 
     ``weight_offset`` is added to ``weight``: 1 for a zero-centred weight.
     """
-    reason = _uncovered_norm(input, normalized_shape, weight) or (
+    reason = _uncovered_norm("rms_norm", input, normalized_shape, weight) or (
         eps is not None and eps < 0 and "negative eps"
     )
     if reason:
@@ -150,7 +154,9 @@ def rms_norm(
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """As ``torch.nn.functional.gelu``."""
-    reason = _uncovered_tensor(input) or (approximate not in ("none", "tanh") and "approximate")
+    reason = _uncovered_tensor(input, "gated_activation") or (
+        approximate not in ("none", "tanh") and "approximate"
+    )
     if not reason and input.ndim == 0:
         reason = "a scalar"
     if reason:
@@ -160,7 +166,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """As ``torch.nn.functional.silu``."""
-    reason = _uncovered_tensor(input) or (inplace and "inplace")
+    reason = _uncovered_tensor(input, "gated_activation") or (inplace and "inplace")
     if not reason and input.ndim == 0:
         reason = "a scalar"
     if reason:
@@ -169,8 +175,8 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As ``torch.nn.functional.linear``. Large products are torch's; without gradients, few rows run on
-    gptcore's fixed-order product, whose bits do not depend on how many rows share the call."""
+    """As ``torch.nn.functional.linear``. Large products are torch's, and all on CUDA; without gradients, few rows run
+    on gptcore's fixed-order product, whose bits do not depend on how many rows share the call."""
     if _small_product(input, weight, bias):
         y = ops.matmul(input.reshape(-1, input.shape[-1]), weight, bias=bias, transpose_b=True)
         return y.view(*input.shape[:-1], weight.shape[0])
@@ -180,7 +186,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _small_product(x: Any, weight: Any, bias: Any) -> bool:
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    if _uncovered_tensor(x) or _uncovered_tensor(weight) or (bias is not None and _uncovered_tensor(bias)):
+    if any(_uncovered_tensor(t, "matmul") for t in (x, weight, *(() if bias is None else (bias,)))):
         return False
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         return False
@@ -201,12 +207,14 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """As ``torch.nn.functional.embedding``; the gradient is summed in a fixed order."""
-    reason = _uncovered_tensor(weight)
+    reason = _uncovered_tensor(weight, "embedding")
     options = {"padding_idx": padding_idx is not None, "max_norm": max_norm is not None}
     options |= {"scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
     reason = reason or next((name for name, used in options.items() if used), None)
     if not reason and not (
-        isinstance(input, Tensor) and input.dtype in (torch.int64, torch.int32) and input.device.type == "cpu"
+        isinstance(input, Tensor)
+        and input.dtype in (torch.int64, torch.int32)
+        and input.device == weight.device
     ):
         reason = "type of the indices"
     if not reason and (weight.ndim != 2 or not _within(input, weight.shape[0])):
@@ -219,8 +227,9 @@ def embedding(
 
 
 def _within(ids: Tensor, size: int) -> bool:
-    """Whether all ids are valid, so that torch words the error for those that are not. The kernel checks too."""
-    if torch.compiler.is_compiling() or ids.numel() == 0:
+    """Whether all ids are valid, so that torch words the error for those that are not. The kernel checks too; on
+    another device, which would have to be waited for, the kernel alone."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
         return True
     low, high = torch.aminmax(ids)
     return bool(low >= 0) and bool(high < size)
@@ -237,19 +246,20 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """As ``torch.nn.functional.cross_entropy``; class indices over (N, C) logits run on gptcore's kernel."""
-    reason = _uncovered_tensor(input)
+    reason = _uncovered_tensor(input, "cross_entropy")
     if not reason and (weight is not None or size_average is not None or reduce is not None):
         reason = "class weights or legacy reduction arguments"
     if not reason and (input.ndim != 2 or not isinstance(target, Tensor) or target.dtype != torch.int64):
         reason = "shape of the logits or type of the targets"
     if not reason and (
-        tuple(target.shape) != (input.shape[0],) or 0 in input.shape or target.device.type != "cpu"
+        tuple(target.shape) != (input.shape[0],) or 0 in input.shape or target.device != input.device
     ):
         reason = "shape of the targets"
     if not reason and (reduction not in ("mean", "sum", "none") or not 0.0 <= label_smoothing <= 1.0):
         reason = "reduction or label_smoothing"
-    if not reason and not _within(target[target != ignore_index], input.shape[1]):
-        reason = "targets out of range"
+    if not reason and input.device.type == "cpu":
+        counted = target[target != ignore_index]  # as many as there are: not asked of another device
+        reason = None if _within(counted, input.shape[1]) else "targets out of range"
     if reason:
         return _to_torch(
             "cross_entropy",
@@ -309,7 +319,7 @@ def scaled_dot_product_attention(
         # The kernel aligns bottom-right; a window that reaches back by the difference is top-left again.
         window, is_causal = (-1, length - key.shape[-2]), False
     heads_second = [_four_dims(x).transpose(1, 2) for x in (query, key, value)]
-    seed = torch.randint(2**63 - 1, (1,)) if dropout_p else None
+    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p else None
     out = ops.attention(
         *heads_second, causal=is_causal, window_size=window, softmax_scale=scale, dropout_p=dropout_p, seed=seed,
         **_mask_options(query, key, attn_mask),
@@ -322,7 +332,7 @@ def _four_dims(x: Tensor) -> Tensor:
 
 
 def _uncovered_mask(query: Tensor, key: Tensor, mask: Any) -> str | None:
-    if not isinstance(mask, Tensor) or mask.device.type != "cpu" or mask.layout is not torch.strided:
+    if not isinstance(mask, Tensor) or mask.device != query.device or mask.layout is not torch.strided:
         return "kind of attn_mask"
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         return "dtype of attn_mask"
@@ -348,7 +358,7 @@ def _mask_options(query: Tensor, key: Tensor, mask: Tensor | None) -> dict[str, 
 
 def _uncovered_attention(query: Any, key: Any, value: Any, enable_gqa: bool) -> str | None:
     for x in (query, key, value):
-        if reason := _uncovered_tensor(x):
+        if reason := _uncovered_tensor(x, "attention", query):
             return reason
     if not (query.ndim == key.ndim == value.ndim and query.ndim in (3, 4)):
         return "number of dimensions"

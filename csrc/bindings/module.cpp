@@ -63,6 +63,16 @@ void register_machine(py::module_& m) {
         }
       },
       py::arg("kernels"), "Take another module's kernels, a capsule of its kernels().");
+  m.def(
+      "kernel_tables",
+      [](const py::capsule& capsule) {
+        py::list names;
+        for (const auto* b = capsule.get_pointer<const gptcore::DeviceModule>()->bodies; b; b = b->next) {
+          names.append(b->name);
+        }
+        return names;
+      },
+      py::arg("kernels"), "Names of the tables of kernels in such a capsule, which stays unattached.");
   m.def("noop", &noop, py::arg("a"), py::arg("b"), py::arg("c"),
         py::call_guard<py::gil_scoped_release_simple>(),
         "An empty kernel over three tensors, to measure the boundary.");

@@ -41,6 +41,7 @@ def describe(facts: Mapping[str, Any]) -> str:
         ("OpenMP", ", ".join(runtimes) or "none loaded yet"),
         ("MKL_CBWR", _reproducibility(facts)),
         ("CUDA", _cuda(facts)),
+        ("kernels", _cuda_kernels(facts)),
     ]
     if facts["native_version"] not in (None, facts["version"]):
         rows.append(
@@ -63,3 +64,10 @@ def _cuda(facts: Mapping[str, Any]) -> str:
     if not facts["cuda_devices"]:
         return f"no device ({facts['cuda_reason']})"
     return ", ".join(str(device) for device in facts["cuda_devices"])
+
+
+def _cuda_kernels(facts: Mapping[str, Any]) -> str:
+    """For which operations there are CUDA kernels, and which devices cannot run them."""
+    names = ", ".join(facts["cuda_kernels"])
+    unfit = [f"cuda:{index}: {reason}" for index, reason in facts["cuda_unfit"].items() if reason is not None]
+    return "; ".join([f"CUDA's of {names}" if names else "none for CUDA", *unfit])

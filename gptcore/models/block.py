@@ -25,7 +25,9 @@ from gptcore.nn.linear import Linear
 from gptcore.nn.moe import MoE, RoutingStatistics
 from gptcore.nn.tensor_parallel import TensorPass
 
-_attention, _attention_qkv, _rotary = in_f32(ops.attention), in_f32(ops.attention_qkv), in_f32(ops.rotary)
+_attention = in_f32(ops.attention, kernel="attention_f16")
+_attention_qkv = in_f32(ops.attention_qkv, kernel="attention_f16")
+_rotary = in_f32(ops.rotary)
 
 
 class KeyValueCache(Protocol):
@@ -82,6 +84,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(config.norm, self.head_dim, spec.qk_norm) if normed else None
         self.sinks = nn.Parameter(torch.empty(self.heads)) if spec.sinks else None
         self.slopes = alibi_slopes(self.heads) if config.position.kind == "alibi" else None
+        self._sent_slopes: dict[torch.device, Tensor] = {}
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x if context.tensor is None else context.tensor.enter(x))
@@ -115,8 +118,7 @@ class Attention(nn.Module):
         return with_prefix(q, own, self.layer, context.prefix, options)
 
     def _options(self, x: Tensor, context: Context) -> dict[str, Any]:
-        # Slopes stay f32 whatever the parameters are cast to, so they are no buffer.
-        slopes = None if self.slopes is None else torch.tensor(self.slopes, device=x.device)
+        slopes = None if self.slopes is None else self._slopes_on(x)
         options = {
             "causal": self.causal, "window_size": self.window_size, "softmax_scale": self.softmax_scale,
             "soft_cap": self.soft_cap, "alibi_slopes": slopes, "cu_seqlens_q": context.cu_seqlens,
@@ -126,6 +128,15 @@ class Attention(nn.Module):
         if context.seed is not None:
             options |= {"dropout_p": self.dropout, "seed": context.seed, "offset": self.dropout_offset}
         return options
+
+    def _slopes_on(self, x: Tensor) -> Tensor:
+        """The slopes, f32 whatever the parameters are cast to, so that they are no buffer. A GPU's are kept: to send
+        them each time would wait for it, and cannot be captured in a graph."""
+        if x.device.type == "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+            return torch.tensor(self.slopes, device=x.device)
+        if x.device not in self._sent_slopes:
+            self._sent_slopes[x.device] = torch.tensor(self.slopes, device=x.device)
+        return self._sent_slopes[x.device]
 
 
 class Mlp(FeedForward):

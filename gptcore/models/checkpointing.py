@@ -11,7 +11,7 @@ import functools
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gptcore.errors import unknown_name
@@ -72,11 +72,22 @@ class Checkpointing(NamedTuple):
             return (y, *(() if after is None else (after,)), *(t for one in routing.layers for t in one))
 
         options: dict[str, Any] = {"context_fn": _selective} if self.kind == "selective" else {}
-        y, *rest = checkpoint(forward, x, delta, use_reentrant=False, preserve_rng_state=True, **options)
+        y, *rest = checkpoint(
+            forward, x, delta, use_reentrant=False, preserve_rng_state=_draws(block), **options
+        )
         after = rest.pop(0) if block.gives_delta else None
         if context.routing is not None and isinstance(block.mlp, MoE):
             context.routing.append(MoEStatistics(*rest))
         return y, after
+
+
+def _draws(block: nn.Module) -> bool:
+    """Whether a pass through it takes random numbers, so that their state must be kept: reading it waits for a device,
+    and cannot be captured in a graph. What attention drops is by its seed."""
+    return any(
+        (isinstance(part, nn.Dropout) and part.p > 0) or (isinstance(part, MoE) and part.draws)
+        for part in block.modules()
+    )
 
 
 def _policy(_: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:

@@ -74,6 +74,7 @@ def _cut_attention(attention: Attention, member: Member) -> None:
         _keep(attention, "sinks", 0, tuple((q,) for q in own_q), member)
     if attention.slopes is not None:
         attention.slopes = attention.slopes[slice(*own_q[member.rank])]
+        attention._sent_slopes.clear()
     attention.heads, attention.kv_heads = heads, kv_heads
     attention.dropout_offset += member.rank << 16  # each rank's first head is head 0 to the kernel
 

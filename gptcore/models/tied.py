@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gptcore import ops
-from gptcore.nn.support import is_watched
+from gptcore.nn.support import is_watched, served
 
 
 class TiedTable:
@@ -35,7 +35,7 @@ class TiedTable:
         """Whether the weight of ``embedding``, which runs on our kernel, may be used so: in plain eager training.
 
         Whatever else wants to see the two uses apart keeps autograd's own sum: a compiler, functorch, a
-        tensor subclass, who watches the embedding, a ``main_grad`` that collects gradients itself.
+        dispatch mode, a tensor subclass, who watches the embedding, a ``main_grad`` that collects gradients itself.
         """
         weight = embedding.weight
         return (
@@ -44,10 +44,10 @@ class TiedTable:
             and weight.requires_grad
             and embedding.padding_idx is None  # whose row has no gradient as an embedding
             and type(weight) in (Tensor, torch.nn.Parameter)
-            and weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
+            and served("embedding", weight)
             and getattr(weight, "main_grad", None) is None
             and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch._C._len_torch_dispatch_stack()
             and not is_watched(embedding)
         )
 

@@ -22,7 +22,7 @@ from gptcore.nn.half_precision import in_f32
 if TYPE_CHECKING:
     from gptcore.models.gpt import GPT
 
-_attention = in_f32(ops.attention)
+_attention = in_f32(ops.attention, kernel="attention_f16")
 
 
 class Prefix(NamedTuple):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
 
-from gptcore import backend
+from gptcore import backend, ops
 from gptcore.models.norm import Norm
 from gptcore.nn.feed_forward import KINDS
 from gptcore.nn.linear import SMALL, Linear, moves
-from gptcore.nn.support import is_watched
+from gptcore.nn.support import is_watched, served
 from gptcore.ops.attention_options import values_of
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 # Entries of the stream, rows by width, up to which a block is run so. Of larger ones the calls are hardly seen beside
 # the kernels, and autograd, which frees values and gives gradients one by one, holds less at a time.
 LARGEST = 1 << 16
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _How(NamedTuple):
@@ -50,14 +48,14 @@ def serves(block: Block, x: Tensor, delta: Tensor | None, context: Context) -> b
         not torch.compiler.is_compiling()
         and block.sequential
         and x.numel() <= LARGEST
-        and x.dtype in _DTYPES
-        and x.device.type == "cpu"
+        and served("layer_norm", x)
+        and (x.device.type == "cpu" or backend.has_kernels(x.device, "attention", "gated_activation"))
         and x.is_contiguous()
         and (delta is None or (delta.is_contiguous() and delta.dtype == x.dtype))
         and (type(block.dropout) is nn.Identity or not block.training)
         and context.tensor is context.prefix is context.seed is context.rotary is None
         and _unseen()
-        and _plain(block, x.dtype)
+        and _plain(block, x)
         and (not _learns(block, x, delta) or (context.cache is None and block.norm1.weight.requires_grad))
     )
 
@@ -94,7 +92,7 @@ def _parts(block: Block) -> tuple[Any, ...]:
     return block.norm1, attention.qkv, attention.out, block.norm2, mlp.up, mlp.down
 
 
-def _plain(block: Block, dtype: torch.dtype) -> bool:
+def _plain(block: Block, x: Tensor) -> bool:
     """Whether the modules are those that they began as, nobody watches them, and all of them learn or none."""
     parts = _parts(block)
     if any(is_watched(one) for one in (*parts, block.attention, block.mlp)):
@@ -104,7 +102,11 @@ def _plain(block: Block, dtype: torch.dtype) -> bool:
     weights = [p for one in parts for p in (one.weight, one.bias) if p is not None]
     learnt = weights[0].requires_grad
     return all(
-        type(p) is nn.Parameter and p.dtype == dtype and p.requires_grad == learnt and p.is_contiguous()
+        type(p) is nn.Parameter
+        and p.dtype == x.dtype
+        and p.device == x.device
+        and p.requires_grad == learnt
+        and p.is_contiguous()
         for p in weights
     )
 
@@ -114,6 +116,7 @@ def _unseen() -> bool:
     native = torch._C
     return not (
         torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
         or native._len_torch_dispatch_stack()
         or native._len_torch_function_stack()
         or native._functorch.peek_interpreter_stack() is not None
@@ -199,7 +202,7 @@ def _heads(qkv: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor]:
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, decoding: bool) -> Tensor:
     """x @ weight.T + bias, by whom ``gptcore.nn.linear`` has it computed."""
     rows = x.numel() // x.shape[-1]
-    if not moves(x, weight) and not (decoding and rows <= SMALL):
+    if not moves(x, weight) and not (decoding and rows <= SMALL and x.device.type == "cpu"):
         return nn.functional.linear(x, weight, bias)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     backend.extension().matmul(
@@ -275,9 +278,7 @@ def _affine_backward(
     dx = _product(flat_dy, weight, False).view(x.shape)
     dbias = None
     if bias is not None:
-        dbias = bias.new_empty(1, len(bias))
-        backend.extension().matmul(ones, flat_dy, None, dbias, False, False, False)
-        dbias = dbias[0]
+        dbias = ops.matmul(ones, flat_dy)[0]
     return dx, _product(flat_dy, flat_x, True), dbias
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import gptcore.functional as F
 from gptcore import backend
 from gptcore.nn.linear import linear
+from gptcore.nn.support import served
 
 _CALL = "multi_head_attention"
 
@@ -60,10 +61,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return "add_bias_kv or add_zero_attn"
         if not query.dim() == key.dim() == value.dim() or query.dim() not in (2, 3):
             return "number of dimensions"
-        if any(
-            x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16)
-            for x in (query, key, value)
-        ):
+        if not served("attention", query, key, value) and not backend.takes_half(query, key, value):
             return f"{query.dtype} on {query.device.type}"
         return None
 

@@ -36,7 +36,7 @@ _fixed_order = os.environ.get("GPTCORE_FIXED_ORDER", "1") != "0"
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias for x (..., K), weight (M, K), bias (M,); see the top of the file for who computes it."""
-    if is_half(x) and is_half(weight):
+    if x.device.type == "cpu" and is_half(x) and is_half(weight):
         return in_f32(linear)(x, weight, bias)
     if not _ours(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
@@ -81,8 +81,8 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def moves(a: Tensor, b: Tensor) -> bool:
     """Whether the library's bits for a product of these matrices (a of any number of dimensions) may move, so that it
-    is ours."""
-    if not _fixed_order:
+    is ours: on the CPU only."""
+    if not _fixed_order or a.device.type != "cpu":
         return False
     if a.dtype == torch.bfloat16:
         return amx()

@@ -17,7 +17,7 @@ from gptcore.nn.feed_forward import GATED, FeedForward, activate, activate_refer
 from gptcore.nn.half_precision import in_f32, is_half
 from gptcore.nn.linear import Linear
 from gptcore.nn.noisy_top_k import NoisyLogits
-from gptcore.nn.support import covered
+from gptcore.nn.support import covered, served
 from gptcore.ops.grouped_linear import grouped_linear_reference
 from gptcore.ops.moe_dispatch import moe_combine_reference, moe_dispatch_reference
 from gptcore.ops.moe_router import MOST_CHOICES, MOST_EXPERTS, moe_router_reference
@@ -248,7 +248,7 @@ class MoE(torch.nn.Module):
             :class:`MoEOutput`; 0 beside the shared experts for a token whose choices were all dropped.
 
         Raises:
-            ValueError: a mask that does not fit, another device than the CPU.
+            ValueError: a mask that does not fit, a device that the kernels are not for.
         """
         if self.up.shard is not None:
             y, routing = expert_parallel.forward(self, x, mask, drop, self.up.shard.member)
@@ -263,6 +263,12 @@ class MoE(torch.nn.Module):
             y = y + self.shared(x.reshape(-1, x.shape[-1]))
         return MoEOutput(y.view(x.shape), self._statistics(routing))
 
+    @property
+    def draws(self) -> bool:
+        """Whether training takes random numbers here."""
+        random = self.jitter or self.dropout or self.noise is not None or self.priority == "random"
+        return bool(random) or self.second_choice != "always"
+
     # --- the steps, which expert_parallel takes over ranks -----------------------------------------------------
 
     def checked(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -272,7 +278,8 @@ class MoE(torch.nn.Module):
                 f"MoE: argument 'mask': got {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool of "
                 f"{tuple(x.shape[:-1])}"
             )
-        if x.device.type != "cpu":  # the references' loops over tokens are no way to use another device
+        # The references' loops over tokens are no way to use another device.
+        if x.device.type != "cpu" and not (is_half(x) or served("moe", x)):
             raise ValueError(f"MoE: argument 'x': got a tensor on {x.device}, expected one on the CPU")
         return x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1)
 
@@ -294,9 +301,11 @@ class MoE(torch.nn.Module):
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
             noise = self.noise if self.training else None
             # Products of one expert, since those of ``linear`` depend on the batch.
-            rows = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device)
-            clean = engine.by_row(x, self.router.weight.to(x.dtype)[None], rows)
-            return clean, None if noise is None else engine.by_row(x, noise.weight.to(x.dtype)[None], rows)
+            rows = torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0]  # made where it is read
+            clean = engine.by_row(x, self.router.weight.to(x.dtype).unsqueeze(0), rows)
+            return clean, None if noise is None else engine.by_row(
+                x, noise.weight.to(x.dtype).unsqueeze(0), rows
+            )
 
     def route(
         self,

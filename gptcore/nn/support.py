@@ -7,15 +7,35 @@ from torch import Tensor, nn
 
 from gptcore import backend
 
+_DTYPES = (torch.float32, torch.bfloat16)
+# The kernels of calls that are not named after theirs.
+_KERNELS = {
+    "feed_forward": ("gated_activation",),
+    "gelu": ("gated_activation",),
+    "silu": ("gated_activation",),
+    "moe": ("moe_router", "moe_dispatch", "grouped_linear"),
+}
+
 
 def covered(call: str, x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: CPU, f32 or bf16. What they don't is noted for the report."""
+    """Whether the kernels take these tensors: f32 or bf16, on one device that they are for. What they don't is noted
+    for the report."""
     tensors = [x, *(p for p in parameters if p is not None)]
-    if all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors):
+    if served(call, *tensors):
         return True
     if not torch.compiler.is_compiling():
         backend.note_fallback(call, f"{x.dtype} on {x.device.type}")
     return False
+
+
+def served(call: str, *tensors: Tensor) -> bool:
+    """As :func:`covered`, without a note."""
+    if any(t.dtype not in _DTYPES for t in tensors):
+        return False
+    device = tensors[0].device
+    if any(t.device != device for t in tensors):
+        return False
+    return device.type == "cpu" or backend.has_kernels(device, *_KERNELS.get(call, (call,)))
 
 
 def is_watched(module: nn.Module) -> bool:

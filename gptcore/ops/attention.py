@@ -50,8 +50,9 @@ def attention(
     """``softmax(softmax_scale * q @ k.T) @ v`` over the keys each query sees, head by head.
 
     Args:
-        q: (B, T, H, D), f32 or bf16, 1 <= D <= 256; torch tensor (differentiable), NumPy or CuPy array. Any
-            strides with a contiguous last dimension are read in place, so views of a fused projection are fine.
+        q: (B, T, H, D), f32 or bf16, on CUDA also f16, 1 <= D <= 256; torch tensor (differentiable), NumPy or CuPy
+            array. Any strides with a contiguous last dimension are read in place, so views of a fused projection are
+            fine.
         k, v: (B, S, Hkv, D) of q's dtype; Hkv divides H, query head h reads key head h // (H // Hkv).
         causal: the last query sees the last key, the one before it all but that, and so on (bottom-right).
         window_size: keys seen to the left and right of a query's own place, inclusive; -1 means all.
@@ -524,6 +525,7 @@ _attention = TorchOp(
     inference=_inference,
     lower_precision=True,
     full_precision=tuple(5 + i for i in TENSOR_OPTIONS),
+    takes_half=True,
 )
 _attention_qkv_backward = TorchOp(
     "attention_qkv_backward",
@@ -543,4 +545,5 @@ _attention_qkv = TorchOp(
     inference=_qkv_inference,
     lower_precision=True,
     full_precision=tuple(4 + i for i in TENSOR_OPTIONS),
+    takes_half=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gptcore.ops.arrays import Array, is_torch, namespace
+from gptcore.ops.arrays import Array, empty, is_torch, namespace
 from gptcore.ops.philox import philox_reference, signed_seed
 
 STEPS = 65536
@@ -48,5 +48,6 @@ def seed_array(like: Array, seed: Any) -> Any:
     value = [signed_seed("attention", seed)]
     if is_torch(like):
         return namespace(like).tensor(value, device=like.device)
-    module = namespace(like)
-    return module.asarray(value, dtype=module.int64)
+    array = empty(like, (1,), "int64")
+    array[...] = value[0]
+    return array

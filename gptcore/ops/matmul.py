@@ -24,7 +24,7 @@ def matmul(
     Meant for few rows (decoding: M <= 64, weight stored (N, K) with ``transpose_b=True``, which reads the weight
     once at memory speed and gives a row the same bits in any batch) and for weight gradients
     (``matmul(dy, x, out=dw, accumulate=True, transpose_a=True)``). Any shape works; large plain products with a
-    result of their own are torch's business.
+    result of their own are torch's business. On CUDA all of them are: torch's products there, with f32 sums.
 
     Args:
         a: (M, K), or (K, M) with ``transpose_a``; f32 or bf16; one dimension contiguous.
@@ -48,7 +48,7 @@ def matmul(
         if accumulate:
             raise ValueError("matmul: argument 'out': got None, expected an f32 array to accumulate into")
         out = _new_result(a, b, transpose_a, transpose_b)
-    backend.extension().matmul(a, b, bias, out, accumulate, transpose_a, transpose_b)
+    _run(a, b, bias, out, accumulate, transpose_a, transpose_b)
     return out
 
 
@@ -83,8 +83,38 @@ def _fake(a: Any, b: Any, bias: Any, transpose_a: bool, transpose_b: bool) -> An
 
 def _forward(a: Any, b: Any, bias: Any, transpose_a: bool, transpose_b: bool) -> Any:
     out = _new_result(a, b, transpose_a, transpose_b)
-    backend.extension().matmul(a, b, bias, out, False, transpose_a, transpose_b)
+    _run(a, b, bias, out, False, transpose_a, transpose_b)
     return out
+
+
+def _run(
+    a: Array, b: Array, bias: Array | None, out: Array, accumulate: bool, transpose_a: bool, transpose_b: bool
+) -> None:
+    if is_torch(a) and a.device.type == "cuda":
+        _by_torch(a.t() if transpose_a else a, b.t() if transpose_b else b, bias, out, accumulate)
+    else:
+        backend.extension().matmul(a, b, bias, out, accumulate, transpose_a, transpose_b)
+
+
+def _by_torch(a: Any, b: Any, bias: Any, out: Any, accumulate: bool) -> None:
+    """The product of torch tensors by torch, rounded once to ``out``'s dtype."""
+    import torch
+
+    if accumulate and bias is not None:
+        raise ValueError("matmul: argument 'bias': got one with accumulate=True, expected None")
+    if accumulate and out.dtype != torch.float32:
+        raise TypeError(
+            f"matmul: argument 'out': got {out.dtype} with accumulate=True, expected torch.float32"
+        )
+    added = out if accumulate else bias
+    if a.dtype == out.dtype and (added is None or added.dtype == out.dtype):
+        if added is None:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(added, a, b, out=out)
+        return
+    product = a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+    out.copy_(product if added is None else product.add_(added))
 
 
 _matmul = TorchOp(

@@ -70,6 +70,7 @@ class TorchOp:
             ``<name>_eager_backward``, for ops so small that a Python frame counts.
         lower_precision: under autocast, floating tensors are cast to its dtype first, as torch does for
             products.
+        takes_half: CUDA's kernel takes f16 too; without it what CUDA's autocast wants in f16 is computed in f32.
         full_precision: places of inputs which autocast leaves as they are.
     """
 
@@ -88,6 +89,7 @@ class TorchOp:
         native_hooks: bool = False,
         lower_precision: bool = False,
         full_precision: tuple[int, ...] = (),
+        takes_half: bool = False,
     ) -> None:
         self.name = name
         self.schema = schema
@@ -101,6 +103,7 @@ class TorchOp:
         self.native_hooks = native_hooks
         self.lower_precision = lower_precision
         self.full_precision = full_precision
+        self.takes_half = takes_half
         self.overload: Any = None
         self.route: Any = self._register_and_call
         if sys.modules.get("torch"):  # else with the first call; importing gptcore.ops must not import torch
@@ -118,7 +121,8 @@ class TorchOp:
             self.eager_backward = getattr(extension, f"{self.name}_eager_backward")
         library = _library
         library.define(self.name + self.schema, tags=(_torch.Tag.pt2_compliant_tag,))
-        library.impl(self.name, self.forward, "CPU")
+        for key in ("CPU", "CUDA"):
+            library.impl(self.name, self.forward, key)
         qualified = f"gptcore::{self.name}"
         _torch.library.register_fake(qualified, self.fake, lib=library)
         _torch.library.register_autograd(
@@ -200,16 +204,21 @@ class TorchOp:
             inputs: all that the schema names, in order.
         """
         if self.lower_precision:
-            inputs = _autocast(inputs, self.full_precision)
+            inputs = _autocast(inputs, self.full_precision, self.takes_half)
         if _is_compiling() and any(map(is_torch, inputs)):
             return self.overload(*inputs)
         return self.route(*inputs)
 
 
-def _autocast(inputs: tuple[Any, ...], kept: tuple[int, ...]) -> tuple[Any, ...]:
-    if _torch is None or not _torch.is_autocast_enabled("cpu"):
+def _autocast(inputs: tuple[Any, ...], kept: tuple[int, ...], takes_half: bool) -> tuple[Any, ...]:
+    if _torch is None or not (_torch.is_autocast_enabled("cpu") or _torch.is_autocast_enabled("cuda")):
         return inputs
-    dtype = _torch.get_autocast_dtype("cpu")
+    device = next((x.device.type for x in inputs if isinstance(x, _torch.Tensor)), "cpu")
+    if not _torch.is_autocast_enabled(device):
+        return inputs
+    dtype = _torch.get_autocast_dtype(device)
+    if device == "cuda" and dtype == _torch.float16 and not takes_half:
+        dtype = _torch.float32
     return tuple(
         x.to(dtype)
         if isinstance(x, _torch.Tensor)

@@ -18,6 +18,8 @@ FACTS = {
     "cuda_built": False,
     "cuda_devices": [],
     "cuda_reason": "built without CUDA",
+    "cuda_kernels": [],
+    "cuda_unfit": {},
     "torch": "2.13.0",
     "numpy": None,
     "mkl_cbwr": "AVX2,STRICT",
@@ -35,6 +37,7 @@ def test_every_fact_has_its_line():
     assert lines["threads"] == "2 (CPU affinity)"
     assert lines["OpenMP"] == "/usr/lib/libgomp.so.1"
     assert lines["CUDA"] == "no device (built without CUDA)"
+    assert lines["kernels"] == "none for CUDA"
     assert lines["numpy"] == "not installed"
     assert lines["MKL_CBWR"] == "AVX2,STRICT"
     assert "warning" not in lines
@@ -47,6 +50,14 @@ def test_what_is_amiss_is_said():
     assert lines_of({**FACTS, "mkl_cbwr": None})["MKL_CBWR"].startswith("not set")
     assert "reinstall gptcore" in lines_of({**FACTS, "native_version": "0.0.9"})["warning"]
     assert lines_of({**FACTS, "cuda_devices": ["0: X", "1: Y"]})["CUDA"] == "0: X, 1: Y"
+
+
+def test_kernels_for_cuda_and_devices_too_old_for_them():
+    unfit = {0: None, 1: "device cuda: compute capability 7.5, expected 8.0 or later"}
+    lines = lines_of({**FACTS, "cuda_kernels": ["attention", "rotary"], "cuda_unfit": unfit})
+    assert lines["kernels"] == (
+        "CUDA's of attention, rotary; cuda:1: device cuda: compute capability 7.5, expected 8.0 or later"
+    )
 
 
 def test_of_this_machine(capsys):

@@ -147,7 +147,7 @@ def attention_forward(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
         causal=causal, window_size=(left, -1), softmax_scale=scaling, soft_cap=softcap,
         sinks=None if s_aux is None else s_aux.float(),
-        dropout_p=dropout, seed=torch.randint(2**63 - 1, (1,)) if dropout else None,
+        dropout_p=dropout, seed=torch.randint(2**63 - 1, (1,), device=query.device) if dropout else None,
         **_scores_options(attention_mask, position_bias, key.shape[2], query.dtype),
     )  # fmt: skip
     return out, None
@@ -171,9 +171,10 @@ def _scores_options(
 
 def _uncovered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
     """Why the kernel does not take this call, or None if it does."""
-    if query.device.type != "cpu":
-        return f"device {query.device.type}"
-    if query.dtype not in (torch.float32, torch.bfloat16) or not query.dtype == key.dtype == value.dtype:
+    if reason := backend.why_no_kernels(query.device, "attention"):
+        return reason
+    known = query.dtype in (torch.float32, torch.bfloat16) or backend.takes_half(query)
+    if not known or not query.dtype == key.dtype == value.dtype:
         return f"dtype {query.dtype}"
     if key.shape != value.shape or not 1 <= query.shape[-1] <= 256:
         return "head sizes"

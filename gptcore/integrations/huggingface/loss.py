@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gptcore import backend, ops
@@ -17,7 +16,7 @@ from gptcore.integrations.huggingface.modules import is_theirs
 from gptcore.integrations.swap import Rule, original_forward, runs
 from gptcore.integrations.torch_modules import TIED_TABLE
 from gptcore.models.tied import TiedTable
-from gptcore.nn.support import is_watched
+from gptcore.nn.support import is_watched, served
 
 _CALL = "fused_linear_cross_entropy"
 
@@ -72,7 +71,7 @@ def _uncovered(model: Any, given: dict[str, Any]) -> str | None:
         return "another loss function"
     if not isinstance(given.get("logits_to_keep", 0), int) or given.get("logits_to_keep"):
         return "logits_to_keep"
-    if head.weight.device.type != "cpu" or head.weight.dtype not in (torch.float32, torch.bfloat16):
+    if not served("linear_cross_entropy", head.weight):
         return f"{head.weight.dtype} on {head.weight.device.type}"
     return None
 

@@ -16,7 +16,7 @@ from gptcore import ops
 from gptcore.integrations import autocast_linear
 from gptcore.integrations.swap import Rule, original_forward, random_input, row, runs
 from gptcore.nn.linear import SMALL
-from gptcore.nn.support import is_watched
+from gptcore.nn.support import is_watched, served
 
 _TANH = ("NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation", "GELUTanh", "BloomGelu")
 # Gemma's norms multiply by 1 + weight.
@@ -31,13 +31,9 @@ def is_theirs(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "transformers"
 
 
-def _taken(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the kernels take these, in one dtype; else the module's own forward is called."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and all(p.dtype == x.dtype for p in parameters)
-    )
+def _taken(kernel: str, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether ``kernel`` takes these, in one dtype; else the module's own forward is called."""
+    return served(kernel, x, *parameters) and all(p.dtype == x.dtype for p in parameters)
 
 
 def _eps(module: Any) -> float:
@@ -45,13 +41,13 @@ def _eps(module: Any) -> float:
 
 
 def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    if not _taken(hidden_states, module.weight):
+    if not _taken("rms_norm", hidden_states, module.weight):
         return original_forward(module, hidden_states)
     return ops.rms_norm(hidden_states, module.weight, _eps(module))
 
 
 def _rms_norm_zero_centred(module: Any, x: Tensor) -> Tensor:
-    if not _taken(x, module.weight):
+    if not _taken("rms_norm", x, module.weight):
         return original_forward(module, x)
     return ops.rms_norm(x, module.weight, _eps(module), weight_offset=1.0)
 
@@ -86,7 +82,7 @@ def _gate_kind(activation: nn.Module) -> str:
 def _gated_mlp(module: Any, x: Tensor) -> Tensor:
     """LLaMA's feed-forward: the activation of the gate and the product with the other half in one pass."""
     gate, up = module.gate_proj(x), module.up_proj(x)
-    if not _taken(gate, up):
+    if not _taken("gated_activation", gate, up):
         return module.down_proj(module.act_fn(gate) * up)
     kind = _gate_kind(module.act_fn)
     gated = ops.swiglu(gate, up) if kind == "silu" else ops.geglu(gate, up, approximate=kind)
@@ -96,7 +92,7 @@ def _gated_mlp(module: Any, x: Tensor) -> Tensor:
 def _packed_mlp(module: Any, hidden_states: Tensor) -> Tensor:
     """GLM's feed-forward, whose gate and other half are one projection."""
     both = module.gate_up_proj(hidden_states)
-    if not _taken(both):
+    if not _taken("gated_activation", both):
         return original_forward(module, hidden_states)
     kind = _gate_kind(module.activation_fn)
     return module.down_proj(
@@ -135,7 +131,7 @@ def conv1d(module: Any, x: Tensor) -> Tensor:
         return autocast_linear.autocast_linear(x, module.weight, module.bias, transposed=True)
     rows = x.numel() // x.shape[-1]
     few = 0 < rows <= SMALL and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    if not few or torch.compiler.is_compiling() or not _taken(x, module.weight, module.bias):
+    if not few or torch.compiler.is_compiling() or not _taken("matmul", x, module.weight, module.bias):
         return original_forward(module, x)
     return ops.matmul(x.reshape(rows, -1), module.weight, bias=module.bias).view(*x.shape[:-1], module.nf)
 

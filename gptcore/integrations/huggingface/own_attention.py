@@ -23,7 +23,9 @@ def _stays(hidden_states: Tensor, output_attentions: bool) -> bool:
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     reason = "output_attentions" if output_attentions else None
-    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    kernel = "attention_f16" if dtype == torch.float16 and device != "cpu" else "attention"
+    known = dtype in (torch.float32, torch.bfloat16) or kernel == "attention_f16"
+    if not (known and backend.has_kernels(hidden_states.device, kernel)):
         reason = f"dtype {dtype} on {device}"
     if reason is not None:
         backend.note_fallback(CALL, reason)

@@ -6,10 +6,10 @@ import functools
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gptcore import ops
+from gptcore.nn.support import served
 
 _NAME = "apply_rotary_pos_emb"
 
@@ -44,9 +44,8 @@ def _taken(q: Tensor, k: Tensor, cos: Tensor, unsqueeze_dim: int) -> bool:
         and q.ndim == k.ndim == 4
         and cos.ndim == 3
         and cos.shape[0] in (1, q.shape[0])
-        and q.device.type == "cpu"
         and q.dtype == k.dtype
-        and q.dtype in (torch.float32, torch.bfloat16)
+        and served("rotary", q, k)
         and not cos.requires_grad
     )
 
