@@ -228,7 +228,8 @@ class TrainConfig(Spec):
     it. ``start`` names a run, checkpoint or Hugging Face directory whose weights the run begins with; a dense
     model's go to every expert of one with experts. ``dtype`` bfloat16 trains bf16 weights with f32 masters, and
     float16 does so under a loss scale. ``threads`` 0 takes what the machine gives. ``log_every`` is in updates.
-    ``changes`` are applied under way, each at its step.
+    ``changes`` are applied under way, each at its step. ``graphs``: on CUDA, updates are captured as CUDA graphs where
+    they can be (``gptcore.train.graph``), with the same numbers.
     """
 
     section: ClassVar[str] = ""
@@ -240,6 +241,7 @@ class TrainConfig(Spec):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int = 0
+    graphs: bool = True
     z_loss: float = 0.0
     log_every: int = 1
     model: dict = field(default_factory=dict)  # type: ignore[type-arg]

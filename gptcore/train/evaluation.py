@@ -35,15 +35,22 @@ def tensors_of(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """tokens and targets (B, T) int64, and the model's options: what the batch has of cu_seqlens (int32) and of a
     padding mask (B, T) (bool), and with their own dtypes the arrays of its ``options``, on ``device``."""
-    tokens = torch.as_tensor(batch.tokens).to(device, torch.int64)
-    targets = torch.as_tensor(batch.targets).to(device, torch.int64)
-    options = {}
+    tensors = {name: tensor.to(device) for name, tensor in host_tensors(batch).items()}
+    return tensors.pop("tokens"), tensors.pop("targets"), tensors
+
+
+def host_tensors(batch: Any) -> dict[str, torch.Tensor]:
+    """The same by name, where they are."""
+    tensors = {
+        "tokens": torch.as_tensor(batch.tokens).to(torch.int64),
+        "targets": torch.as_tensor(batch.targets).to(torch.int64),
+    }
     for name, dtype in (("cu_seqlens", torch.int32), ("mask", torch.bool)):
         if (array := getattr(batch, name, None)) is not None:
-            options[name] = torch.as_tensor(array).to(device, dtype)
+            tensors[name] = torch.as_tensor(array).to(dtype)
     for name, array in (getattr(batch, "options", None) or {}).items():
-        options[name] = torch.as_tensor(array).to(device)
-    return tokens, targets, options
+        tensors[name] = torch.as_tensor(array)
+    return tensors
 
 
 def held_out(loader: Batches, batches: int) -> Callable[[torch.nn.Module], dict[str, float]]:

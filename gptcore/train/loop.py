@@ -18,7 +18,7 @@ from gptcore.errors import UserError
 from gptcore.models import GPT
 from gptcore.models.config import GPTConfig
 from gptcore.report.progress import Progress
-from gptcore.train import best, peak, processes, state, strategies
+from gptcore.train import best, graphed, peak, processes, state, strategies
 from gptcore.train.announce import draw_curves, headline, say_stopped
 from gptcore.train.config import TrainConfig
 from gptcore.train.evaluation import Batches
@@ -127,7 +127,7 @@ def run(
         metrics = MetricsFile(directory.metrics, now.step if resumed else -1)
         now.events, now.writer = EventLog(directory.events, now.event_count), writer_of(now)
         try:
-            with now.writer:
+            with now.writer, graphed.prepared(now):
                 _train(now, metrics, ceiling, quiet)
         finally:
             metrics.close()

@@ -16,7 +16,7 @@ import torch.distributed as c10d
 from gptcore import checkpoint
 from gptcore.dist.group import agree, member_of
 from gptcore.errors import UserError
-from gptcore.train import checkpoints_kept
+from gptcore.train import checkpoints_kept, graphed
 from gptcore.train.guard import Guard, Sighting, Verdict
 from gptcore.train.processes import first_alone
 from gptcore.train.run_state import Run, opened, save, take_up
@@ -84,6 +84,8 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
 def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | None]:
     """Make the next update: its loss, its norm, and the error if one is not finite."""
     try:
+        if now.graphs is not None and not drops:
+            return *graphed.update(now), None
         loss = update(
             now.config,
             now.called,
@@ -95,13 +97,15 @@ def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | No
             batch=now.course.batch(now.step),
             admit=_admission(now.guard, drops),
             scaler=now.scaler,
+            batches=now.batches,
         )
     except NonFiniteError as error:
         now.writer.wait()  # a checkpoint under way is the last good one, if it comes to be
         error.args = (f"{error}; {_kept(now)}",)
         return error.loss, error.grad_norm, error
     overflowed = now.scaler is not None and now.optimizer.found_inf  # which a smaller scale puts right
-    return loss, None if overflowed else now.optimizer.last_grad_norm, None
+    norm = now.optimizer.last_grad_norm  # of a device's gradients a tensor there
+    return loss, None if overflowed or norm is None else float(norm), None
 
 
 def _kept(now: Run) -> str:

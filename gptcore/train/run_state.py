@@ -18,8 +18,10 @@ from gptcore.optim import LossScaler
 from gptcore.optim.divided import Divided
 from gptcore.train import checkpoints_kept, sharding, state
 from gptcore.train.config import TrainConfig
+from gptcore.train.device_batches import DeviceBatches
 from gptcore.train.evaluation import Batches
 from gptcore.train.events import EventLog
+from gptcore.train.graph import StepGraphs
 from gptcore.train.guard import Guard
 from gptcore.train.metrics import MetricsFile, ModelFlops
 from gptcore.train.processes import first_alone, from_first
@@ -67,6 +69,8 @@ class Run:
     scaler: LossScaler | None = None
     best: dict[str, float] | None = None  # step and value of the best evaluation so far
     called: torch.nn.Module = field(init=False)
+    batches: DeviceBatches | None = None  # of the loader, where a device computes meanwhile
+    graphs: StepGraphs | None = None
 
 
 def resume_from(now: Run, resume: bool, quiet: bool) -> bool:

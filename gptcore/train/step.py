@@ -14,13 +14,14 @@ from gptcore.errors import UserError
 from gptcore.optim import LossScaler, ZeroOptimizer
 from gptcore.train import strategies
 from gptcore.train.config import TrainConfig
+from gptcore.train.device_batches import DeviceBatch, DeviceBatches, Place
 from gptcore.train.evaluation import Batches, tensors_of
 from gptcore.train.leaves import batch_of, of_each_rank, seed
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.sharding import Optimizer
 
 # Where a loss or a gradient is not finite.
-_ADVICE = "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
+ADVICE = "lower optimizer.lr, lengthen schedule.warmup or set optimizer.max_norm"
 
 
 class NonFiniteError(UserError):
@@ -47,6 +48,7 @@ def update(
     batch: int | None = None,
     admit: Callable[[float, float], bool] | None = None,
     scaler: LossScaler | None = None,
+    batches: DeviceBatches | None = None,
 ) -> float:
     """One update, the one with zero-based index ``step``, by all ranks together; returns the mean loss of its leaves.
 
@@ -59,6 +61,7 @@ def update(
         admit: asked with loss and gradient norm before a weight is touched; where it answers False, none is.
         scaler: multiplies the loss for backward; where a gradient then overflows, no weight is touched, and the scale
             falls.
+        batches: gives the leaves' batches, those of ``loader``, ahead of time.
 
     Raises:
         NonFiniteError: before anything was written, whether the loss or only a gradient is not finite; on all ranks.
@@ -78,11 +81,11 @@ def update(
     own = []
     for leaf in leaves:
         seed(config, step, leaf)
-        micro = batch_of(loader, config, batch, leaf)
-        weight = float(getattr(micro, "weight", 1.0))
+        micro = _taken(config, model, loader, batches, (batch, leaf), leaves)
+        weight = micro.weight
         with strategies.leaf(model, leaf == leaves[-1]):
-            out = _forward(config, model, micro, shared)
-            total = _total(out, config, weight)
+            out = forward(config, model, micro, shared)
+            total = objective(out, config, weight)
             (total if scaler is None else scaler.scale(total)).backward()
         if routing is not None:
             routing.add(out)
@@ -92,7 +95,7 @@ def update(
     # What is drawn between updates does not depend on who had which leaf.
     seed(config, step, len(leaves) * member.ranks)
     loss = _mean_in_order(of_ranks, gather_numbers(own, member))
-    where = f"at step {step + 1} (learning rate {lr:.3g}); {_ADVICE}"
+    where = f"at step {step + 1} (learning rate {lr:.3g}); {ADVICE}"
     if not math.isfinite(loss):
         optimizer.zero_grad()
         raise NonFiniteError(f"the loss is {loss} {where}", loss)
@@ -106,7 +109,8 @@ def update(
         scaler.update(optimizer.found_inf)
         what = scaler.collapsed()
     if what is not None:
-        raise NonFiniteError(f"{what} {where}", loss, optimizer.last_grad_norm)
+        norm = optimizer.last_grad_norm
+        raise NonFiniteError(f"{what} {where}", loss, None if norm is None else float(norm))
     return loss
 
 
@@ -130,13 +134,38 @@ def _of_update(model: torch.nn.Module, batches: Callable[[], list[Any]], member:
     return {} if look is None else look(batches(), lambda own: gather_numbers(own, member))
 
 
-def _forward(config: TrainConfig, model: torch.nn.Module, batch: Any, shared: Mapping[str, Any]) -> Any:
-    tokens, targets, options = tensors_of(batch, next(model.parameters()).device)
+def _taken(
+    config: TrainConfig,
+    model: torch.nn.Module,
+    loader: Batches,
+    batches: DeviceBatches | None,
+    place: Place,
+    leaves: Sequence[int],
+) -> DeviceBatch:
+    """The batch of one of this rank's ``leaves``."""
+    if batches is not None:
+        return batches.take(place, places_after(place, leaves))
+    batch = batch_of(loader, config, *place)
+    return DeviceBatch(
+        *tensors_of(batch, next(model.parameters()).device), float(getattr(batch, "weight", 1.0))
+    )
+
+
+def places_after(place: Place, leaves: Sequence[int]) -> list[Place]:
+    """What an update of ``leaves`` takes after ``place``, and then most likely the next one."""
+    batch, leaf = place
+    return [(batch, other) for other in leaves if other > leaf] + [(batch + 1, other) for other in leaves]
+
+
+def forward(
+    config: TrainConfig, model: torch.nn.Module, batch: DeviceBatch, shared: Mapping[str, Any]
+) -> Any:
+    """The model's output for a leaf; ``shared`` are options of every forward of the update."""
     z_loss = {"z_loss": config.z_loss} if config.z_loss else {}
-    return model(tokens, targets, **options, **shared, **z_loss)
+    return model(batch.tokens, batch.targets, **batch.options, **shared, **z_loss)
 
 
-def _total(out: Any, config: TrainConfig, weight: float) -> torch.Tensor:
+def objective(out: Any, config: TrainConfig, weight: float) -> torch.Tensor:
     """What is minimised: the loss, by the batch's weight in the update, with all that is added to it."""
     total: torch.Tensor = out.loss + out.z_loss if config.z_loss else out.loss
     if weight != 1.0:

@@ -1,0 +1,115 @@
+"""A run on a device: batches that come ahead of time, and graphs of its updates where nothing stands against them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+
+from gptcore import backend
+from gptcore.optim import LossScaler
+from gptcore.optim.fused import FusedOptimizer
+from gptcore.train import strategies
+from gptcore.train.config import TrainConfig
+from gptcore.train.device_batches import DeviceBatches, sender_for
+from gptcore.train.graph import CALL, CudaRecorder, Recorder, StepGraphs
+from gptcore.train.guard import Guard
+from gptcore.train.leaves import batch_of, of_each_rank, seed
+from gptcore.train.routing import RoutingWatch
+from gptcore.train.run_state import Run
+from gptcore.train.sharding import Optimizer
+from gptcore.train.step import ADVICE, NonFiniteError, forward, objective, places_after
+
+
+@contextlib.contextmanager
+def prepared(now: Run) -> Iterator[None]:
+    """Within it a run on CUDA has ``now.batches``, and ``now.graphs`` if ``obstacle`` names nothing."""
+    device = torch.device(now.config.device)
+    if not _is_asynchronous(device):
+        yield
+        return
+    with DeviceBatches(
+        functools.partial(batch_of, now.loader, now.config), sender_for(device)
+    ) as now.batches:
+        why = obstacle(now.config, now.called, now.optimizer, now.guard, now.routing, now.scaler)
+        if why is None:
+            now.graphs = graphs_of(now, _recorder_of(now))
+        elif now.config.graphs:
+            backend.note_fallback(CALL, why)
+        yield
+
+
+def _is_asynchronous(device: torch.device) -> bool:
+    """Whether it computes while the host goes on."""
+    return device.type == "cuda"
+
+
+def _recorder_of(now: Run) -> Recorder:
+    return CudaRecorder(torch.device(now.config.device))
+
+
+def obstacle(
+    config: TrainConfig,
+    called: torch.nn.Module,
+    optimizer: Optimizer,
+    guard: Guard,
+    routing: RoutingWatch | None,
+    scaler: LossScaler | None,
+) -> str | None:
+    """Why the updates of a run cannot be captured, in a few words; None where they can, as far as is known before."""
+    if not config.graphs:
+        return "graphs are off"
+    if not isinstance(optimizer, FusedOptimizer) or strategies.model_of(called) is not called:
+        return "several processes, or leaves added in a fixed tree (parallel.fixed_tree)"
+    if guard.decides_before:
+        return "a recovery policy that looks at an update before it is applied (skip)"
+    if scaler is not None:
+        return "a loss scale, which follows from each update"
+    if routing is not None:
+        return "experts, whose routing is watched in each update"
+    if hasattr(called, "of_update"):
+        return "a loss that takes something from all batches of an update"
+    if config.memory.activation_checkpointing != "none" and _drops_out(called):
+        return "checkpointed blocks that draw random numbers"
+    return None
+
+
+def _drops_out(model: torch.nn.Module) -> bool:
+    return any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
+
+
+def graphs_of(now: Run, recorder: Recorder) -> StepGraphs:
+    """Of the updates of ``now``."""
+    config, optimizer = now.config, now.optimizer
+    assert isinstance(optimizer, FusedOptimizer)
+    return StepGraphs(
+        now.called,
+        optimizer,
+        recorder,
+        forward=lambda batch: forward(config, now.called, batch, {}),
+        total=lambda out, weight: objective(out, config, weight),
+        seed=lambda step, leaf: seed(config, step, leaf),
+        device=torch.device(config.device),
+    )
+
+
+def update(now: Run) -> tuple[float, float]:
+    """The next update, by graphs; its loss and gradient norm.
+
+    Raises:
+        NonFiniteError: no weight was touched.
+    """
+    assert now.graphs is not None and now.batches is not None
+    lr, data = now.course.learning_rate(now.step), now.course.batch(now.step)
+    leaves = range(of_each_rank(now.config, data, 1))
+    places = [(data, leaf) for leaf in leaves]
+    taken = [now.batches.take(place, places_after(place, leaves)) for place in places]
+    told = now.graphs.launch(now.step, lr, taken).read()
+    if math.isfinite(told.loss) and not told.found_inf:
+        return told.loss, told.grad_norm
+    what = "a gradient is not finite" if math.isfinite(told.loss) else f"the loss is {told.loss}"
+    where = f"at step {now.step + 1} (learning rate {lr:.3g}); {ADVICE}"
+    raise NonFiniteError(f"{what} {where}", told.loss, told.grad_norm)
