@@ -6,7 +6,9 @@ parameters that ``GPT`` really has.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from gptcore.models.config import GPTConfig
@@ -181,6 +183,22 @@ def flops_per_token(config: GPTConfig, length: int, *, causal_halved: bool = Fal
     if causal_halved and config.attention.causal:
         attention //= 2
     return 6 * active_parameters(config) + attention
+
+
+def remade_flops_per_token(config: GPTConfig, length: int, layers: Iterable[int]) -> int:
+    """FLOPs, for one token, of a second forward pass of these blocks: 2N + 4·H·D·T each."""
+    attention = 4 * config.num_heads * config.head_dim * length
+    met = [_met_in_block(config, config.has_experts(layer)) for layer in layers]
+    return sum(2 * n + attention for n in met)
+
+
+def _met_in_block(config: GPTConfig, has_experts: bool) -> int:
+    """Parameters of a block that a token meets."""
+    total = sum(math.prod(shape) for shape in block_shapes(config, has_experts))
+    if not has_experts or config.moe is None:
+        return total
+    idle = config.moe.num_experts - config.moe.top_k
+    return total - idle * _mlp_parameters(config, config.expert_hidden_size)
 
 
 def state_bytes(config: GPTConfig, *, parameter_bytes: int = 2) -> StateBytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,20 @@ FORMULA_CAUSAL = "6N + 6·L·H·D·T"  # the same with the half of the scores th
 
 
 class ModelFlops(NamedTuple):
-    """FLOPs of training on one token, forward and backward, by both conventions for causal attention."""
+    """FLOPs of training on one token, forward and backward, by both conventions for causal attention; ``remade`` are
+    those of forward passes of blocks a second time, which are the hardware's work and not the model's."""
 
     per_token: int
     per_token_causal: int
+    remade: int = 0
 
     @classmethod
-    def of(cls, config: GPTConfig, length: int) -> ModelFlops:
-        """Of a model in sequences of ``length`` tokens."""
+    def of(cls, config: GPTConfig, length: int, remade: Iterable[int] = ()) -> ModelFlops:
+        """Of a model in sequences of ``length`` tokens, whose layers ``remade`` are computed anew in backward."""
         return cls(
             accounting.flops_per_token(config, length),
             accounting.flops_per_token(config, length, causal_halved=True),
+            accounting.remade_flops_per_token(config, length, remade),
         )
 
 
@@ -41,6 +45,11 @@ def throughput(tokens: int, seconds: float, flops: ModelFlops | None, peak: Peak
         if peak.flops_per_s is not None:
             fields["mfu"] = rate * flops.per_token / peak.flops_per_s
             fields["mfu_causal_halved"] = rate * flops.per_token_causal / peak.flops_per_s
+            if flops.remade:
+                fields["hfu"] = rate * (flops.per_token + flops.remade) / peak.flops_per_s
+        if peak.product is not None:
+            fields["mfu_of_product"] = rate * flops.per_token / peak.product
+            fields["mfu_causal_halved_of_product"] = rate * flops.per_token_causal / peak.product
     return fields
 
 

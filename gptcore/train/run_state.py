@@ -196,4 +196,9 @@ def tokens_per_update(config: TrainConfig, step: int) -> int:
 def flops_of(now: Run) -> ModelFlops | None:
     """What training on one token costs; None for a model that is no GPT."""
     config = getattr(now.model, "config", None)
-    return ModelFlops.of(config, now.config.data.length) if isinstance(config, GPTConfig) else None
+    if not isinstance(config, GPTConfig):
+        return None
+    memory = now.config.memory  # selective checkpointing makes no product again
+    anew = memory.activation_checkpointing == "block"
+    remade = range(0, config.num_layers, memory.every) if anew else range(0)
+    return ModelFlops.of(config, now.config.data.length, remade)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptcore.errors import UserError
-from gptcore.models import GPTConfig
+from gptcore.models import GPTConfig, accounting
 from gptcore.report.plot import loss_curve, running_mean
 from gptcore.train import peak
 from gptcore.train.metrics import MetricsFile, ModelFlops, read, throughput
@@ -30,6 +30,38 @@ def test_throughput_by_hand() -> None:
         "mfu": 0.2,
         "mfu_causal_halved": 0.15,
     }
+
+
+def test_work_done_twice_is_the_hardwares_and_not_the_models() -> None:
+    """Two of GPT-2's 12 blocks, each 7,087,872 parameters, forward once more."""
+    flops = ModelFlops.of(GPTConfig(), 1024, [0, 6])
+    assert flops.remade == 2 * (2 * 7_087_872 + 4 * 768 * 1024)
+    assert flops[:2] == ModelFlops.of(GPTConfig(), 1024)[:2]
+    table: dict[str, object] = {"moe": {"num_experts": 8, "top_k": 2}, "mlp": {"activation": "swiglu"}}
+    experts, fewer = GPTConfig.from_dict(table), GPTConfig.from_dict({**table, "num_layers": 11})
+    assert experts.expert_layers == tuple(range(12))
+    layer = accounting.active_parameters(experts) - accounting.active_parameters(fewer)
+    assert accounting.remade_flops_per_token(experts, 1, [0]) == 2 * layer + 4 * 768
+    assert throughput(1000, 2.0, ModelFlops(40, 30, 10), peak.Peak(1e5, "a"))["hfu"] == 0.25
+
+
+def test_against_a_data_sheet_and_a_product() -> None:
+    known = peak.beside_data_sheet("NVIDIA H200", torch.bfloat16, 790e12)
+    assert known.flops_per_s == 989.4e12 and known.product == 790e12
+    assert str(known) == ("peak 989 TFLOP/s (NVIDIA H200, data sheet, dense bf16; a product reaches 790)")
+    fields = throughput(1000, 2.0, ModelFlops(40, 30), peak.Peak(1e5, "a", 4e4))
+    assert fields["mfu"] == 0.2 and fields["mfu_of_product"] == 0.5
+    assert fields["mfu_causal_halved_of_product"] == 0.375
+    assert peak.beside_data_sheet("NVIDIA Something", torch.bfloat16, 1e14)[0] == 1e14
+    assert "float32 product" in peak.beside_data_sheet("NVIDIA H200", torch.float32, 4e14).name
+
+
+@pytest.mark.cuda
+def test_a_gpus_product() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    found = peak.of(torch.device("cuda"), torch.bfloat16)
+    assert found.product is None or 0.3 < found.product / (found.flops_per_s or 1.0) < 1.05
 
 
 def test_what_is_unknown_is_none() -> None:
