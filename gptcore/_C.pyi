@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Tensor = Any
+Number = float | Tensor
 
 __version__: str
 
@@ -66,18 +67,21 @@ def adamw_8bit(
     exp_avg_sqs: list[Tensor],
     exp_avg_sq_scales: list[Tensor],
     copies: list[Tensor],
+    steps: list[Tensor],
     weight_decay: Sequence[float],
-    step: int,
-    lr: float,
+    step: Number | None,
+    lr: Number,
     beta1: float,
     beta2: float,
     eps: float,
     maximize: bool,
     max_norm: float | None,
-    grad_scale: float,
-    grad_norm: float | None,
+    grad_scale: Number,
+    grad_norm: Number | None,
     seed: int,
     places: Sequence[tuple[int, int]],
+    norm: Tensor | None,
+    found_inf: Tensor | None,
 ) -> tuple[float, bool]: ...
 def adamw(
     params: list[Tensor],
@@ -89,16 +93,18 @@ def adamw(
     copies: list[Tensor],
     steps: list[Tensor],
     weight_decay: Sequence[float],
-    step: int,
-    lr: float,
+    step: Number | None,
+    lr: Number,
     beta1: float,
     beta2: float,
     eps: float,
     decoupled: bool,
     maximize: bool,
     max_norm: float | None,
-    grad_scale: float,
-    grad_norm: float | None,
+    grad_scale: Number,
+    grad_norm: Number | None,
+    norm: Tensor | None,
+    found_inf: Tensor | None,
 ) -> tuple[float, bool]: ...
 def attach_kernels(kernels: object) -> None: ...
 def attention_backward(
@@ -202,7 +208,9 @@ def gated_activation_forward(
     up_bias: Tensor | None,
     y: Tensor | None,
 ) -> None: ...
-def grad_norm(grads: list[Tensor], grad_scale: float) -> tuple[float, bool]: ...
+def grad_norm(
+    grads: list[Tensor], grad_scale: Number, norm: Tensor | None, found_inf: Tensor | None
+) -> tuple[float, bool]: ...
 def grouped_linear(
     x: Tensor | None,
     weight: Tensor | None,
@@ -481,15 +489,19 @@ def sgd(
     copies: list[Tensor],
     weight_decay: Sequence[float],
     first: Sequence[bool],
-    lr: float,
+    lr: Number,
     momentum: float,
     dampening: float,
     nesterov: bool,
     maximize: bool,
     max_norm: float | None,
-    grad_scale: float,
-    grad_norm: float | None,
+    grad_scale: Number,
+    grad_norm: Number | None,
     check_finite: bool,
+    norm: Tensor | None,
+    found_inf: Tensor | None,
 ) -> tuple[float | None, bool]: ...
 def square_blocks(grads: list[Tensor], block: int) -> int: ...
-def square_sums(grads: list[Tensor], block: int, grad_scale: float, out: Tensor | None) -> bool: ...
+def square_sums(
+    grads: list[Tensor], block: int, grad_scale: Number, out: Tensor | None, found_inf: Tensor | None
+) -> bool: ...

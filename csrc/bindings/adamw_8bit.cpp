@@ -6,28 +6,33 @@
 #include "kernels/grad_norm/grad_norm.h"
 
 namespace py = pybind11;
+using gptcore::StepNumber;
 using gptcore::TensorList;
+using gptcore::TensorView;
 
 namespace {
 
-// The norm and the update in one crossing. With grad_norm given, the gradients are known to be finite.
+// The norm and the update in one crossing. With grad_norm given, the gradients are not looked through again.
 std::pair<double, bool> adamw_8bit(const TensorList& params, const TensorList& grads,
                                    const TensorList& exp_avgs, const TensorList& exp_avg_scales,
                                    const TensorList& exp_avg_sqs, const TensorList& exp_avg_sq_scales,
-                                   const TensorList& copies, const std::vector<double>& weight_decay,
-                                   int64_t step, double lr, double beta1, double beta2, double eps,
-                                   bool maximize, std::optional<double> max_norm, double grad_scale,
-                                   std::optional<double> grad_norm, uint64_t seed,
-                                   const std::vector<std::pair<int64_t, int64_t>>& places) {
+                                   const TensorList& copies, const TensorList& steps,
+                                   const std::vector<double>& weight_decay,
+                                   const std::optional<StepNumber>& step, const StepNumber& lr, double beta1,
+                                   double beta2, double eps, bool maximize, std::optional<double> max_norm,
+                                   const StepNumber& grad_scale, std::optional<StepNumber> grad_norm,
+                                   uint64_t seed, const std::vector<std::pair<int64_t, int64_t>>& places,
+                                   const TensorView& norm, const TensorView& found_inf) {
+  const gptcore::StepResult result{norm, found_inf};
   if (!grad_norm) {
-    const auto [norm, found_inf] = gptcore::grad_norm(grads.views, grad_scale, "adamw_8bit_");
-    if (found_inf) return {norm, true};
-    grad_norm = norm;
+    const auto [total, found] = gptcore::grad_norm(grads.views, grad_scale, "adamw_8bit_", result);
+    if (found) return {total, true};
+    grad_norm = StepNumber{total, norm};
   }
-  gptcore::adamw_8bit({params.views, grads.views, exp_avgs.views, exp_avg_scales.views, exp_avg_sqs.views,
-                       exp_avg_sq_scales.views, copies.views, weight_decay, places},
-                      {step, lr, beta1, beta2, eps, maximize, max_norm, grad_scale, seed}, *grad_norm);
-  return {*grad_norm, false};
+  return gptcore::adamw_8bit(
+      {params.views, grads.views, exp_avgs.views, exp_avg_scales.views, exp_avg_sqs.views,
+       exp_avg_sq_scales.views, copies.views, steps.views, weight_decay, places},
+      {step, lr, beta1, beta2, eps, maximize, max_norm, grad_scale, seed}, *grad_norm, result);
 }
 
 }  // namespace
@@ -35,8 +40,9 @@ std::pair<double, bool> adamw_8bit(const TensorList& params, const TensorList& g
 void register_adamw_8bit(py::module_& m) {
   m.def("adamw_8bit", &adamw_8bit, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
         py::arg("exp_avg_scales"), py::arg("exp_avg_sqs"), py::arg("exp_avg_sq_scales"), py::arg("copies"),
-        py::arg("weight_decay"), py::arg("step"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("maximize"), py::arg("max_norm"), py::arg("grad_scale"), py::arg("grad_norm"),
-        py::arg("seed"), py::arg("places"), py::call_guard<py::gil_scoped_release_simple>(),
+        py::arg("steps"), py::arg("weight_decay"), py::arg("step"), py::arg("lr"), py::arg("beta1"),
+        py::arg("beta2"), py::arg("eps"), py::arg("maximize"), py::arg("max_norm"), py::arg("grad_scale"),
+        py::arg("grad_norm"), py::arg("seed"), py::arg("places"), py::arg("norm"), py::arg("found_inf"),
+        py::call_guard<py::gil_scoped_release_simple>(),
         "One AdamW step over lists of tensors with 8-bit moments; returns (norm, found_inf).");
 }

@@ -18,6 +18,7 @@
 
 #include "bindings/dlpack.h"
 #include "core/check.h"
+#include "core/step_number.h"
 #include "core/tensor_view.h"
 
 namespace gptcore {
@@ -95,6 +96,31 @@ struct type_caster<gptcore::TensorView> {
   bool load(handle source, bool) {
     gptcore::bindings::view_of(source, &value, &owner_, dims_);
     return true;
+  }
+
+ private:
+  object owner_;
+  int64_t dims_[2 * gptcore::bindings::kMaxDims];
+};
+
+// A tensor of one element, or whatever Python makes a float of. What the processor can read it reads now.
+template <>
+struct type_caster<gptcore::StepNumber> {
+  PYBIND11_TYPE_CASTER(gptcore::StepNumber, const_name("float | Tensor"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) return false;
+    if (!PyFloat_Check(source.ptr()) && !PyLong_Check(source.ptr())) {
+      const auto traits = gptcore::bindings::traits_of(Py_TYPE(source.ptr()));
+      if (traits.api || traits.is_numpy || hasattr(source, "__dlpack__")) {
+        gptcore::bindings::view_of(source, &value.tensor, &owner_, dims_);
+        if (!gptcore::is_known(value) || value.tensor.numel() != 1) return true;
+      }
+    }
+    value.value = PyFloat_AsDouble(source.ptr());
+    if (value.value != -1.0 || !PyErr_Occurred()) return true;
+    PyErr_Clear();
+    return false;
   }
 
  private:

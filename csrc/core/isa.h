@@ -48,10 +48,14 @@ struct IsaTable {
     return *entries[level];
   }
 
+  // Whether the call that `check` has seen runs the other device's bodies, which find on it what the processor's read.
+  bool on_device(const Checker& check) const {
+    return device.bodies && (check.device() != Device::cpu || current_isa() == Isa::simt);
+  }
+
   // That of the device on which the tensors lie that `check` has seen.
   const Bodies& pick(const Checker& check) const {
-    const bool other = check.device() != Device::cpu || current_isa() == Isa::simt;
-    return other && device.bodies ? *static_cast<const Bodies*>(device.bodies) : pick();
+    return on_device(check) ? *static_cast<const Bodies*>(device.bodies) : pick();
   }
 
   // The device's alone, of a table without others; null where the call is the processor's.

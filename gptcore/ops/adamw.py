@@ -7,7 +7,14 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
-from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
+from gptcore.ops.grad_norm import (
+    Number,
+    Results,
+    clip_factor,
+    grad_norm_reference,
+    per_parameter,
+    results_for,
+)
 
 
 def adamw_(
@@ -16,22 +23,23 @@ def adamw_(
     exp_avgs: Sequence[Array],
     exp_avg_sqs: Sequence[Array],
     *,
-    step: int,
-    lr: float,
+    step: Number | None = None,
+    lr: Number,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float | Sequence[float] = 0.0,
     copies: Sequence[Array] | None = None,
     max_norm: float | None = None,
-    grad_scale: float = 1.0,
+    grad_scale: Number = 1.0,
     max_exp_avg_sqs: Sequence[Array] | None = None,
     lows: Sequence[Array] | None = None,
     decoupled: bool = True,
     maximize: bool = False,
-    grad_norm: float | None = None,
+    grad_norm: Number | None = None,
     steps: Sequence[Array] | None = None,
-) -> tuple[float, bool]:
+    out: Results | None = None,
+) -> Results:
     """One step in place: ``p = p (1 - lr wd) - lr m^ / (sqrt(v^) + eps)`` with the bias-corrected moments.
 
     Two passes: the first reads the gradients for their global norm and for infinities and NaN, the second
@@ -42,7 +50,7 @@ def adamw_(
         params: f32, contiguous; torch tensors, NumPy or CuPy arrays. Not differentiable.
         grads: f32 or bf16, each like its parameter; not changed by clipping or unscaling.
         exp_avgs, exp_avg_sqs: f32 moments m and v, like the parameters.
-        step: number of this update, from 1, for the bias correction.
+        step: number of this update, from 1, for the bias correction; None: one more than ``steps`` say.
         lr, beta1, beta2, eps: as in the paper.
         weight_decay: one number or one per parameter.
         copies: bf16, like the parameters: overwritten with their rounding, as the weights that a model
@@ -60,7 +68,13 @@ def adamw_(
         grad_norm: the norm, where :func:`gptcore.ops.grad_norm` has told it of this and other calls'
             gradients together and found them finite; the first pass is left out then.
         steps: one f32 element per parameter, overwritten with ``step``: the count that torch's optimizers keep
-            in their state, for less than a call of torch would take.
+            in their state, for less than a call of torch would take. Where nothing is written, they are not.
+        out: two arrays of one element, f64 and bool, beside the gradients: overwritten with the result and returned
+            in place of numbers. Gradients on a GPU have new ones made.
+
+    ``step``, ``lr``, ``grad_scale`` and ``grad_norm`` may also be arrays of one element (f32, f64 or int64). On a GPU
+    kernels alone read those, so nothing waits for it and a graph can capture the call. Where an array ``grad_norm`` is
+    not finite, that is ``found_inf``.
 
     Returns:
         ``(grad_norm, found_inf)``: the norm after unscaling and before clipping; whether a gradient was inf
@@ -74,12 +88,14 @@ def adamw_(
     algorithm 2, with bias correction. The clip is that of torch.nn.utils.clip_grad_norm_.
     """
     decays = per_parameter(weight_decay, len(params))
-    return backend.extension().adamw(
+    out = results_for(grads, out)
+    result = backend.extension().adamw(
         params, () if lows is None else lows, grads, exp_avgs, exp_avg_sqs,
         () if max_exp_avg_sqs is None else max_exp_avg_sqs, () if copies is None else copies,
         () if steps is None else steps, decays, step, lr, beta1, beta2, eps, decoupled, maximize, max_norm,
-        grad_scale, grad_norm,
+        grad_scale, grad_norm, *(out or (None, None)),
     )  # fmt: skip
+    return result if out is None else out
 
 
 def adamw_reference(

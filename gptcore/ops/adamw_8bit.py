@@ -7,7 +7,14 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
-from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
+from gptcore.ops.grad_norm import (
+    Number,
+    Results,
+    clip_factor,
+    grad_norm_reference,
+    per_parameter,
+    results_for,
+)
 from gptcore.ops.philox import philox_reference
 
 BLOCK = 256
@@ -21,20 +28,22 @@ def adamw_8bit_(
     exp_avg_sqs: Sequence[Array],
     exp_avg_sq_scales: Sequence[Array],
     *,
-    step: int,
-    lr: float,
+    step: Number | None = None,
+    lr: Number,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float | Sequence[float] = 0.0,
     copies: Sequence[Array] | None = None,
     max_norm: float | None = None,
-    grad_scale: float = 1.0,
+    grad_scale: Number = 1.0,
     maximize: bool = False,
-    grad_norm: float | None = None,
+    grad_norm: Number | None = None,
     seed: int = 0,
     places: Sequence[tuple[int, int]] | None = None,
-) -> tuple[float, bool]:
+    steps: Sequence[Array] | None = None,
+    out: Results | None = None,
+) -> Results:
     """One step of AdamW in place; between steps each moment is a code of 8 bits times its block's scale.
 
     A block is 256 neighbours in memory; its scale is their largest magnitude. The parameter is updated with the
@@ -50,7 +59,7 @@ def adamw_8bit_(
         exp_avgs, exp_avg_sqs: u8 codes of m and v like the parameters, see :func:`dynamic_map`. Zero is code 127
             of m and 0 of v; begin with scales of 0, under which codes do not matter.
         exp_avg_scales, exp_avg_sq_scales: f32 of (ceil(N / 256),) for N elements.
-        step: number of this update, from 1, for the bias correction.
+        step: number of this update, from 1, for the bias correction; None: one more than ``steps`` say.
         lr, beta1, beta2, eps: as in Adam.
         weight_decay: decoupled, one number or one per parameter.
         copies: bf16, like f32 parameters: overwritten with their rounding.
@@ -63,6 +72,13 @@ def adamw_8bit_(
             element's place alone.
         places: of each parameter a number below 2^32 and where it begins, a multiple of 256 elements: what is a slice
             of a larger parameter is rounded as it would be there. Default: positions in the list, and 0.
+        steps: one f32 element per parameter, overwritten with ``step`` where the update is applied.
+        out: two arrays of one element, f64 and bool, beside the gradients: overwritten with the result and returned
+            in place of numbers. Gradients on a GPU have new ones made.
+
+    ``step``, ``lr``, ``grad_scale`` and ``grad_norm`` may also be arrays of one element (f32, f64 or int64). On a GPU
+    kernels alone read those, so nothing waits for it and a graph can capture the call. Where an array ``grad_norm`` is
+    not finite, that is ``found_inf``.
 
     Returns:
         ``(grad_norm, found_inf)``: the norm after unscaling and before clipping; whether a gradient was inf
@@ -76,11 +92,13 @@ def adamw_8bit_(
     Limited Numerical Precision", section 3, by Philox4x32-10 (Salmon et al. 2011).
     """
     decays = per_parameter(weight_decay, len(params))
-    return backend.extension().adamw_8bit(
+    out = results_for(grads, out)
+    result = backend.extension().adamw_8bit(
         params, grads, exp_avgs, exp_avg_scales, exp_avg_sqs, exp_avg_sq_scales,
-        () if copies is None else copies, decays, step, lr, beta1, beta2, eps, maximize, max_norm, grad_scale,
-        grad_norm, seed, () if places is None else places,
+        () if copies is None else copies, () if steps is None else steps, decays, step, lr, beta1, beta2, eps,
+        maximize, max_norm, grad_scale, grad_norm, seed, () if places is None else places, *(out or (None, None)),
     )  # fmt: skip
+    return result if out is None else out
 
 
 def dynamic_map(signed: bool) -> list[float]:

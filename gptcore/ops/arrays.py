@@ -15,6 +15,11 @@ def is_torch(x: Array) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def on_device(x: Array) -> bool:
+    """Whether ``x`` lies in a GPU's memory, so that looking at its elements would wait for it."""
+    return x.is_cuda if is_torch(x) else type(x).__module__.partition(".")[0] == "cupy"
+
+
 def namespace(x: Array) -> Any:
     """The module whose arrays ``x`` is one of: torch, numpy or cupy.
 
@@ -36,7 +41,8 @@ def empty(like: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
     """An uninitialised array of ``like``'s framework and device.
 
     Args:
-        dtype: one of that framework's, or ``"float32"``, ``"int32"`` or ``"int64"``, which all have; default: like's.
+        dtype: one of that framework's, or ``"float32"``, ``"float64"``, ``"int32"`` or ``"int64"``, which all have;
+            default: like's.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(like, torch.Tensor):

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, empty
+from gptcore.ops.arrays import Array, empty, is_torch, on_device
+
+Number = float | Array
+"""A number, or an array of one element (f32, f64 or int64). Kernels alone read one in a GPU's memory."""
+
+Results = tuple[Any, Any]
+"""``(norm, found_inf)``: numbers, or arrays of one element each, f64 and bool, which nobody has waited for."""
 
 
-def grad_norm(grads: Sequence[Array], grad_scale: float = 1.0) -> tuple[float, bool]:
+def grad_norm(grads: Sequence[Array], grad_scale: Number = 1.0, *, out: Results | None = None) -> Results:
     """Euclidean norm of all tensors together, over ``grad_scale``, and whether an element is inf or NaN.
 
     The same bits for every thread count, and in the optimizers' ops, which begin with it: a caller who
@@ -20,6 +26,8 @@ def grad_norm(grads: Sequence[Array], grad_scale: float = 1.0) -> tuple[float, b
     Args:
         grads: f32 or bf16, contiguous, any shapes; torch tensors, NumPy or CuPy arrays.
         grad_scale: above 0; the norm is divided by it (a loss scale, or the number of micro-batches).
+        out: two arrays of one element, f64 and bool, beside the gradients: overwritten with the result and returned
+            in place of numbers. Gradients on a GPU have new ones made.
 
     Returns:
         ``(norm, found_inf)``; the norm is inf or NaN where an element is.
@@ -30,12 +38,23 @@ def grad_norm(grads: Sequence[Array], grad_scale: float = 1.0) -> tuple[float, b
     Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural networks",
     section 3.2.
     """
-    return backend.extension().grad_norm(grads, grad_scale)
+    out = results_for(grads, out)
+    result = backend.extension().grad_norm(grads, grad_scale, *(out or (None, None)))
+    return result if out is None else out
+
+
+def results_for(grads: Sequence[Array], out: Results | None) -> Results | None:
+    """Where an update's norm and check are written: ``out``, or where gradients lie on a GPU new arrays there; None:
+    they are numbers."""
+    if out is not None or not grads or not on_device(grads[0]):
+        return out
+    like = grads[0]
+    return empty(like, (), "float64"), empty(like, (), "bool" if is_torch(like) else bool)
 
 
 def square_sums(
-    grads: Sequence[Array], block: int = 1024, grad_scale: float = 1.0, *, out: Array | None = None
-) -> tuple[Array, bool]:
+    grads: Sequence[Array], block: int = 1024, grad_scale: Number = 1.0, *, out: Array | None = None
+) -> tuple[Array, Any]:
     """Sums of squares of each block of ``block`` elements, and whether an element is inf or NaN.
 
     What :func:`grad_norm` is made of where gradients are cut into slices with several owners: a block's bits depend on
@@ -52,7 +71,7 @@ def square_sums(
 
     Returns:
         ``(sums, found_inf)``: f64 of shape (blocks,), of all tensors in order; a sum is inf or NaN where an element
-        of its block is.
+        of its block is. found_inf of gradients on a GPU is an array there, of one bool.
 
     Raises:
         ValueError, TypeError: tensors, a block, a scale or an ``out`` that do not fit; nothing is written then.
@@ -66,7 +85,9 @@ def square_sums(
             import numpy
 
             out = numpy.empty(0)
-    return out, extension.square_sums(grads, block, grad_scale, out)
+    results = results_for(grads, None)
+    found_inf = extension.square_sums(grads, block, grad_scale, out, results and results[1])
+    return out, found_inf if results is None else results[1]
 
 
 def grad_norm_reference(grads: Sequence[Any], grad_scale: float = 1.0) -> tuple[float, bool]:

@@ -7,7 +7,14 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
-from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
+from gptcore.ops.grad_norm import (
+    Number,
+    Results,
+    clip_factor,
+    grad_norm_reference,
+    per_parameter,
+    results_for,
+)
 
 
 def sgd_(
@@ -15,7 +22,7 @@ def sgd_(
     grads: Sequence[Array],
     momentum_buffers: Sequence[Array] | None = None,
     *,
-    lr: float,
+    lr: Number,
     momentum: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
@@ -24,10 +31,11 @@ def sgd_(
     copies: Sequence[Array] | None = None,
     maximize: bool = False,
     max_norm: float | None = None,
-    grad_scale: float = 1.0,
-    grad_norm: float | None = None,
+    grad_scale: Number = 1.0,
+    grad_norm: Number | None = None,
     check_finite: bool = True,
-) -> tuple[float | None, bool]:
+    out: Results | None = None,
+) -> Results:
     """One step in place: ``b = momentum b + (1 - dampening) (g + wd p)``, ``p = p - lr b``.
 
     With ``nesterov`` the step is ``g + wd p + momentum b``. Two passes, as in :func:`gptcore.ops.adamw_`:
@@ -48,6 +56,12 @@ def sgd_(
         grad_scale: gradients are divided by it first (a loss scale, or the number of micro-batches).
         grad_norm: the norm, where :func:`gptcore.ops.grad_norm` has told it and found the gradients finite.
         check_finite: False leaves out the first pass, unless max_norm needs it: 4 of 24 bytes a parameter.
+        out: two arrays of one element, f64 and bool, beside the gradients: overwritten with the result and returned
+            in place of numbers. Gradients on a GPU have new ones made.
+
+    ``lr``, ``grad_scale`` and ``grad_norm`` may also be arrays of one element (f32, f64 or int64). On a GPU kernels
+    alone read those, so nothing waits for it and a graph can capture the call. Where an array ``grad_norm`` is not
+    finite, that is ``found_inf``.
 
     Returns:
         ``(grad_norm, found_inf)``: the norm after unscaling and before clipping, None where nothing took it;
@@ -61,11 +75,14 @@ def sgd_(
     """
     count = len(params)
     decays, fresh = per_parameter(weight_decay, count), per_parameter(first, count)
-    return backend.extension().sgd(
+    normed = check_finite or max_norm is not None or grad_norm is not None
+    out = results_for(grads, out) if normed else None
+    result = backend.extension().sgd(
         params, grads, () if momentum_buffers is None else momentum_buffers, () if copies is None else copies,
         decays, fresh, lr, momentum, dampening, nesterov, maximize, max_norm, grad_scale, grad_norm,
-        check_finite,
+        check_finite, *(out or (None, None)),
     )  # fmt: skip
+    return result if out is None else out
 
 
 def sgd_reference(

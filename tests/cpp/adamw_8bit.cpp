@@ -29,6 +29,7 @@ const ForBothTypes adamw_8bit_cases("adamw_8bit", [](DType dtype) -> Outputs {
               .exp_avg_sqs = v,
               .exp_avg_sq_scales = v_scales,
               .copies = none,
+              .steps = none,
               .weight_decay = decay,
               .places = places},
              options, 2.5);

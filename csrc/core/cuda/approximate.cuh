@@ -20,6 +20,12 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// Subnormal numbers too.
+__device__ __forceinline__ float sqrt_approximate(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // Absolute error about 2^-11: for soft caps in 16-bit types, not for f32.
 __device__ __forceinline__ float tanh_approximate(float x) {
   float y;

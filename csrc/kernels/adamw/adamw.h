@@ -17,10 +17,13 @@
 // Shapes   per tensor: params, lows, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies of one shape,
 //          contiguous.
 // Types    params, moments f32 (params bf16 with lows); grads f32 or bf16, each its own; lows i16; copies bf16.
-//          steps: one element each, f32, overwritten with the update's number, for a caller that counts there.
+//          steps: one element each, f32, overwritten with the update's number, for a caller that counts there; without
+//          a step each is the count of updates before (on the processor all must agree).
 // None     lows, max_exp_avg_sqs, copies, steps (empty lists; copies with lows); max_norm.
 // Aliasing none between tensors.
 // Bits     equal for any thread count.
+// CUDA     step, lr, grad_scale and grad_norm may be tensors there, which kernels alone read: nothing waits for the
+//          device. A norm that is not finite means that nothing is written and no count moves on.
 // Cost     one read of g, one read and write of p, m, v (and w), one write of copy: 28 bytes a parameter in
 //          f32, 36 with w, 26 with lows and bf16 gradients; 20 flops.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
@@ -29,7 +32,7 @@
 #include <optional>
 #include <vector>
 
-#include "core/tensor_view.h"
+#include "core/step_number.h"
 
 namespace gptcore {
 
@@ -41,13 +44,16 @@ struct AdamwLists {
 };
 
 struct AdamwOptions {
-  int64_t step = 1;  // this update's number, from 1
-  double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+  std::optional<StepNumber> step = 1;  // this update's number, from 1; none: one more than `steps` say
+  StepNumber lr = 1e-3;
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
   bool decoupled = true, maximize = false;
   std::optional<double> max_norm;
-  double grad_scale = 1.0;
+  StepNumber grad_scale = 1.0;
 };
 
-void adamw(const AdamwLists& lists, const AdamwOptions& options, double norm);
+// norm: of the gradients over grad_scale. Returns as grad_norm does.
+std::pair<double, bool> adamw(const AdamwLists& lists, const AdamwOptions& options, const StepNumber& norm,
+                              const StepResult& result = {});
 
 }  // namespace gptcore

@@ -1,6 +1,7 @@
 // What adamw.cpp hands to the per-ISA bodies: pointers and numbers, already checked.
 #pragma once
 
+#include "core/adam_step.h"
 #include "core/chunks.h"
 #include "core/dtype.h"
 
@@ -27,6 +28,9 @@ struct AdamwNumbers {
 
 struct AdamwBodies {
   void (*update)(const AdamwTensor* tensors, const Chunk* chunks, int64_t count, const AdamwNumbers& numbers);
+  // All of it at once, for another device; keep and l2 of the tensors are not set.
+  void (*step)(const AdamwTensor* tensors, const int64_t* sizes, const double* weight_decay, int64_t count,
+               bool decoupled, const AdamStep& step);
 };
 
 }  // namespace gptcore

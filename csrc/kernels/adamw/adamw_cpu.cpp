@@ -119,7 +119,7 @@ void update(const AdamwTensor* tensors, const Chunk* chunks, int64_t count, cons
 }  // namespace
 
 extern const AdamwBodies adamw_bodies;
-const AdamwBodies adamw_bodies = {update};
+const AdamwBodies adamw_bodies = {update, nullptr};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore

@@ -2,8 +2,8 @@
 
 #include <cmath>
 
+#include "core/adam_options.h"
 #include "core/isa.h"
-#include "core/optimizer.h"
 #include "core/tensor_lists.h"
 #include "kernels/adamw_8bit/adamw_8bit_body.h"
 
@@ -48,8 +48,7 @@ void take_places(const Checker& check, const Adamw8bitLists& l, std::vector<Adam
   }
 }
 
-std::vector<Adamw8bitTensor> checked_tensors(const Checker& check, const Adamw8bitLists& l,
-                                             const Adamw8bitOptions& o) {
+std::vector<Adamw8bitTensor> checked_tensors(const Checker& check, const Adamw8bitLists& l) {
   const size_t count = l.params.size();
   std::vector<Adamw8bitTensor> tensors(count);
   const bool low = count > 0 && l.params[0].dtype == DType::bf16;
@@ -70,35 +69,55 @@ std::vector<Adamw8bitTensor> checked_tensors(const Checker& check, const Adamw8b
     check_scales(check, l.exp_avg_sq_scales, "exp_avg_sq_scales", i, l.params[i]);
     tensors[i].exp_avg_scale = l.exp_avg_scales[i].as<float>();
     tensors[i].exp_avg_sq_scale = l.exp_avg_sq_scales[i].as<float>();
-    tensors[i].keep = static_cast<float>(1.0 - o.lr * l.weight_decay[i]);
   }
   take_places(check, l, &tensors);
   return tensors;
 }
 
-}  // namespace
-
-void adamw_8bit(const Adamw8bitLists& lists, const Adamw8bitOptions& o, double norm) {
-  const Checker check("adamw_8bit_");
-  check_adam_options(check, o);
-  check.number(norm >= 0 && std::isfinite(norm), "grad_norm", norm, "a finite number, 0 or more");
-  const std::vector<Adamw8bitTensor> tensors = checked_tensors(check, lists, o);
-  const std::vector<Chunk> chunks = chunks_of(lists.params);
+Adamw8bitNumbers numbers_of(const Adamw8bitOptions& o, double step, double norm) {
   const double clip = clip_factor(o.max_norm, norm);
-  const double step = static_cast<double>(o.step);
+  const double factor = (o.maximize ? -clip : clip) / o.grad_scale.value;
   Adamw8bitNumbers numbers;
-  const double factor = (o.maximize ? -clip : clip) / o.grad_scale;
   numbers.beta1 = static_cast<float>(o.beta1);
   numbers.beta2 = static_cast<float>(o.beta2);
   numbers.mean_factor = static_cast<float>(factor * (1.0 - o.beta1));
   numbers.square_root = static_cast<float>(factor * std::sqrt(1.0 - o.beta2));
-  numbers.step_size = static_cast<float>(o.lr / (1.0 - std::pow(o.beta1, step)));
+  numbers.step_size = static_cast<float>(o.lr.value / (1.0 - std::pow(o.beta1, step)));
   numbers.root_factor = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, step)));
   numbers.eps = static_cast<float>(o.eps);
   numbers.seed = o.seed;
-  numbers.step = static_cast<uint32_t>(o.step);
-  adamw_8bit_bodies_table.pick(check).update(tensors.data(), chunks.data(),
-                                             static_cast<int64_t>(chunks.size()), numbers);
+  numbers.step = static_cast<uint32_t>(step);
+  return numbers;
+}
+
+}  // namespace
+
+std::pair<double, bool> adamw_8bit(const Adamw8bitLists& lists, const Adamw8bitOptions& o,
+                                   const StepNumber& norm, const StepResult& result) {
+  const Checker check("adamw_8bit_", adamw_8bit_bodies_table.device);
+  std::vector<Adamw8bitTensor> tensors = checked_tensors(check, lists);
+  check_adam_options(check, o, lists.steps.size());
+  check_norm(check, norm);
+  check_steps(check, lists.steps, lists.params.size());
+  check_result(check, result);
+  const auto count = static_cast<int64_t>(tensors.size());
+  if (adamw_8bit_bodies_table.on_device(check)) {
+    const std::vector<float*> counts = counts_of(lists.steps);
+    adamw_8bit_bodies_table.pick(check).step(tensors.data(), sizes_of(lists.params).data(),
+                                             lists.weight_decay.data(), count, o.seed,
+                                             on_device(o, norm, counts, result));
+    return {norm.value, !std::isfinite(norm.value)};
+  }
+  if (!std::isfinite(norm.value)) return give(result, norm.value, true);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    tensors[i].keep = static_cast<float>(1.0 - o.lr.value * lists.weight_decay[i]);
+  }
+  const double step = step_of(check, o, lists.steps);
+  const std::vector<Chunk> chunks = chunks_of(lists.params);
+  adamw_8bit_bodies_table.pick(check).update(
+      tensors.data(), chunks.data(), static_cast<int64_t>(chunks.size()), numbers_of(o, step, norm.value));
+  write_steps(lists.steps, step);
+  return give(result, norm.value, false);
 }
 
 }  // namespace gptcore

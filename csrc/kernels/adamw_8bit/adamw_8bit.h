@@ -24,6 +24,9 @@
 // Sums     none but the norm's. A block whose largest m or v is below 1e-37 becomes zeros; v is held below 3.4e38, the scale of m
 //          that is read below 1.8e38.
 // Bits     equal for any thread count.
+// Steps    as in adamw.h: f32 counts, moved on where the update is applied, and its number where none is given.
+// CUDA     step, lr, grad_scale and grad_norm may be tensors there, as in adamw.h. Bits of moments may differ from the
+//          processor's, those of the random rounding do not.
 // Cost     without the norm (4 bytes): g, p, codes read, p, codes written, 16 bytes a parameter in f32 and 10 in
 //          bf16; 60 flops.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
@@ -33,27 +36,29 @@
 #include <utility>
 #include <vector>
 
-#include "core/tensor_view.h"
+#include "core/step_number.h"
 
 namespace gptcore {
 
 struct Adamw8bitLists {
   const std::vector<TensorView>&params, &grads, &exp_avgs, &exp_avg_scales, &exp_avg_sqs, &exp_avg_sq_scales,
-      &copies;
+      &copies, &steps;
   const std::vector<double>& weight_decay;  // one entry per tensor
   const std::vector<std::pair<int64_t, int64_t>>& places;
 };
 
 struct Adamw8bitOptions {
-  int64_t step = 1;  // this update's number, from 1
-  double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+  std::optional<StepNumber> step = 1;  // this update's number, from 1; none: one more than `steps` say
+  StepNumber lr = 1e-3;
+  double beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
   bool maximize = false;
   std::optional<double> max_norm;
-  double grad_scale = 1.0;
+  StepNumber grad_scale = 1.0;
   uint64_t seed = 0;
 };
 
-// norm: of the gradients over grad_scale, which are finite (kernels/grad_norm).
-void adamw_8bit(const Adamw8bitLists& lists, const Adamw8bitOptions& options, double norm);
+// norm: of the gradients over grad_scale. Returns as grad_norm does.
+std::pair<double, bool> adamw_8bit(const Adamw8bitLists& lists, const Adamw8bitOptions& options,
+                                   const StepNumber& norm, const StepResult& result = {});
 
 }  // namespace gptcore

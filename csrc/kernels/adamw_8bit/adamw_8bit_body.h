@@ -1,6 +1,7 @@
 // What adamw_8bit.cpp hands to the per-ISA bodies: pointers and numbers, already checked.
 #pragma once
 
+#include "core/adam_step.h"
 #include "core/chunks.h"
 #include "core/dtype.h"
 
@@ -35,6 +36,9 @@ struct Adamw8bitNumbers {
 struct Adamw8bitBodies {
   void (*update)(const Adamw8bitTensor* tensors, const Chunk* chunks, int64_t count,
                  const Adamw8bitNumbers& numbers);
+  // All of it at once, for another device; keep of the tensors is not set.
+  void (*step)(const Adamw8bitTensor* tensors, const int64_t* sizes, const double* weight_decay,
+               int64_t count, uint64_t seed, const AdamStep& step);
 };
 
 }  // namespace gptcore

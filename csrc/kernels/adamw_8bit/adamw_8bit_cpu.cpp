@@ -9,10 +9,6 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
-constexpr float kLargest = 3.4e38f;
-// Smaller scales have no inverse in f32; larger ones of m have no step in it, 1.8 times as large.
-constexpr float kLeastScale = 1e-37f, kLargestScale = 1.8e38f;
-
 // A block whose parameters are done and whose moments wait to be encoded.
 struct Moments {
   alignas(64) float exp_avg[kQuantBlock];
@@ -129,7 +125,7 @@ GPTCORE_INLINE void update_block(const Adamw8bitTensor& t, int64_t block, int64_
     if (i % 64 == 0) fetch_blocks_ahead(exp_avg + i), fetch_blocks_ahead(exp_avg_sq + i);
     const Vec g = load_some(grad + i, n), root = g * a.square_root;
     const Vec m = signed_value(load_bytes(exp_avg + i, n), m_map) + g * a.mean_factor;
-    const Vec v = at_most(unsigned_value(load_bytes(exp_avg_sq + i, n), v_map) + root * root, kLargest);
+    const Vec v = at_most(unsigned_value(load_bytes(exp_avg_sq + i, n), v_map) + root * root, kLargestMoment);
     const Vec denominator = sqrt(v) * a.root_factor + a.eps;
     const Vec p = load_some(param + i, n) * keep - (m * a.step_size) * reciprocal(denominator);
     if constexpr (sizeof(P) == 2) {
@@ -199,7 +195,7 @@ void update(const Adamw8bitTensor* tensors, const Chunk* chunks, int64_t count, 
 }  // namespace
 
 extern const Adamw8bitBodies adamw_8bit_bodies;
-const Adamw8bitBodies adamw_8bit_bodies = {update};
+const Adamw8bitBodies adamw_8bit_bodies = {update, nullptr};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore

@@ -23,14 +23,15 @@ int64_t blocks_of(const TensorView& tensor, int64_t block) {
   return size / block + (size % block != 0);
 }
 
-std::vector<GradNormTensor> checked_tensors(const Checker& check, const Views& grads, double grad_scale) {
-  check.number(grad_scale > 0 && std::isfinite(grad_scale), "grad_scale", grad_scale,
-               "a finite number above 0");
+std::vector<GradNormTensor> checked_tensors(const Checker& check, const Views& grads,
+                                            const StepNumber& grad_scale) {
   std::vector<GradNormTensor> tensors(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     check.item(grads, "grads", i, grads[i], {DType::f32, DType::bf16}, false);
     tensors[i] = {grads[i].data, grads[i].dtype == DType::bf16};
   }
+  check_step_number(check, grad_scale, "grad_scale");
+  check_positive(check, grad_scale, "grad_scale");
   return tensors;
 }
 
@@ -61,6 +62,15 @@ bool sum_squares(const Views& grads, const std::vector<GradNormTensor>& tensors,
   return !std::all_of(finite.get(), finite.get() + tasks.size(), [](bool all) { return all; });
 }
 
+void sum_on_device(const Checker& check, const Views& grads, const std::vector<GradNormTensor>& tensors,
+                   int64_t block, const StepNumber& scale, double* sums, const DeviceResult& result) {
+  std::vector<int64_t> sizes;
+  for (const TensorView& grad : grads) sizes.push_back(grad.numel());
+  grad_norm_bodies_table.pick(check).sum({tensors.data(), sizes.data(), static_cast<int64_t>(grads.size()),
+                                          block, square_blocks(grads, block), on_device(scale), sums,
+                                          result});
+}
+
 }  // namespace
 
 int64_t square_blocks(const Views& grads, int64_t block) {
@@ -71,28 +81,50 @@ int64_t square_blocks(const Views& grads, int64_t block) {
   return count;
 }
 
-std::pair<double, bool> grad_norm(const Views& grads, double grad_scale, const char* op) {
-  const Checker check(op);
+std::pair<double, bool> grad_norm(const Views& grads, const StepNumber& grad_scale, const char* op,
+                                  const StepResult& result) {
+  const Checker check(op, grad_norm_bodies_table.device);
   const std::vector<GradNormTensor> tensors = checked_tensors(check, grads, grad_scale);
+  check_result(check, result);
+  if (grad_norm_bodies_table.on_device(check)) {
+    std::pair<double, bool> here{};
+    const bool given = result.norm.defined;
+    sum_on_device(check, grads, tensors, kChunkElements, grad_scale, nullptr,
+                  given ? on_device(result) : DeviceResult{&here.first, &here.second});
+    return here;
+  }
   std::vector<double> sums(static_cast<size_t>(square_blocks(grads, kChunkElements)));
   const bool found_inf = sum_squares(grads, tensors, kChunkElements, sums.data());
   double total = 0;
   for (const double sum : sums) total += sum;
-  return {std::sqrt(total) / grad_scale, found_inf};
+  return give(result, std::sqrt(total) / grad_scale.value, found_inf);
 }
 
-bool square_sums(const Views& grads, int64_t block, double grad_scale, const TensorView& sums) {
-  const Checker check("square_sums");
+bool square_sums(const Views& grads, int64_t block, const StepNumber& grad_scale, const TensorView& sums,
+                 const TensorView& found_inf) {
+  const Checker check("square_sums", grad_norm_bodies_table.device);
   const int64_t count = square_blocks(grads, block);
   const std::vector<GradNormTensor> tensors = checked_tensors(check, grads, grad_scale);
   check.output(sums, "out", {DType::f64});
   check.shape(sums, "out", {count});
   check.contiguous(sums, "out");
+  if (found_inf || check.device() != Device::cpu) {
+    check.output(found_inf, "found_inf", {DType::boolean});
+    check_one_element(check, found_inf, "found_inf");
+  }
   double* const out = sums.as<double>();
-  const bool found_inf = sum_squares(grads, tensors, block, out);
+  bool found = false;
+  if (grad_norm_bodies_table.on_device(check)) {
+    sum_on_device(check, grads, tensors, block, grad_scale, out,
+                  {nullptr, found_inf ? found_inf.as<bool>() : &found});
+    return found;
+  }
+  found = sum_squares(grads, tensors, block, out);
   // One after the other: their product may leave the range of f64.
-  for (int64_t i = 0; i < count && grad_scale != 1; ++i) out[i] = out[i] / grad_scale / grad_scale;
-  return found_inf;
+  const double scale = grad_scale.value;
+  for (int64_t i = 0; i < count && scale != 1; ++i) out[i] = out[i] / scale / scale;
+  if (found_inf) *found_inf.as<bool>() = found;
+  return found;
 }
 
 }  // namespace gptcore

@@ -13,6 +13,8 @@
 //          range of f32 is summed in f64.
 // Bits     equal for any thread count; those of one list, whatever calls its tensors take part in later. Those of a
 //          block depend on its elements alone: slices of a tensor that begin with a block have the whole's.
+// CUDA     all of it there: grad_scale may lie on the device, and the result is written to it. Four squares add up in
+//          f32, all else in f64 in an order that the shapes fix; found_inf is what the norm or the sums tell.
 // Cost     one read of g; 2 flops an element.
 // Errors   ValueError or TypeError on any violated line above.
 #pragma once
@@ -20,15 +22,17 @@
 #include <utility>
 #include <vector>
 
-#include "core/tensor_view.h"
+#include "core/step_number.h"
 
 namespace gptcore {
 
-// op: whose name errors bear.
-std::pair<double, bool> grad_norm(const std::vector<TensorView>& grads, double grad_scale, const char* op);
+// op: whose name errors bear. What is returned is of no use where the gradients lie on a device: `result` has it.
+std::pair<double, bool> grad_norm(const std::vector<TensorView>& grads, const StepNumber& grad_scale,
+                                  const char* op, const StepResult& result = {});
 
-bool square_sums(const std::vector<TensorView>& grads, int64_t block, double grad_scale,
-                 const TensorView& sums);
+// found_inf: one bool, as in StepResult; None where it is returned alone.
+bool square_sums(const std::vector<TensorView>& grads, int64_t block, const StepNumber& grad_scale,
+                 const TensorView& sums, const TensorView& found_inf = {});
 
 // How many blocks there are.
 int64_t square_blocks(const std::vector<TensorView>& grads, int64_t block);

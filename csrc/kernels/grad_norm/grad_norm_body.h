@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/chunks.h"
+#include "core/device_number.h"
 
 namespace gptcore {
 
@@ -19,10 +20,21 @@ struct GradNormTask {
   int64_t first;  // the number of its first block, of those of all tensors
 };
 
+// All of it at once, for another device.
+struct GradNormStep {
+  const GradNormTensor* tensors;
+  const int64_t* sizes;
+  int64_t count, block, blocks;  // tensors; elements of a block; blocks of all tensors
+  DeviceNumber scale;
+  double* sums;         // of scaled gradients; null where only the norm is wanted
+  DeviceResult result;  // of the norm; its norm is null where only sums are wanted
+};
+
 struct GradNormBodies {
   // sums[j]: sum of squares of block j; finite[i]: whether all elements of task i are.
   void (*square_sums)(const GradNormTensor* tensors, const GradNormTask* tasks, int64_t count, int64_t block,
                       double* sums, bool* finite);
+  void (*sum)(const GradNormStep& step);
 };
 
 }  // namespace gptcore

@@ -129,7 +129,7 @@ void square_sums(const GradNormTensor* tensors, const GradNormTask* tasks, int64
 }  // namespace
 
 extern const GradNormBodies grad_norm_bodies;
-const GradNormBodies grad_norm_bodies = {square_sums};
+const GradNormBodies grad_norm_bodies = {square_sums, nullptr};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore

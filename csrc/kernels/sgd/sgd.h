@@ -14,6 +14,8 @@
 // None     momentum_buffers, copies (empty lists); max_norm.
 // Aliasing none between tensors.
 // Bits     equal for any thread count.
+// CUDA     lr, grad_scale and grad_norm may be tensors there, which kernels alone read: nothing waits for the device. A
+//          norm that is not finite means that nothing is written.
 // Cost     one read of g, one read and write of p (and b), one write of copy: 12 bytes a parameter in f32, 20
 //          with momentum; 10 flops.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
@@ -22,7 +24,7 @@
 #include <optional>
 #include <vector>
 
-#include "core/tensor_view.h"
+#include "core/step_number.h"
 
 namespace gptcore {
 
@@ -34,13 +36,15 @@ struct SgdLists {
 };
 
 struct SgdOptions {
-  double lr = 1e-3, momentum = 0, dampening = 0;
+  StepNumber lr = 1e-3;
+  double momentum = 0, dampening = 0;
   bool nesterov = false, maximize = false;
   std::optional<double> max_norm;
-  double grad_scale = 1.0;
+  StepNumber grad_scale = 1.0;
 };
 
-// norm: used with max_norm only.
-void sgd(const SgdLists& lists, const SgdOptions& options, double norm);
+// norm: None where nobody took one, without max_norm. Returns as grad_norm does.
+std::pair<double, bool> sgd(const SgdLists& lists, const SgdOptions& options,
+                            const std::optional<StepNumber>& norm, const StepResult& result = {});
 
 }  // namespace gptcore

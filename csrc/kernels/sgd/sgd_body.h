@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/chunks.h"
+#include "core/device_number.h"
 #include "core/dtype.h"
 
 namespace gptcore {
@@ -22,8 +23,20 @@ struct SgdNumbers {
   bool nesterov;
 };
 
+// What another device works its numbers out from.
+struct SgdStep {
+  DeviceNumber lr, scale, norm;
+  bool normed;      // there is a norm
+  double max_norm;  // infinity: no clip
+  float momentum;
+  bool nesterov, maximize;
+  DeviceResult result;
+};
+
 struct SgdBodies {
   void (*update)(const SgdTensor* tensors, const Chunk* chunks, int64_t count, const SgdNumbers& numbers);
+  // All of it at once, for another device.
+  void (*step)(const SgdTensor* tensors, const int64_t* sizes, int64_t count, const SgdStep& step);
 };
 
 }  // namespace gptcore

@@ -71,7 +71,7 @@ void update(const SgdTensor* tensors, const Chunk* chunks, int64_t count, const 
 }  // namespace
 
 extern const SgdBodies sgd_bodies;
-const SgdBodies sgd_bodies = {update};
+const SgdBodies sgd_bodies = {update, nullptr};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore

@@ -1,0 +1,80 @@
+// Four neighbours at a time, of arrays that an optimizer walks together: 16 bytes of f32 beside 8 of a 16-bit type.
+#pragma once
+
+#include "core/cuda/convert.cuh"
+
+namespace gptcore::cuda {
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T at[4];
+};
+
+// Whether the array can be read by fours; null can.
+template <class T>
+inline bool fits_fours(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
+}
+
+// `whole`: all four exist and lie as fits_fours wants it, so that they are one access: one branch decides for all arrays,
+// and what is read is under way together. Else the first n exist, and the others are zeros.
+template <bool whole, class T>
+__device__ __forceinline__ Four<T> load_four(const T* p, int64_t n) {
+  if constexpr (whole) return *reinterpret_cast<const Four<T>*>(p);
+  Four<T> x{};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < n) x.at[i] = p[i];
+  }
+  return x;
+}
+
+template <bool whole, class T>
+__device__ __forceinline__ void store_four(T* p, const Four<T>& x, int64_t n) {
+  if constexpr (whole) {
+    *reinterpret_cast<Four<T>*>(p) = x;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < n) p[i] = x.at[i];
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Four<T> rounded(const Four<float>& x) {
+  Four<T> y;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) y.at[i] = from_float<T>(x.at[i]);
+  return y;
+}
+
+template <class T>
+__device__ __forceinline__ Four<float> widened(const Four<T>& x) {
+  Four<float> y;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) y.at[i] = to_float(x.at[i]);
+  return y;
+}
+
+// Gradients are f32 or bf16, each tensor its own. What a warp has asked for it waits for where it is used, so the
+// halves are widened later than they are read.
+struct GradFour {
+  Four<float> f32;
+  Four<bf16> half;
+};
+template <bool whole>
+__device__ __forceinline__ GradFour load_grad(const void* grad, bool is_half, int64_t i, int64_t n) {
+  GradFour x{};
+  if (is_half) {
+    x.half = load_four<whole>(static_cast<const bf16*>(grad) + i, n);
+  } else {
+    x.f32 = load_four<whole>(static_cast<const float*>(grad) + i, n);
+  }
+  return x;
+}
+__device__ __forceinline__ Four<float> widened(const GradFour& x, bool is_half) {
+  return is_half ? widened(x.half) : x.f32;
+}
+
+}  // namespace gptcore::cuda
