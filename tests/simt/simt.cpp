@@ -14,6 +14,9 @@
 #include <ucontext.h>
 #endif
 
+// AddressSanitizer's, where the module is built with it.
+extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void* start, size_t bytes);
+
 namespace simt {
 
 Thread* current = nullptr;
@@ -115,6 +118,13 @@ char* stack_of(size_t i) {
     stacks.push_back(static_cast<char*>(memory));
   }
   return stacks[i];
+}
+
+// Threads of a launch that failed never return from what they were in, which leaves their stacks poisoned.
+void clean_stacks() {
+  for (char* stack : stacks) {
+    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack, kStackBytes);
+  }
 }
 
 std::mt19937& random_order() {
@@ -336,6 +346,7 @@ void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool orde
     for (const Block& block : grid.cluster) check_canary(block);
     if (!failure.empty()) {
       pending.clear();
+      clean_stacks();
       throw std::runtime_error("simt: " + failure);
     }
   }
