@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from gptcore import backend
 from gptcore.ops import linear_cross_entropy_chunks as chunks
 from gptcore.ops.linear_cross_entropy import linear_cross_entropy
 from tests.ops.linear_cross_entropy_cases import DTYPES, check, inputs
 from tests.tolerance import assert_close_to_exact, same_bits
-
-
-@pytest.fixture
-def simt() -> Iterator[None]:
-    if "simt" not in backend.available_isas():
-        pytest.skip("tests/simt is not built; GPTCORE_SIMT names its build")
-    before = backend.isa()
-    backend.set_isa("simt")
-    yield
-    backend.set_isa(before)
 
 
 def test_a_chunk_is_a_multiple_of_128_or_all() -> None:
@@ -44,7 +31,9 @@ def test_several_chunks_match_float64_simt(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_at_once_are_scaled_on_the_device_simt(simt: None, monkeypatch, dtype: torch.dtype) -> None:
+def test_gradients_at_once_are_scaled_on_the_device_simt(
+    on_simt: None, monkeypatch, dtype: torch.dtype
+) -> None:
     monkeypatch.setattr(chunks, "CHUNK_PRODUCTS", 128 * 40)
     x, weight, targets = inputs(200, 24, 40, dtype)
     made = {}
@@ -57,7 +46,7 @@ def test_gradients_at_once_are_scaled_on_the_device_simt(simt: None, monkeypatch
         assert same_bits((one.float() * 3.0).to(dtype), three)
 
 
-def test_the_weights_gradient_goes_to_main_grad_unrounded_simt(simt: None, monkeypatch) -> None:
+def test_the_weights_gradient_goes_to_main_grad_unrounded_simt(on_simt: None, monkeypatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_PRODUCTS", 128 * 40)
     x, weight, targets = inputs(300, 24, 40, torch.bfloat16)
     exact = [t.double().requires_grad_() for t in (x, weight)]
@@ -71,7 +60,7 @@ def test_the_weights_gradient_goes_to_main_grad_unrounded_simt(simt: None, monke
     assert_close_to_exact(weight.main_grad - 1, exact[1].grad, twin, terms=300, summand=1.0)
 
 
-def test_same_bits_in_every_run_simt(simt: None, monkeypatch) -> None:
+def test_same_bits_in_every_run_simt(on_simt: None, monkeypatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_PRODUCTS", 128 * 40)
     x, weight, targets = inputs(300, 24, 40, torch.bfloat16)
 

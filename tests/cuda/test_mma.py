@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import glob
-import importlib.util
-import os
 from types import ModuleType
 
 import pytest
 import torch
-
-from gptcore import backend
-
-pytestmark = pytest.mark.skipif(
-    "simt" not in backend.available_isas(), reason="wants the kernels run by the processor (tests/simt)"
-)
-
-
-@pytest.fixture(scope="module")
-def simt() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "_C_simt", glob.glob(os.path.join(os.environ["GPTCORE_SIMT"], "_C_simt*.so"))[0]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _product(

@@ -36,9 +36,7 @@ void deadlock(float* out) {
 }
 
 // Half a warp shuffles with the whole.
-void half_a_warp(float* out) {
-  out[threadIdx.x] = lane() < 16 ? __shfl_xor_sync(kFullMask, 1.0f, 1) : 0.0f;
-}
+void half_a_warp(float* out) { out[threadIdx.x] = lane() < 16 ? __shfl_xor_sync(kFullMask, 1.0f, 1) : 0.0f; }
 
 void never_written(float* out) { out[threadIdx.x] = shared_memory<float>()[threadIdx.x]; }
 

@@ -7,6 +7,7 @@
 #include "core/cuda/bodies.h"
 #include "core/cuda/device.h"
 #include "core/cuda/scratch.h"
+#include "fault_check.h"
 #include "hopper_check.h"
 #include "mma_check.h"
 
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C_simt, m) {
   static const gptcore::DeviceModule kernels{gptcore::Device::cpu, gptcore::cuda::all_bodies(),
                                              &gptcore::cuda::connect};
   m.def("kernels", [] { return py::capsule(&kernels, "gptcore.kernels"); });
+  gptcore::cuda::define_fault_check(m);
   gptcore::cuda::define_mma_check(m);
   gptcore::cuda::define_hopper_check(m);
   m.def("arch", [] { return gptcore::cuda::limits().arch; });
