@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,13 +40,36 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[backend.isa()] if os.environ.get("GPTCORE_ISA") else backend.available_isas())
+PROCESSOR_ONLY = {"test_crc32c", "test_streaming"}
+
+
+def _isas() -> list[Any]:
+    names: list[Any] = [backend.isa()] if os.environ.get("GPTCORE_ISA") else backend.available_isas()
+    return [*names, pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.fixture(params=_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine has, in turn; the one of GPTCORE_ISA where that is set."""
+    """Each instruction set that this machine has, in turn; the one of GPTCORE_ISA where that is set. And "cuda", with
+    -m cuda: tensors that the test makes without saying where are then on the GPU."""
+    if request.param == "cuda":
+        if request.node.path.stem in PROCESSOR_ONLY:
+            pytest.skip("an operation of the processor alone")
+        yield from _on_gpu()
+        return
     before = backend.isa()
     backend.set_isa(request.param)
     yield request.param
     backend.set_isa(before)
+
+
+def _on_gpu() -> Iterator[str]:
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA device here")
+    # Not torch.device("cuda"), a mode of torch functions, under which ops take their way for such modes.
+    torch.set_default_tensor_type(torch.cuda.FloatTensor)
+    yield "cuda"
+    torch.set_default_tensor_type(torch.FloatTensor)
 
 
 @pytest.fixture
