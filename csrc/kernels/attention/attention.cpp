@@ -1,5 +1,6 @@
 #include "kernels/attention/attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/check.h"
@@ -10,10 +11,14 @@ namespace gptcore {
 
 GPTCORE_BODIES(AttentionBodies, attention_f32_bodies)
 GPTCORE_BODIES_AMX(AttentionBodies, attention_bf16_bodies)
+GPTCORE_DEVICE_BODIES(AttentionBodies, attention_f16_bodies)
 
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
+
+// Whether another device's kernels serve the call: what lies in its tensors is then theirs to read.
+bool elsewhere(const Checker& check) { return attention_f32_bodies_table.pick_device(check) != nullptr; }
 
 AttentionTensor tensor_of(const TensorView& view) {
   const int lead = view.ndim - 3;
@@ -27,13 +32,14 @@ void check_tensor(const Checker& check, const TensorView& tensor, const char* na
   check.last_contiguous(tensor, name);
 }
 
-// Cumulative lengths of documents; returns the longest.
+// Cumulative lengths of documents; returns the longest, or where they are not read here `total`.
 int64_t check_lengths(const Checker& check, const TensorView& lengths, const char* name, int64_t total) {
   check.input(lengths, name, {DType::i32});
   check.ndim(lengths, name, 1);
   check.contiguous(lengths, name);
   const int64_t count = lengths.size(0);
   if (count < 1) check.fail(name, "0 elements", "documents + 1 of them");
+  if (elsewhere(check)) return total;
   const int32_t* at = lengths.as<int32_t>();
   if (at[0] != 0) check.fail(name, "a first element of " + std::to_string(at[0]), "0");
   int64_t longest = 0;
@@ -131,14 +137,20 @@ void check_dropout(const Checker& check, const AttentionOptions& options, Attent
   p->keep = static_cast<int32_t>(std::floor((1 - options.dropout_p) * kKeepAll + 0.5));
   p->keep_scale = p->keep ? static_cast<float>(kKeepAll) / static_cast<float>(p->keep) : 0.0f;
   if (options.dropout_p == 0) return;
-  check.input(options.seed, "seed", {DType::i64});
+  check.defined(options.seed, "seed");
+  if (options.seed.device != Device::cpu || !elsewhere(check)) check.on_device(options.seed, "seed");
+  check.dtype(options.seed, "seed", {DType::i64});
   if (options.seed.numel() != 1) {
     check.fail("seed", std::to_string(options.seed.numel()) + " elements", "one");
   }
   if (options.offset < 0 || options.offset > int64_t{0xffffffff}) {
     check.fail("offset", std::to_string(options.offset), "0 to 2**32 - 1");
   }
-  p->seed = static_cast<uint64_t>(*options.seed.as<int64_t>());
+  if (elsewhere(check) && options.seed.device == check.device()) {
+    p->seed_at = options.seed.as<int64_t>();
+  } else {
+    p->seed = static_cast<uint64_t>(*options.seed.as<int64_t>());
+  }
   p->offset = static_cast<uint32_t>(options.offset);
 }
 
@@ -155,6 +167,7 @@ void check_prefixes(const Checker& check, const AttentionOptions& options, Atten
                "causal attention without a left bound");
   }
   p->prefix = prefixes.as<int32_t>();
+  if (elsewhere(check)) return;
   for (int64_t i = 0; i < p->batch; ++i) {
     const int64_t keys = p->cu_k ? p->cu_k[i + 1] - p->cu_k[i] : p->keys;
     if (p->prefix[i] < 0 || p->prefix[i] > keys) {
@@ -197,7 +210,7 @@ void check_options(const Checker& check, const AttentionOptions& options, DType 
   if (options.attn_mask) p->mask = check_scores(check, options.attn_mask, "attn_mask", {DType::boolean}, *p);
   if (options.attn_bias) {
     p->bias = check_scores(check, options.attn_bias, "attn_bias", {DType::f32, dtype}, *p);
-    p->bias_16bit = options.attn_bias.dtype == DType::bf16;
+    p->bias_16bit = options.attn_bias.dtype != DType::f32;
   }
   if (options.sinks) {
     check_per_head(check, options.sinks, "sinks", *p);
@@ -209,11 +222,22 @@ void check_options(const Checker& check, const AttentionOptions& options, DType 
   check_pattern(check, options, p);
 }
 
+// f16 where a device's kernels have it.
+void check_type(const Checker& check, const TensorView& q) {
+  check.defined(q, "q");
+  check.on_device(q, "q");
+  if (attention_f16_bodies_table.pick_device(check)) {
+    check.dtype(q, "q", {DType::f32, DType::bf16, DType::f16});
+  } else {
+    check.dtype(q, "q", {DType::f32, DType::bf16});
+  }
+}
+
 // What both passes take; fills everything but outputs and gradients.
 AttentionProblem check_inputs(const Checker& check, const TensorView& q, const TensorView& k,
                               const TensorView& v, const TensorView& cu_q, const TensorView& cu_k,
                               const AttentionOptions& options) {
-  check.input(q, "q", {DType::f32, DType::bf16});
+  check_type(check, q);
   const bool packed = cu_q || cu_k;
   if (q.ndim != (packed ? 3 : 4)) {
     check.fail("q", std::to_string(q.ndim) + " dimensions",
@@ -232,6 +256,9 @@ AttentionProblem check_inputs(const Checker& check, const TensorView& q, const T
       check.fail("k", "batch " + std::to_string(k.size(0)), "that of 'q', " + std::to_string(q.size(0)));
     }
     p.batch = q.size(0), p.queries = q.size(1), p.keys = k.size(1);
+  }
+  if (elsewhere(check) && std::max(p.queries, p.keys) > kMaxDeviceTokens) {
+    check.fail("q", std::to_string(std::max(p.queries, p.keys)) + " tokens", "at most 2**29 on this device");
   }
   p.q = tensor_of(q), p.k = tensor_of(k), p.v = tensor_of(v);
   p.heads = q.size(-2), p.kv_heads = k.size(-2), p.head_dim = q.size(-1);
@@ -278,6 +305,7 @@ void check_dbias(const Checker& check, const TensorView& dbias, const TensorView
 }
 
 const AttentionBodies& bodies(const Checker& check, DType dtype) {
+  if (dtype == DType::f16) return *attention_f16_bodies_table.pick_device(check);
   return dtype == DType::bf16 ? attention_bf16_bodies_table.pick(check)
                               : attention_f32_bodies_table.pick(check);
 }
@@ -287,7 +315,7 @@ const AttentionBodies& bodies(const Checker& check, DType dtype) {
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                        const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k,
                        const AttentionOptions& options, const TensorView& out, const TensorView& lse) {
-  const Checker check("attention");
+  const Checker check("attention", attention_f32_bodies_table.device);
   AttentionProblem p = check_inputs(check, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
   p.out = check_like(check, out, "out", q, "q", true);
   if (lse) {
@@ -303,7 +331,7 @@ void attention_backward(const TensorView& dout, const TensorView& q, const Tenso
                         const TensorView& cu_seqlens_k, const AttentionOptions& options, const TensorView& dq,
                         const TensorView& dk, const TensorView& dv, const TensorView& dlse,
                         const TensorView& dbias, const TensorView& dsinks) {
-  const Checker check("attention_backward");
+  const Checker check("attention_backward", attention_f32_bodies_table.device);
   AttentionProblem p = check_inputs(check, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
   p.dout = check_like(check, dout, "dout", q, "q", false);
   p.out = check_like(check, out, "out", q, "q", false);
@@ -325,7 +353,9 @@ void attention_backward(const TensorView& dout, const TensorView& q, const Tenso
     p.dsinks = dsinks.as<float>();
   }
   if (p.kv_heads == 0) return;
-  bodies(check, q.dtype).backward(p);
+  const AttentionBodies& chosen = bodies(check, q.dtype);
+  if (!chosen.backward) check.fail("dout", "a gradient", "forward alone: there is no backward here yet");
+  chosen.backward(p);
 }
 
 }  // namespace gptcore

@@ -33,8 +33,8 @@
 //          decreasing. alibi_slopes (H) or (B, H); sinks (H); attn_mask and attn_bias broadcast to (B, H, T,
 //          S), S their own, T too where dbias is wanted, and not packed. seed one element; prefix_lengths (B), or one
 //          for each document, each 0 to its S.
-// Types    q, k, v and their like of one type, f32 or bf16; attn_mask bool; attn_bias of that type or f32; seed
-//          int64; prefix_lengths int32; the rest f32, dbias included.
+// Types    q, k, v and their like of one type, f32 or bf16, on CUDA also f16; attn_mask bool; attn_bias of that type or
+//          f32; seed int64; prefix_lengths int32; the rest f32, dbias included.
 // Strides  any, but the last dimension contiguous: views into a fused projection work, gradients included.
 //          lse, dlse, dbias, sinks and dsinks contiguous.
 // Aliasing outputs overlap neither each other nor inputs; they may interleave within one buffer.
@@ -48,6 +48,9 @@
 // Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one; with dropout an eighth
 //          of a Philox call more, both ways. Blocks outside the mask are skipped; a pattern's hidden keys within
 //          a visited step of 32 cost as much as visible ones.
+// Device   On CUDA what lies in cu_seqlens, prefix_lengths and seed is read by the kernels: nothing waits for the device,
+//          and lengths that break the rules give results of no meaning, but touch nothing beyond the tensors. seed may
+//          lie on the CPU as well, and is read there when the op is called. At most 2^29 tokens.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

@@ -6,6 +6,7 @@
 namespace gptcore {
 
 constexpr int32_t kKeepAll = 65536;
+constexpr int64_t kMaxDeviceTokens = int64_t{1} << 29;  // that CUDA's kernels count
 
 // (B, T, H, D), or (total, H, D) with batch stride 0; strides in elements, the last dimension contiguous.
 struct AttentionTensor {

@@ -8,7 +8,7 @@
 namespace gptcore::cuda {
 
 // Sequences are shorter, and bounds clamped to it, so that places and their sums are 32-bit.
-constexpr int kMaxTokens = 1 << 29;
+constexpr int kMaxTokens = static_cast<int>(kMaxDeviceTokens);
 
 struct KeyRange {
   int begin, end;
@@ -139,23 +139,25 @@ struct TileOfBatch {
   int index, first;  // the sequence, and the tile's first token in it: beyond the last where the tile is idle
 };
 
-// Which those of `tile_index` are; all lanes of a warp come. Later tiles of a sequence first: causal makes them longer.
+// What tile number `tile_index` is. `length` is `total` when packed. All lanes of a warp come. Later tiles of a
+// sequence come first: causal makes them longer.
 __device__ inline TileOfBatch tile_of_batch(const int32_t* cu, int64_t batch, int64_t length, int tile,
                                             int tile_index) {
   if (!cu) {
     const int tiles = static_cast<int>((length + tile - 1) / tile);
     return {tile_index / tiles, (tiles - 1 - tile_index % tiles) * tile};
   }
+  const auto bound = [&](int i) { return min(max(cu[i], 0), static_cast<int>(length)); };
   int low = 0, high = static_cast<int>(batch);  // the document is one of [low, high)
   while (high - low > 1) {
     const int step = (high - low + kWarp - 1) / kWarp, probe = low + lane() * step;
-    const bool begun = probe < high && cu[probe] / tile + probe <= tile_index;
+    const bool begun = probe < high && bound(probe) / tile + probe <= tile_index;
     const int count = max(__popc(__ballot_sync(kFullMask, begun)), 1);
     low += (count - 1) * step;
     high = min(low + step, high);
   }
-  const int nth = tile_index - (cu[low] / tile + low);
-  const int needed = (max(cu[low + 1] - cu[low], 0) + tile - 1) / tile;
+  const int nth = tile_index - (bound(low) / tile + low);
+  const int needed = (max(bound(low + 1) - bound(low), 0) + tile - 1) / tile;
   return {low, (nth < needed ? needed - 1 - nth : needed) * tile};
 }
 

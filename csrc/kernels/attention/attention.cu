@@ -1,0 +1,19 @@
+// Attention's bodies on CUDA: which kernel takes a problem.
+#include "core/cuda/bodies.h"
+#include "kernels/attention/attention_cuda.h"
+
+namespace gptcore::cuda {
+namespace {
+
+template <class T>
+void forward(const AttentionProblem& p) {
+  attention_forward_mma<T>(p);
+}
+
+}  // namespace
+
+GPTCORE_CUDA_BODIES(AttentionBodies, attention_f32_bodies) = {forward<float>, nullptr};
+GPTCORE_CUDA_BODIES(AttentionBodies, attention_bf16_bodies) = {forward<bf16>, nullptr};
+GPTCORE_CUDA_BODIES(AttentionBodies, attention_f16_bodies) = {forward<f16>, nullptr};
+
+}  // namespace gptcore::cuda
