@@ -83,6 +83,11 @@ __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same in global memory, around a signal to a block that goes on with what the copy engine has written here.
+__device__ __forceinline__ void async_proxy_fence_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // --- the copy engine: each by one thread -----------------------------------------------------------------------
 //
 // Shared addresses at multiples of 128 bytes; of 1,024, 512 or 256 where the box is swizzled by 128, 64 or 32.

@@ -89,6 +89,18 @@ __device__ __forceinline__ void pin(uint32_t (&a)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
+// A number that the compiler takes for another behind this point: what follows from it, such as the operands of every
+// product of a loop, is computed there again instead of kept in registers.
+__device__ __forceinline__ void pin(int& x) { asm volatile("" : "+r"(x)); }
+
+// Ends the old values, for sums of a loop's earlier pass that are about to be overwritten: else the compiler moves values
+// between passes, which products under way do not suffer.
+template <int kCount>
+__device__ __forceinline__ void discard(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "=f"(d[i]));
+}
+
 template <class... Registers>
 __device__ __forceinline__ void wgmma_fence(Registers&... registers) {
   (pin(registers), ...);

@@ -80,6 +80,7 @@ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
 }
 
 inline void async_proxy_fence() {}
+inline void async_proxy_fence_global() {}
 
 // --- the copy engine -------------------------------------------------------------------------------------------
 

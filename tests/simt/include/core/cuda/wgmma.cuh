@@ -72,6 +72,11 @@ inline float simt_element(uint64_t operand, Major major, int mn, int k) {
 
 template <int kCount, class Register>
 inline void pin(Register (&)[kCount]) {}
+inline void pin(int&) {}
+template <int kCount>
+inline void discard(float (&d)[kCount]) {
+  for (float& x : d) x = NAN;
+}
 
 template <class... Registers>
 inline void wgmma_fence(Registers&...) {
