@@ -34,7 +34,8 @@ void check_ids(const Checker& check, const TensorView& ids, int64_t vocabulary) 
   check.input(ids, "ids", {DType::i64, DType::i32});
   check.contiguous(ids, "ids");
   const int64_t count = ids.numel();
-  if (count == 0) return;
+  if (count == 0 || embedding_bodies_table.pick_device(check))
+    return;  // a device's kernels look for themselves
   ids.dtype == DType::i64 ? check_range(check, ids.as<int64_t>(), count, vocabulary)
                           : check_range(check, ids.as<int32_t>(), count, vocabulary);
 }
@@ -62,7 +63,7 @@ void sort_by_id(const Id* ids, int64_t count, int64_t vocabulary, int32_t* start
 }  // namespace
 
 void embedding_forward(const TensorView& ids, const TensorView& weight, const TensorView& out) {
-  const Checker check("embedding");
+  const Checker check("embedding", embedding_bodies_table.device);
   check.input(weight, "weight", {DType::f32, DType::bf16});
   check.ndim(weight, "weight", 2);
   check.last_contiguous(weight, "weight");
@@ -74,14 +75,14 @@ void embedding_forward(const TensorView& ids, const TensorView& weight, const Te
   const int64_t size = size_of(weight.dtype);
   EmbeddingForward a{};
   a.ids = ids.data, a.table = weight.as<char>(), a.out = out.as<char>();
-  a.count = count, a.row_bytes = rows.width * size;
+  a.count = count, a.vocabulary = weight.size(0), a.row_bytes = rows.width * size;
   a.table_stride = weight.stride(0) * size, a.out_stride = rows.stride * size;
   embedding_bodies_table.pick(check).forward[ids.dtype == DType::i64](a);
 }
 
 void embedding_backward(const TensorView& ids, const TensorView& grad_out, const TensorView& dweight,
                         bool accumulate) {
-  const Checker check("embedding_backward");
+  const Checker check("embedding_backward", embedding_bodies_table.device);
   check.output(dweight, "dweight", {DType::f32, DType::bf16});
   check.ndim(dweight, "dweight", 2);
   check.contiguous(dweight, "dweight");
@@ -95,16 +96,20 @@ void embedding_backward(const TensorView& ids, const TensorView& grad_out, const
   }
   if (vocabulary == 0 || rows.width == 0) return;
 
-  const Scratch scratch(static_cast<size_t>(vocabulary + 2 + count) * sizeof(int32_t));
-  int32_t* start = scratch.as<int32_t>();
-  int32_t* order = start + vocabulary + 2;
-  ids.dtype == DType::i64 ? sort_by_id(ids.as<int64_t>(), count, vocabulary, start, order)
-                          : sort_by_id(ids.as<int32_t>(), count, vocabulary, start, order);
   EmbeddingBackward a{};
-  a.vocabulary_start = start, a.order = order;
+  a.ids = ids.data, a.long_ids = ids.dtype == DType::i64;
   a.grad_out = grad_out.data, a.dweight = dweight.data;
   a.vocabulary = vocabulary, a.tokens = count, a.width = rows.width, a.grad_stride = rows.stride;
   a.accumulate = accumulate;
+  const bool sorts = !embedding_bodies_table.pick_device(check);
+  const Scratch scratch(sorts ? static_cast<size_t>(vocabulary + 2 + count) * sizeof(int32_t) : 0);
+  if (sorts) {
+    int32_t* start = scratch.as<int32_t>();
+    int32_t* order = start + vocabulary + 2;
+    a.long_ids ? sort_by_id(ids.as<int64_t>(), count, vocabulary, start, order)
+               : sort_by_id(ids.as<int32_t>(), count, vocabulary, start, order);
+    a.vocabulary_start = start, a.order = order;
+  }
   embedding_bodies_table.pick(check).backward[is_bf16(grad_out)][is_bf16(dweight)](a);
 }
 

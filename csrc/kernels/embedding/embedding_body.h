@@ -10,11 +10,14 @@ struct EmbeddingForward {
   const void* ids;
   const char* table;
   char* out;
-  int64_t count, row_bytes, table_stride, out_stride;
+  int64_t count, vocabulary, row_bytes, table_stride, out_stride;
 };
 
-// The occurrences of all ids, sorted by id: those of v are order[vocabulary_start[v]] and on.
+// The occurrences of all ids, sorted by id: those of v are order[vocabulary_start[v]] and on. Null for a device, which
+// sorts them itself.
 struct EmbeddingBackward {
+  const void* ids;
+  bool long_ids;                    // int64
   const int32_t* vocabulary_start;  // (V + 1): where id v's occurrences begin in `order`
   const int32_t* order;             // (N): row numbers of grad_out, by id, then by number
   const void* grad_out;

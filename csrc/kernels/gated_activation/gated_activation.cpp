@@ -85,7 +85,7 @@ void join_rows(Arguments& a, std::initializer_list<int64_t> strides) {
 
 void gated_activation_forward(int kind, const TensorView& gate, const TensorView& up,
                               const TensorView& gate_bias, const TensorView& up_bias, const TensorView& y) {
-  const Checker check("gated_activation");
+  const Checker check("gated_activation", gated_activation_bodies_table.device);
   const int64_t width = checked_width(check, kind, gate, up);
   const bool packed = kind >= kPacked;
   const Rows gate_rows = rows_of(check, gate, "gate");
@@ -119,7 +119,7 @@ void gated_activation_backward(int kind, const TensorView& grad_y, const TensorV
                                const TensorView& up, const TensorView& gate_bias, const TensorView& up_bias,
                                const TensorView& dgate, const TensorView& dup, const TensorView& dgate_bias,
                                const TensorView& dup_bias) {
-  const Checker check("gated_activation_backward");
+  const Checker check("gated_activation_backward", gated_activation_bodies_table.device);
   const int64_t width = checked_width(check, kind, gate, up);
   const bool packed = kind >= kPacked, gated = packed || up;
   const Rows gate_rows = rows_of(check, gate, "gate");

@@ -9,7 +9,7 @@ namespace gptcore {
 GPTCORE_BODIES(PhiloxBodies, philox_bodies)
 
 void philox(const TensorView& counters, int64_t seed, const TensorView& out) {
-  const Checker check("philox");
+  const Checker check("philox", philox_bodies_table.device);
   check.input(counters, "counters", {DType::i32});
   check.shape(counters, "counters", {-1, 4});
   check.contiguous(counters, "counters");

@@ -39,6 +39,7 @@ void check_positions(const Checker& check, const TensorView& positions, int64_t 
   } else {
     check.shape(positions, "position", {tokens});
   }
+  if (rotary_bodies_table.pick_device(check)) return;  // a device's kernel makes NaN of a wrong one
   const int32_t* p = positions.as<int32_t>();
   for (int64_t i = 0, n = positions.numel(); i < n; ++i) {
     if (p[i] < 0 || p[i] >= length) check.fail("position", std::to_string(p[i]), limit());
@@ -54,7 +55,7 @@ RotaryStrides strides_of(const TensorView& x) {
 
 void rotary(const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& positions,
             int64_t offset, bool interleaved, bool inverse, const TensorView& out) {
-  const Checker check("rotary");
+  const Checker check("rotary", rotary_bodies_table.device);
   check.input(x, "x", {DType::f32, DType::bf16});
   if (x.ndim != 3 && x.ndim != 4) check.fail("x", describe(x), "(B, T, H, D) or (T, H, D)");
   check.last_contiguous(x, "x");
@@ -69,6 +70,7 @@ void rotary(const TensorView& x, const TensorView& cos, const TensorView& sin, c
   if (x.numel() == 0) return;
 
   a.x = x.data, a.out = out.data, a.cos = cos.as<float>(), a.sin = sin.as<float>();
+  a.length = cos.size(0);
   a.positions = positions.as<int32_t>();
   a.position_batch_stride = positions && positions.ndim == 2 ? a.tokens : 0;
   a.offset = offset, a.half = cos.size(1);

@@ -15,7 +15,7 @@
 // Bits     element by element: equal for any thread count and batch.
 // Cost     3 flops and 2 * size bytes an element; the tables stay in cache.
 // Errors   ValueError or TypeError on any violated line above or a position outside [0, L), before anything
-//          is written.
+//          is written. On CUDA positions are not read by the host: one outside [0, L) makes NaN of the pairs.
 #pragma once
 
 #include "core/tensor_view.h"
