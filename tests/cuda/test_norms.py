@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
 
-from gptcore import backend
 from gptcore.ops.layer_norm import layer_norm, layer_norm_backward, layer_norm_reference, layer_norm_stats
 from gptcore.ops.rms_norm import rms_norm, rms_norm_backward, rms_norm_reference, rms_norm_stats
 from tests.tolerance import check_against_float64, same_bits
@@ -19,14 +18,15 @@ NORMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _simt() -> Iterator[None]:
-    if "simt" not in backend.available_isas():
-        pytest.skip("without a build of tests/simt (GPTCORE_SIMT)")
-    before = backend.isa()
-    backend.set_isa("simt")
-    yield
-    backend.set_isa(before)
+# Clusters, from sm_90 on, and what takes their place before.
+ARCHES = pytest.mark.parametrize("arch", ["sm80", "sm90"], indirect=True)
+pytestmark = pytest.mark.usefixtures("on_simt")
+
+
+@pytest.fixture
+def arch(simt: ModuleType, request: pytest.FixtureRequest) -> None:
+    if f"sm{simt.arch()}" != request.param:
+        pytest.skip(f"GPTCORE_SIMT_ARCH is {simt.arch()}")
 
 
 def _check(kind: str, dtype: torch.dtype, rows: int, width: int, weight: torch.Tensor) -> None:
@@ -64,20 +64,25 @@ def test_rows_of_every_cut(kind: str, dtype: torch.dtype, packs: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("width", [16640, 33001])
-def test_wide_rows_sm90(kind: str, dtype: torch.dtype, width: int) -> None:
+@ARCHES
+def test_wide_rows(arch: None, kind: str, dtype: torch.dtype, width: int) -> None:
     # Forward shares them over clusters from sm_90 on, backward over larger ones; sm_80 reads them again.
     _check(kind, dtype, 3, width, torch.randn(width).to(dtype))
 
 
 @pytest.mark.parametrize("kind", NORMS)
-def test_rows_wider_than_a_cluster_sm90(kind: str) -> None:
+@ARCHES
+def test_rows_wider_than_a_cluster(arch: None, kind: str) -> None:
     _check(kind, torch.float32, 2, 66000, torch.randn(66000))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("width", [24, 100, 1000, 4104])
-def test_a_row_does_not_know_its_batch_or_its_place_sm90(kind: str, dtype: torch.dtype, width: int) -> None:
+@ARCHES
+def test_a_row_does_not_know_its_batch_or_its_place(
+    arch: None, kind: str, dtype: torch.dtype, width: int
+) -> None:
     norm, _, stats, backward = NORMS[kind]
     x, grad = torch.randn(2, 37, width).to(dtype)
     weight = torch.randn(width).to(dtype)

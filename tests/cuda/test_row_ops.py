@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -17,14 +15,7 @@ from tests.tolerance import assert_close_to_exact, check_against_float64, same_b
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _simt() -> Iterator[None]:
-    if "simt" not in backend.available_isas():
-        pytest.skip("without a build of tests/simt (GPTCORE_SIMT)")
-    before = backend.isa()
-    backend.set_isa("simt")
-    yield
-    backend.set_isa(before)
+pytestmark = pytest.mark.usefixtures("on_simt")
 
 
 def _exact(ids: torch.Tensor, grad: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ struct RotaryStrides {
 struct Rotary {
   const void* x;
   void* out;
-  const float *cos, *sin;    // (length, half)
+  const float *cos, *sin;  // (length, half)
   int64_t length;
   const int32_t* positions;  // may be null
   int64_t position_batch_stride;

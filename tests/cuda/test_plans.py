@@ -1,0 +1,92 @@
+"""How CUDA's row kernels cut their work: what must hold of every shape, asked of the headers themselves."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+
+PROGRAM = """
+#include <cstdio>
+#include <initializer_list>
+#include "core/cuda/norm_plan.h"
+#include "kernels/embedding/embedding_plan.h"
+using namespace gptcore::cuda;
+void print(const char* pass, long rows, long packs, int arch, const NormPlan& p) {
+  std::printf("%s %ld %ld %d %d %d %d %d %ld\\n", pass, rows, packs, arch, p.packs, p.lanes, p.groups, p.cluster,
+              static_cast<long>(p.blocks));
+}
+int main() {
+  const long edges[] = {1, 2, 3, 8, 31, 32, 33, 64, 65, 96, 128, 129, 200, 512, 513, 1000, 1024, 1025, 2048, 2049,
+                        4096, 4097, 8192, 8193, 16384, 16385, 100000};
+  for (long rows : {0L, 1L, 7L, 64L, 5000L, 100000L}) {
+    for (long packs : edges) {
+      for (int arch : {80, 90, 100}) {
+        print("forward", rows, packs, arch, norm_forward_plan(rows, packs, arch));
+        print("backward", rows, packs, arch, norm_backward_plan(rows, 8 * packs, packs, arch));
+      }
+    }
+  }
+  for (long tokens : {1L, 4096L, 4097L, 1000000L}) {
+    for (long vocabulary : {1L, 511L, 512L, 50257L, 262143L, 262144L}) {
+      const SortPlan p = sort_plan(tokens, vocabulary);
+      std::printf("sort %ld %ld %ld %d\\n", tokens, vocabulary, static_cast<long>(p.tiles), p.passes);
+    }
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("without a C++ compiler")
+    directory = tmp_path_factory.mktemp("plans")
+    (directory / "plans.cpp").write_text(PROGRAM)
+    program = directory / "plans"
+    subprocess.run(
+        [compiler, "-std=c++17", f"-I{SOURCES}", str(directory / "plans.cpp"), "-o", str(program)], check=True
+    )
+    lines = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
+    return [line.split() for line in lines]
+
+
+def test_norms_cut_every_shape_into_what_a_device_has(plans: list[list[str]]) -> None:
+    layouts: dict[tuple[str, int, int], set[tuple[int, ...]]] = {}
+    for name, *numbers in plans:
+        if name == "sort":
+            continue
+        rows, packs, arch, held, lanes, groups, cluster, blocks = map(int, numbers)
+        case = f"{name}: {rows} rows of {packs} packs on {arch}"
+        layouts.setdefault((name, packs, arch), set()).add((held, lanes, cluster))
+        assert 1 <= lanes * groups <= 512 and blocks % cluster == 0, case
+        assert lanes % 32 == 0 or (lanes < 32 and 32 % lanes == 0 and lanes * groups % 32 == 0), case
+        assert cluster in (1, 2, 4, 8) and (cluster == 1 or arch >= 90), case
+        if held:  # else the rows are read again, at any width
+            assert held * lanes * cluster >= packs, case
+            assert held in ((1, 2, 4) if name == "forward" else (1, 2)), case
+            assert 2 * (held - 1) * lanes * cluster <= 2 * packs + 64 * held * cluster, case  # few lanes idle
+        else:
+            assert packs > (2048 if name == "forward" else 1024) * (8 if arch >= 90 else 1), case
+        if name == "forward":
+            assert blocks * groups >= rows * cluster, case
+        else:
+            assert 1 <= blocks // cluster <= 264, case
+            assert (blocks // cluster) * 2 * 8 * packs * 4 <= max(64 << 20, 264 * 64 * packs), case
+            if rows * 8 * packs <= 16384 and held:
+                assert blocks == cluster, f"{case}: more than one launch"
+    # A row's bits depend on its width, never on how many there are.
+    assert all(len(kinds) == 1 for kinds in layouts.values())
+
+
+def test_ids_are_sorted_by_as_many_digits_as_they_have(plans: list[list[str]]) -> None:
+    found = [tuple(map(int, numbers)) for name, *numbers in plans if name == "sort"]
+    assert found
+    for tokens, vocabulary, tiles, passes in found:
+        assert (tiles - 1) * 4096 < tokens <= tiles * 4096
+        assert 512**passes > vocabulary and (passes == 1 or 512 ** (passes - 1) <= vocabulary)
