@@ -4,12 +4,14 @@
 #include <cstdlib>
 #include <new>
 
+#include "attention_check.h"
 #include "core/cuda/bodies.h"
 #include "core/cuda/device.h"
 #include "core/cuda/scratch.h"
 #include "fault_check.h"
 #include "hopper_check.h"
 #include "mma_check.h"
+#include "simt.h"
 
 namespace py = pybind11;
 
@@ -52,5 +54,7 @@ PYBIND11_MODULE(_C_simt, m) {
   gptcore::cuda::define_fault_check(m);
   gptcore::cuda::define_mma_check(m);
   gptcore::cuda::define_hopper_check(m);
+  gptcore::cuda::define_attention_check(m);
   m.def("arch", [] { return gptcore::cuda::limits().arch; });
+  m.def("last_kernel", [] { return simt::last_kernel; });
 }

@@ -21,6 +21,7 @@ namespace simt {
 
 Thread* current = nullptr;
 Grid grid;
+const char* last_kernel = "";
 
 namespace {
 

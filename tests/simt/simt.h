@@ -89,6 +89,7 @@ struct Grid {
 
 extern Thread* current;
 extern Grid grid;
+extern const char* last_kernel;  // launched, in the compiler's words: tests ask which one served a call
 
 // Runs `body` as every thread of every block; blocks in a shuffled order unless `ordered`.
 void run(dim3 blocks, dim3 threads, int64_t shared_bytes, int cluster, bool ordered,

@@ -7,6 +7,9 @@ namespace {
 
 template <class T>
 void forward(const AttentionProblem& p) {
+  if constexpr (sizeof(T) == 2) {
+    if (attention_forward_sm90_takes<T>(p)) return attention_forward_sm90<T>(p);
+  }
   attention_forward_mma<T>(p);
 }
 

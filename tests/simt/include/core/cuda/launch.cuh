@@ -26,6 +26,7 @@ void launch(const Launch& l, const Arguments&... arguments) {
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
   if (l.shared_bytes > limits().shared_bytes)
     throw std::runtime_error("simt: more shared memory than a block has");
+  simt::last_kernel = __PRETTY_FUNCTION__;
   const auto body = [&] { kernel(arguments...); };
   simt::run(l.grid, l.block, l.shared_bytes, l.cluster, l.ordered, body);
 }
