@@ -115,9 +115,14 @@ def test_f16(sm90: None, size: int) -> None:
 
 def test_every_query_of_a_prefix_sees_it(sm90: None) -> None:
     tensors = inputs(2, 150, 290, 2, 1, 64, torch.bfloat16)
-    check_forward(
-        tensors, twin=lambda *x, **_: None, causal=True, prefix_lengths=torch.tensor([200, 0]).int()
-    )
+    prefixes = torch.tensor([200, 0]).int()
+    key = torch.arange(290)
+    seen = (key <= torch.arange(150)[:, None] + 140) | (key < prefixes[:, None, None, None])
+
+    def twin(*tensors: Any, **_: Any) -> Any:
+        return torch_attention(*tensors, attn_mask=seen)
+
+    check_forward(tensors, twin, causal=True, prefix_lengths=prefixes)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])

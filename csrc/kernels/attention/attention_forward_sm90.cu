@@ -7,13 +7,11 @@
 // Blocks of keys go from the last to the first, those with hidden keys first among causal ones.
 #include "kernels/attention/attention_forward_sm90.cuh"
 
-#include <cfloat>
-
 #include "core/cuda/pack.cuh"
 #include "core/cuda/scratch.h"
 #include "core/cuda/wgmma.cuh"
 #include "kernels/attention/attention_cuda.h"
-#include "kernels/attention/attention_scores.cuh"
+#include "kernels/attention/attention_forward_sm90_rows.cuh"
 
 namespace gptcore::cuda {
 namespace {
@@ -128,162 +126,6 @@ __device__ void load_tiles(const ForwardTask& task, ForwardShared<kDim>& shared)
 }
 
 // --- the multipliers -------------------------------------------------------------------------------------------
-//
-// A thread holds parts of two rows, g and g + 8 of its warp's 16: values 4 j + 2 h + c are row h's, columns 8 j + 2 t + c.
-
-// What a row's sums stand at: its highest score, and a power of it shared by P's sum and O.
-struct ForwardRows {
-  float top[2], sum[2];
-};
-
-__device__ __forceinline__ float over_quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kFullMask, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kFullMask, x, 2));
-}
-__device__ __forceinline__ float over_quad_sum(float x) {
-  x += __shfl_xor_sync(kFullMask, x, 1);
-  return x + __shfl_xor_sync(kFullMask, x, 2);
-}
-
-// Scores become probabilities against the highest score so far; shrink: what sums so far then count. A score counts
-// `factor` times as a power of two.
-template <int kCount>
-__device__ __forceinline__ void soften(float (&s)[kCount], float factor, ForwardRows& rows,
-                                       float (&shrink)[2]) {
-  float top[4] = {rows.top[0], -INFINITY, rows.top[1], -INFINITY};  // two chains a row
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) top[i / 2 % 2 * 2 + i % 2] = fmaxf(top[i / 2 % 2 * 2 + i % 2], s[i]);
-  float shift[2], sum[4] = {};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float highest = over_quad_max(fmaxf(top[2 * h], top[2 * h + 1]));
-    shift[h] = highest == -INFINITY ? 0.0f : highest * factor;
-    shrink[h] = exp2_approximate(rows.top[h] * factor - shift[h]);
-    rows.top[h] = highest;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    s[i] = exp2_approximate(s[i] * factor - shift[i / 2 % 2]);
-    sum[i / 2 % 2 * 2 + i % 2] += s[i];
-  }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) rows.sum[h] = rows.sum[h] * shrink[h] + (sum[2 * h] + sum[2 * h + 1]);
-}
-
-// s = cap tanh(s inner), inner already times 2 log2(e): tanh x = 1 - 2 / (1 + e^2x). Four quotients share a reciprocal,
-// since the unit that computes it is the one that exponentials wait for. Arguments end where tanh is 1 to its last bit.
-template <int kCount>
-__device__ __forceinline__ void cap_scores(float (&s)[kCount], float cap, float inner) {
-#pragma unroll
-  for (int i = 0; i < kCount; i += 4) {
-    float a[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) a[j] = 1.0f + exp2_approximate(fminf(s[i + j] * inner, 27.0f));
-    const float first = a[0] * a[1], second = a[2] * a[3], both = reciprocal_approximate(first * second);
-    const float halves[2] = {both * second, both * first};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float capped = cap - 2.0f * cap * (halves[j / 2] * a[j ^ 1]);
-      s[i + j] =
-          isnan(s[i + j]) ? s[i + j] : capped;  // the minimum has lost it, or the others would have got it
-    }
-  }
-}
-
-// What the options make of a score, in powers of two.
-struct ForwardModifiers {
-  float factor, cap, inner, slope;
-
-  __device__ ForwardModifiers(const AttentionProblem& p, const AttentionSequence& s)
-      : factor(p.scale * kLog2e),
-        cap(p.soft_cap * kLog2e),
-        inner(p.soft_cap > 0.0f ? p.scale / p.soft_cap * (2.0f * kLog2e) : 0.0f),
-        slope(p.slopes ? p.slopes[s.index * p.slopes_batch + s.head * p.slopes_head] * kLog2e : 0.0f) {}
-
-  // ahead[h]: how far row h's own place lies ahead of this thread's first column.
-  template <int kCount>
-  __device__ __forceinline__ void apply(float (&s)[kCount], const float (&ahead)[2]) const {
-    if (cap > 0.0f) {
-      cap_scores(s, cap, inner);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) s[i] *= factor;
-    }
-    if (slope != 0.0f) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        s[i] -= slope * fabsf(ahead[i / 2 % 2] - static_cast<float>(i / 4 * 8 + i % 2));
-    }
-  }
-};
-
-// Zeroes what is dropped; `query` is row 0's, `key` the block's first, `keep` less than all.
-template <int kCount>
-__device__ __forceinline__ void drop(float (&s)[kCount], const DropoutBits& bits, int32_t keep, int query,
-                                     int key) {
-  const uint32_t limit = static_cast<uint32_t>(keep) << 16;
-#pragma unroll
-  for (int i = 0; i < kCount / 8; ++i) {
-    uint32_t words[4];
-    bits.query_words(query, key + 16 * i, words);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {  // the halves as upper halves: what is below them does not matter
-      if (words[w] << 16 >= limit) s[8 * i + 2 * w] = 0.0f;
-      if (words[w] >= limit) s[8 * i + 2 * w + 1] = 0.0f;
-    }
-  }
-}
-
-// Word i of lane j of a quad for word j of lane i.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = lane() & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      const uint32_t low = words[i], high = words[i + bit];
-      const uint32_t got = __shfl_xor_sync(kFullMask, upper ? low : high, bit);
-      words[i] = upper ? got : low, words[i + bit] = upper ? high : got;
-    }
-  }
-}
-
-// Rows of O to memory, 16 bytes a lane, and lse. A row that sees nothing is 0.
-template <class T, int kDim>
-__device__ __forceinline__ void store_rows(const AttentionProblem& p, const AttentionSequence& s, int query,
-                                           const float (&o)[kDim / 2], float factor, ForwardRows& rows) {
-  const int t = lane() & 3;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const bool exists = query + 8 * h < s.queries;
-    float sum = over_quad_sum(rows.sum[h]), top = rows.top[h] * factor, scale = p.keep_scale;
-    const bool blind = sum == 0.0f;  // where a key is seen, the highest score's probability is 1
-    if (p.sinks) {                   // one more score, that of no key
-      const float sink = p.sinks[s.head] * kLog2e, highest = fmaxf(fmaxf(top, sink), -FLT_MAX);
-      const float shrink = exp2_approximate(top - highest);
-      sum = sum * shrink + exp2_approximate(sink - highest);
-      top = highest, scale *= shrink;
-    }
-    scale = scale / sum;
-    if (p.lse && exists && t == 0)
-      lse_rows(p.lse, p, s)[query + 8 * h] = sum == 0.0f ? -INFINITY : (top + log2_approximate(sum)) * kLn2;
-    T* to = query_rows<T>(p.out, s) + (query + 8 * h) * p.out.token;
-#pragma unroll
-    for (int j = 0; j < kDim / 8; j += 4) {
-      uint32_t words[4];
-#pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        const int i = 4 * (j + b) + 2 * h;
-        words[b] = blind ? 0u : pack_pair<T>(o[i] * scale, o[i + 1] * scale);
-      }
-      transpose_quad(words);
-      const int column = 8 * (j + t);
-      if (exists && column < p.head_dim)
-        *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-  }
-}
 
 template <class T, int kDim, bool kPlain>
 __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& shared) {
@@ -313,6 +155,7 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
     const DropoutBits bits(p, job.s);
     const float factor = kPlain ? modifiers.factor : 1.0f;
     ForwardRows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+    bool moved = false;  // a row's shift, which O has yet to follow
     float o[kDim / 2], s[kKeys / 2], shrink[2];
     uint32_t probabilities[kKeys / 16][4];
 
@@ -354,7 +197,7 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
           if (!masks[i / 2 % 2].sees(key + i / 4 * 8 + i % 2)) s[i] = -INFINITY;
         }
       }
-      soften(s, factor, rows, shrink);
+      moved = soften(s, factor, rows, shrink);
       if constexpr (!kPlain) {
         if (p.keep < kKeepAll) drop(s, bits, p.keep, query, block * kKeys);
       }
@@ -384,8 +227,10 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
       wgmma_wait<0>(o);
       release(shared.v_empty + v_ring.stage);
       v_ring.next();
+      if (moved) {
 #pragma unroll
-      for (int i = 0; i < kDim / 2; ++i) o[i] *= shrink[i / 2 % 2];
+        for (int i = 0; i < kDim / 2; ++i) o[i] *= shrink[i / 2 % 2];
+      }
       pack();
     }
     if (begin < end) {
@@ -394,7 +239,7 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
       release(shared.v_empty + v_ring.stage);
       v_ring.next();
     }
-    store_rows<T, kDim>(p, job.s, query, o, factor, rows);
+    store_rows<T, kDim>(p, job.s, query, o, rows);
   }
 }
 

@@ -129,6 +129,23 @@ __device__ __forceinline__ void hide_unseen(float (&x)[kCount], int stride, cons
   }
 }
 
+// Among four lanes that differ in the bits kStep and 2 kStep of their number, of which this is `place`: word i of lane j
+// for word j of lane i.
+template <int kStep>
+__device__ __forceinline__ void transpose_lanes(int place, uint32_t (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = place & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const uint32_t low = words[i], high = words[i + bit];
+      const uint32_t got = __shfl_xor_sync(kFullMask, upper ? low : high, bit * kStep);
+      words[i] = upper ? got : low, words[i + bit] = upper ? high : got;
+    }
+  }
+}
+
 // --- dropout ----------------------------------------------------------------------------------------------------
 
 // Which probabilities stay: the bits of attention.h, drawn by the lanes that need the same words together, each for one
@@ -153,7 +170,7 @@ class DropoutBits {
     const PhiloxWords own = draw(query + 8 * (t & 1), key / 8 + (t >> 1));
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i] = own.at[i];
-    transpose<1>(t, words);
+    transpose_lanes<1>(t, words);
   }
 
   // Keys as rows: for a lane of four fragments 8 x 8 (key + g and queries first + 8 j + 2 t and + 1; key a multiple of
@@ -167,7 +184,7 @@ class DropoutBits {
     uint32_t half[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) half[i] = own.at[i];
-    transpose<8>(g >> 1, half);  // word g / 2 of the four queries that lanes of this parity drew
+    transpose_lanes<8>(g >> 1, half);  // word g / 2 of the four queries that lanes of this parity drew
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t other = __shfl_xor_sync(kFullMask, half[i], 4);
@@ -179,23 +196,6 @@ class DropoutBits {
  private:
   __device__ PhiloxWords draw(int query, int group) const {
     return philox(seed_, {{static_cast<uint32_t>(group), static_cast<uint32_t>(query), head_, offset_}});
-  }
-
-  // Among four lanes that differ in the bits kStep and 2 kStep of their number, of which this is `place`: word i of
-  // lane j for word j of lane i.
-  template <int kStep>
-  __device__ static __forceinline__ void transpose(int place, uint32_t (&words)[4]) {
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = place & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        const uint32_t low = words[i], high = words[i + bit];
-        const uint32_t got = __shfl_xor_sync(kFullMask, upper ? low : high, bit * kStep);
-        words[i] = upper ? got : low, words[i + bit] = upper ? high : got;
-      }
-    }
   }
 
   const uint64_t seed_;
