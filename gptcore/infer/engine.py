@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gptcore.errors import UserError, unknown_name
+from gptcore.infer import device_sampling
 from gptcore.infer.kv_cache import KVCache
 from gptcore.infer.sampling import SamplingParams, sample
 from gptcore.infer.stop_strings import StopStrings
@@ -343,12 +345,21 @@ class _Run:
 
     def _sample(self, sequences: list[_Sequence], logits: Tensor) -> None:
         """Choose the next token of each sequence that is not finished, and show what it completes."""
-        rows = logits[:, : self.vocab_size].float().cpu().numpy()
-        for sequence, row in zip(sequences, rows, strict=True):
-            if sequence.finish_reason is None:
-                token = sample(row, self.params, sequence.number, sequence.generated)
-                sequence.ids.append(token)
-                self._show(sequence, token)
+        live = [(row, one) for row, one in enumerate(sequences) if one.finish_reason is None]
+        for (_, sequence), token in zip(live, self._chosen(live, logits[:, : self.vocab_size]), strict=True):
+            sequence.ids.append(token)
+            self._show(sequence, token)
+
+    def _chosen(self, live: list[tuple[int, _Sequence]], logits: Tensor) -> list[int]:
+        """The next token of each of these sequences, whose row of ``logits`` stands beside it."""
+        if logits.device.type == "cpu":
+            values = logits.float().numpy()
+            return [sample(values[row], self.params, one.number, one.generated) for row, one in live]
+        rows = torch.tensor([row for row, _ in live], device=logits.device)
+        places = np.array([(one.number, one.generated) for _, one in live], np.int64)
+        found = device_sampling.sample_rows(logits[rows], self.params, places[:, 0], places[:, 1])
+        chosen: list[int] = found.tokens.tolist()
+        return chosen
 
     def _show(self, sequence: _Sequence, token: int) -> None:
         """Add the text that ``token`` completes, and decide whether the sequence ends with it."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptcore.errors import UserError
+from gptcore.infer import device_sampling
 from gptcore.infer.batch_sampling import Sampled, sample_rows
 from gptcore.infer.engine import Timing, inference, new_cache
 from gptcore.infer.kv_cache import KVCache
@@ -195,8 +196,11 @@ class _Run:
         rows = np.flatnonzero(batch.alive)
         places = batch.places[rows]
         chosen = logits[:, : self.vocab] if len(rows) == len(logits) else logits[rows, : self.vocab]
-        values = chosen.float().cpu().numpy()
-        sampled = sample_rows(values, self.params, self.numbers[places], np.full(len(rows), position))
+        numbers, positions = self.numbers[places], np.full(len(rows), position)
+        if chosen.device.type == "cpu":
+            sampled = sample_rows(chosen.float().numpy(), self.params, numbers, positions)
+        else:
+            sampled = device_sampling.sample_rows(chosen, self.params, numbers, positions)
         self._keep(places, position, sampled)
         ended = np.isin(sampled.tokens, self.stops)
         self.stopped[places] = ended
