@@ -66,13 +66,13 @@ def attach_cuda() -> bool:
     """Give :func:`extension` the kernels for CUDA tensors, once; it asks for them with the first such tensor.
 
     Returns:
-        Whether there are any. Ops refuse CUDA tensors otherwise.
+        Whether there are any, and no emulated ones are in their place. Ops refuse CUDA tensors otherwise.
 
     Raises:
         ImportError: both modules are there, but were built from different sources.
     """
     cuda = cuda_extension()
-    if cuda is None:
+    if cuda is None or "simt" in available_isas():
         return False
     extension().attach_kernels(cuda.kernels())
     return True

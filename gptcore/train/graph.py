@@ -228,7 +228,7 @@ class StepGraphs:
         like = self._lr
         return torch.stack(
             [
-                v.double().reshape(()) if isinstance(v, Tensor) else like.new_tensor(float(v or 0.0))
+                v.double().reshape(()) if isinstance(v, Tensor) else like.new_full((), float(v or 0.0))
                 for v in values
             ]
         )

@@ -10,18 +10,32 @@ from collections.abc import Iterator
 import torch
 
 from gptcore import backend
+from gptcore.errors import UserError
 from gptcore.optim import LossScaler
 from gptcore.optim.fused import FusedOptimizer
 from gptcore.train import strategies
 from gptcore.train.config import TrainConfig
 from gptcore.train.device_batches import DeviceBatches, sender_for
-from gptcore.train.graph import CALL, CudaRecorder, Recorder, StepGraphs
+from gptcore.train.graph import CALL, CudaRecorder, Launched, Recorder, StepGraphs
 from gptcore.train.guard import Guard
 from gptcore.train.leaves import batch_of, of_each_rank, seed
+from gptcore.train.measure import due
 from gptcore.train.routing import RoutingWatch
 from gptcore.train.run_state import Run
 from gptcore.train.sharding import Optimizer
 from gptcore.train.step import ADVICE, NonFiniteError, forward, objective, places_after
+from gptcore.train.stop import StopRequest
+
+
+def refuse_without(device: torch.device) -> None:
+    """Raises UserError where ``device`` is a GPU that there is not, or that no kernel runs on."""
+    if device.type != "cuda":
+        return
+    why = backend.why_no_kernels(device)
+    if why is None and not torch.cuda.is_available():
+        why = "torch sees no CUDA device"
+    if why is not None:
+        raise UserError(f"device: got '{device}', but {why}; see gptcore info, or set device = \"cpu\"")
 
 
 @contextlib.contextmanager
@@ -96,20 +110,39 @@ def graphs_of(now: Run, recorder: Recorder) -> StepGraphs:
     )
 
 
-def update(now: Run) -> tuple[float, float]:
+def update(now: Run, stop: StopRequest) -> tuple[float, float]:
     """The next update, by graphs; its loss and gradient norm.
+
+    Where nobody looks at the weights between it and the one after, the device is given that one too before its numbers
+    are waited for, so that it never waits for the host.
 
     Raises:
         NonFiniteError: no weight was touched.
     """
-    assert now.graphs is not None and now.batches is not None
-    lr, data = now.course.learning_rate(now.step), now.course.batch(now.step)
-    leaves = range(of_each_rank(now.config, data, 1))
-    places = [(data, leaf) for leaf in leaves]
-    taken = [now.batches.take(place, places_after(place, leaves)) for place in places]
-    told = now.graphs.launch(now.step, lr, taken).read()
+    launched, now.ahead = now.ahead or _launch(now, now.step), None
+    if not _is_looked_at(now, now.step + 1, stop):
+        now.ahead = _launch(now, now.step + 1)
+    told = launched.read()
     if math.isfinite(told.loss) and not told.found_inf:
         return told.loss, told.grad_norm
     what = "a gradient is not finite" if math.isfinite(told.loss) else f"the loss is {told.loss}"
+    lr = now.course.learning_rate(now.step)
     where = f"at step {now.step + 1} (learning rate {lr:.3g}); {ADVICE}"
     raise NonFiniteError(f"{what} {where}", told.loss, told.grad_norm)
+
+
+def _is_looked_at(now: Run, step: int, stop: StopRequest) -> bool:
+    """Whether anything but the next update follows once ``step`` updates are done."""
+    config = now.config
+    every = (config.evaluation.every, config.sample.every, config.checkpoint.every)
+    ends = step >= config.steps or bool(stop.signal)
+    return ends or any(due(step, one) for one in every) or bool(now.course.due(step))
+
+
+def _launch(now: Run, step: int) -> Launched:
+    assert now.graphs is not None and now.batches is not None
+    data = now.course.batch(step)
+    leaves = range(of_each_rank(now.config, data, 1))
+    places = [(data, leaf) for leaf in leaves]
+    taken = [now.batches.take(place, places_after(place, leaves)) for place in places]
+    return now.graphs.launch(step, now.course.learning_rate(step), taken)

@@ -96,6 +96,7 @@ def run(
         SystemExit: after SIGINT or SIGTERM, with 128 + signal, once the checkpoint is written.
     """
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    graphed.refuse_without(device)
     check_changes(config)
     _set_up(config)
     known = measure_peak and dtype != torch.float16  # which is computed in f32

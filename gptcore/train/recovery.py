@@ -55,7 +55,7 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
     """
     guard = now.guard
     scale = now.scaler.get_scale() if now.scaler is not None else 1.0
-    loss, norm, error = _updated(now, drops)
+    loss, norm, error = _updated(now, drops, stop)
     now.step, now.loss, now.grad_norm = now.step + 1, loss, norm
     seen = guard.look(loss, norm)
     if now.scaler is not None:
@@ -65,7 +65,8 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
     for sighting in seen:
         if guard.news(sighting):
             now.events.write("seen", now.step, **sighting._asdict())
-    signal, saved = agree_on_events(now, stop.signal or 0)
+    # With another update begun the weights are not this one's: it is for the next to stop.
+    signal, saved = agree_on_events(now, (now.ahead is None and stop.signal) or 0)
     if drops or verdict.action == "none":
         return Outcome(Verdict(), None, None, signal, saved)
     sentence = _sentence(verdict, seen)
@@ -81,11 +82,11 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
     return Outcome(verdict, error, sentence, signal, saved)
 
 
-def _updated(now: Run, drops: bool) -> tuple[float, float | None, UserError | None]:
+def _updated(now: Run, drops: bool, stop: StopRequest) -> tuple[float, float | None, UserError | None]:
     """Make the next update: its loss, its norm, and the error if one is not finite."""
     try:
         if now.graphs is not None and not drops:
-            return *graphed.update(now), None
+            return *graphed.update(now, stop), None
         loss = update(
             now.config,
             now.called,
@@ -190,6 +191,7 @@ def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
     if found is None:
         _stay(now, outcome, spent)
         return None
+    now.ahead = None
     end, came_from = now.course.batch(now.step - 1) + 1, now.step
     take_up(now, found)
     now.rewinds += 1

@@ -21,7 +21,7 @@ from gptcore.train.config import TrainConfig
 from gptcore.train.device_batches import DeviceBatches
 from gptcore.train.evaluation import Batches
 from gptcore.train.events import EventLog
-from gptcore.train.graph import StepGraphs
+from gptcore.train.graph import Launched, StepGraphs
 from gptcore.train.guard import Guard
 from gptcore.train.metrics import MetricsFile, ModelFlops
 from gptcore.train.processes import first_alone, from_first
@@ -71,6 +71,9 @@ class Run:
     called: torch.nn.Module = field(init=False)
     batches: DeviceBatches | None = None  # of the loader, where a device computes meanwhile
     graphs: StepGraphs | None = None
+    ahead: Launched | None = (
+        None  # the update after the last that was looked at, where the device has it already
+    )
 
 
 def resume_from(now: Run, resume: bool, quiet: bool) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptcore import backend
+from gptcore import backend, checkpoint
 from gptcore.errors import UserError
 from gptcore.models import GPT, GPTConfig
 from gptcore.train import from_table, graph, graphed, strategies
@@ -184,6 +186,90 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+class Spiking(ToyLoader):
+    """Three batches of which nothing can be learnt."""
+
+    def batch_at(self, step: int) -> Batch:
+        batch = super().batch_at(step)
+        if step not in range(62, 65):
+            return batch
+        return batch._replace(targets=np.full_like(batch.targets, 31))
+
+
+def test_going_back_is_as_without(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though another update was begun when the spike is seen."""
+    lines, recorders = [], []
+    recovery = {
+        "loss": "rewind",
+        "rewind_steps": 10,
+        "skip_batches": 20,
+        "patience": 2,
+        "threshold": 5.0,
+        "least": 20,
+    }
+    for name in ("plain", "recorded"):
+        if name == "recorded":
+            recorded_run(monkeypatch, recorders)
+        table = settings(tmp_path / name, steps=90, recovery=recovery, evaluation={"every": 0})
+        train(from_table(table), model=Toy(), loader=Spiking(), measure_peak=False, quiet=True)
+        metrics = read(tmp_path / name / "metrics.jsonl")
+        lines.append(
+            [{k: v for k, v in line.items() if "_s" not in k and k != "seconds"} for line in metrics]
+        )
+    assert lines[0] == lines[1]
+    assert [line["text"] for line in lines[0] if line["kind"] == "warning"]
+    assert recorders[0].replayed > 0
+
+
+def test_the_device_is_given_the_next_update_before_numbers_are_waited_for(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    launch, read_numbers = graph.StepGraphs.launch, graph.Launched.read
+
+    def noted_launch(self: Any, step: int, *rest: Any) -> Any:
+        happened.append(f"launch {step}")
+        return launch(self, step, *rest)
+
+    def noted_read(self: Any) -> Any:
+        happened.append("read")
+        return read_numbers(self)
+
+    monkeypatch.setattr(graph.StepGraphs, "launch", noted_launch)
+    monkeypatch.setattr(graph.Launched, "read", noted_read)
+    recorded_run(monkeypatch, [])
+    table = settings(tmp_path, steps=7, evaluation={"every": 5}, checkpoint={"every": 3})
+    train(from_table(table), model=Toy(), loader=ToyLoader(), measure_peak=False, quiet=True)
+    assert happened == [  # looked at after 3, 5, 6 and 7 updates
+        "launch 0", "launch 1", "read", "launch 2", "read", "read", "launch 3", "launch 4", "read", "read",
+        "launch 5", "read", "launch 6", "read",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_asked_to_stop_saves_what_it_says(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopping(ToyLoader):
+        def batch_at(self, step: int) -> Batch:
+            if step == 13:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().batch_at(step)
+
+    recorded_run(monkeypatch, [])
+    schedule = {"name": "constant"}
+    table = settings(
+        tmp_path / "stopped", checkpoint={"every": 0}, evaluation={"every": 0}, schedule=schedule
+    )
+    with pytest.raises(SystemExit):
+        train(from_table(table), model=Toy(), loader=Stopping(), measure_peak=False, quiet=True)
+    (step,) = checkpoint.steps(tmp_path / "stopped" / "checkpoints")
+    saved = checkpoint.Checkpoint(checkpoint.path_of(tmp_path / "stopped" / "checkpoints", step))
+    whole = Toy()
+    table = settings(tmp_path / "whole", steps=step, schedule=schedule)
+    train(from_table(table), model=whole, loader=ToyLoader(), measure_peak=False, quiet=True)
+    assert 10 <= step <= 15 and torch.equal(saved.read("model/up"), whole.up)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded_run(monkeypatch, [])
 
@@ -198,6 +284,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Any, monkeypatch: pyt
     config = from_table(settings(tmp_path, recovery={"non_finite": "stop"}))
     with pytest.raises(UserError, match=r"the loss is nan at step 1[123] .*the checkpoint of step 10"):
         train(config, model=model, loader=Broken(), measure_peak=False, quiet=True)
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_table(settings(tmp_path, device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backend, "why_no_kernels", lambda device: None)
+    with pytest.raises(
+        UserError, match=r"device: got 'cuda', but torch sees no CUDA device; see gptcore info"
+    ):
+        train(config, model=Toy(), loader=ToyLoader())
+    monkeypatch.setattr(
+        backend, "why_no_kernels", lambda device: "device cuda: gptcore was built without CUDA"
+    )
+    with pytest.raises(UserError, match="built without CUDA"):
+        train(config, model=Toy(), loader=ToyLoader())
 
 
 def test_obstacles_are_named(tmp_path: Any) -> None:
