@@ -17,6 +17,12 @@ from collections import Counter
 from types import ModuleType
 from typing import Any
 
+# Operations with kernels, as the folders of csrc/kernels are called.
+OPS = (
+    "adafactor", "adamw", "adamw_8bit", "attention", "crc32c", "cross_entropy", "embedding", "gated_activation",
+    "grad_norm", "grouped_linear", "layer_norm", "linear_cross_entropy", "matmul", "moe_dispatch", "moe_router",
+    "philox", "rms_norm", "rotary", "sgd",
+)  # fmt: skip
 # Compute capability from which kernels run: that of the A100.
 OLDEST_CUDA = (8, 0)
 
@@ -82,13 +88,22 @@ def attach_cuda() -> bool:
 def cuda_kernels() -> frozenset[str]:
     """Operations with kernels for CUDA tensors, by the names of their files; none where CUDA was not built.
 
-    One whose kernels are written per dtype is there by each of these too: ``attention_f16``, ``attention``.
+    ``attention_f16`` is there where attention takes f16.
     """
     cuda = cuda_extension()
-    tables = [] if cuda is None else extension().kernel_tables(cuda.kernels())
-    names = {table.removesuffix("_bodies") for table in tables}
-    plain = {name.removesuffix(f"_{dtype}") for name in names for dtype in ("f32", "bf16", "f16")}
-    return frozenset(names | plain | ({"grouped_linear"} if "grouped" in plain else set()))
+    return _ops_of([] if cuda is None else extension().kernel_tables(cuda.kernels()))
+
+
+def _ops_of(tables: list[str]) -> frozenset[str]:
+    """The operations that these tables of kernels belong to, which begin with their names."""
+    ops = {"attention_f16"} & {table.removesuffix("_bodies") for table in tables}
+    for table in tables:
+        named = [op for op in OPS if table.startswith(f"{op}_")]
+        if named:
+            ops.add(max(named, key=len))
+        elif table.startswith("grouped_"):
+            ops.add("grouped_linear")
+    return frozenset(ops)
 
 
 def has_kernels(device: Any, *ops: str) -> bool:

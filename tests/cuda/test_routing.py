@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import gptcore.functional as F
 from gptcore import backend, nn, ops
 from gptcore.models import GPT, GPTConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = frozenset((
-    "adafactor", "adamw", "adamw_8bit", "attention", "attention_bf16", "attention_f16", "attention_f32",
+    "adafactor", "adamw", "adamw_8bit", "attention", "attention_f16",
     "cross_entropy", "embedding", "gated_activation", "grad_norm", "grouped_linear", "layer_norm",
     "linear_cross_entropy", "moe_dispatch", "moe_router", "philox", "rms_norm", "rotary", "sgd",
 ))  # fmt: skip
@@ -100,6 +102,16 @@ def test_the_built_module_names_its_kernels() -> None:
         pytest.skip("built without CUDA")
     assert "layer_norm" in backend.cuda_kernels() and "matmul" not in backend.cuda_kernels()
     assert backend.has_kernels("cuda", "layer_norm")
+
+
+def test_operations_are_found_by_their_tables() -> None:
+    names = ["adamw_8bit_bodies", "attention_bf16_bodies", "attention_f16_bodies", "grouped_device_bodies"]
+    names += ["linear_cross_entropy_rows_bodies", "moe_router_device_bodies", "something_bodies"]
+    assert backend._ops_of(names) == {
+        "adamw_8bit", "attention", "attention_f16", "grouped_linear", "linear_cross_entropy", "moe_router",
+    }  # fmt: skip
+    folders = {path.name for path in (ROOT / "csrc" / "kernels").iterdir() if path.is_dir()}
+    assert set(backend.OPS) == folders
 
 
 def test_every_op_is_registered_for_cuda() -> None:

@@ -21,8 +21,11 @@ KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "kernels"
 # Folders of csrc/kernels by case, where the names differ.
 KERNEL_OF = {
     "activations": "gated_activation", "gated_activations": "gated_activation", "attention_packed": "attention",
-    "attention_qkv": "attention", "token_logprobs": "linear_cross_entropy",
+    "attention_qkv": "attention", "moe": "moe_router", "square_sums": "grad_norm",
+    "token_logprobs": "linear_cross_entropy",
 }  # fmt: skip
+# What looks for the norm of the gradients it is given, and then at what it is to write.
+NORM_FIRST = ("adafactor_", "adamw_", "adamw_8bit_", "sgd_")
 # Of an op without a kernel for CUDA, and of arguments on different devices.
 NO_KERNEL = r"^\w+: argument '[\w\[\]]+': got a tensor on cuda:0, expected a tensor on the CPU: this operation has no "
 REFUSAL = (
@@ -152,7 +155,7 @@ class Refusing:
             places = _places(args) + _places(keywords)
             assert places
             singles = [[place] for place in places]
-            if self.has_kernel and len(set(places)) == 1:
+            if self.has_kernel and (len(set(places)) == 1 or name in NORM_FIRST):
                 singles = []  # which would be all of them
             for moved in singles if self.has_kernel else [places, *singles]:
                 given, named = _moved(args, moved), _moved(keywords, moved)
