@@ -63,11 +63,12 @@ def check_forward(tensors: Any, twin: Any = torch_attention, **options: Any) -> 
     assert (lse[seen].double() - exact_lse[seen]).abs().max().item() <= bound
 
 
-# queries, keys, heads, kv_heads, head size: tiles of 128 queries, blocks of 128 keys (64 for heads above 128)
+# queries, keys, heads, kv_heads, head size: tiles of 128 queries, blocks of 128 keys (96 and 64 for heads above 128)
 SHAPES = [
     (1, 1, 1, 1, 8),
     (130, 257, 2, 1, 64),
     (129, 127, 2, 2, 40),
+    (100, 260, 1, 1, 80),
     (260, 260, 2, 1, 128),
     (64, 400, 1, 1, 104),
     (140, 140, 1, 1, 256),
@@ -83,7 +84,7 @@ def test_matches_float64_at_every_shape_and_mask(sm90: None, shape: tuple[int, .
         check_forward(tensors, **mask)
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize(
     "options",
     [
@@ -103,7 +104,7 @@ def test_options_on_scores(sm90: None, size: int, options: dict[str, Any]) -> No
     check_forward(inputs(2, 100, 150, 2, 1, size, torch.bfloat16), **options)
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 96, 128, 192, 256])
 def test_f16(sm90: None, size: int) -> None:
     tensors = inputs(1, 70, 140, 2, 1, size, torch.float16)
     for options in ({"causal": True}, {"soft_cap": 3.0, "dropout_p": 0.5, "seed": 1}):
@@ -125,7 +126,7 @@ def test_every_query_of_a_prefix_sees_it(sm90: None) -> None:
     check_forward(tensors, twin, causal=True, prefix_lengths=prefixes)
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 128, 192, 256])
 @pytest.mark.parametrize("mask", [{}, {"causal": True}])
 def test_dropout_takes_the_bits_of_every_device(sm90: None, size: int, mask: dict[str, Any]) -> None:
     # Equal scores: every weight is one over the count of keys seen. With unit vectors as values the output shows them.
@@ -168,7 +169,7 @@ def packed(size: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     return tensors, {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 128, 192])
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"window_size": (90, 10), "dropout_p": 0.2, "seed": 4}]
 )

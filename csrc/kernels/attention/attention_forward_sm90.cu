@@ -38,8 +38,9 @@ struct alignas(1024) ForwardShared {
   uint64_t q_full, q_empty, k_full[Sizes::kStages], k_empty[Sizes::kStages];
   uint64_t v_full[Sizes::kStages], v_empty[Sizes::kStages];
 };
-static_assert(sizeof(ForwardShared<64>) <= 227 << 10 && sizeof(ForwardShared<128>) <= 227 << 10 &&
-              sizeof(ForwardShared<256>) <= 227 << 10);
+template <int kDim>
+constexpr bool kFitsShared = sizeof(ForwardShared<kDim>) <= 227 << 10;
+static_assert(kFitsShared<64> && kFitsShared<96> && kFitsShared<128> && kFitsShared<192> && kFitsShared<256>);
 
 constexpr int kMultiplierWarps = 8;
 
@@ -71,9 +72,10 @@ __device__ ForwardJob forward_job(const ForwardTask& task, int i) {
 template <int kDim, int kTokens>
 __device__ void load_tokens(unsigned char* to, const TensorMap& map, uint64_t* full,
                             const ForwardPlace& place, int token, int head) {
-  mbarrier_arrive_expecting(full, kTokens * kDim * 2);
+  constexpr int kColumns = ForwardSizes<kDim>::kColumns;
+  mbarrier_arrive_expecting(full, kTokens * kColumns * 2);
 #pragma unroll
-  for (int c = 0; c < kDim; c += kForwardPanel)
+  for (int c = 0; c < kColumns; c += kForwardPanel)
     tma_load(to + c * 2 * kTokens, map, full, c, place.token + token, head, place.at[0], place.at[1]);
 }
 
@@ -313,7 +315,10 @@ bool attention_forward_sm90_takes(const AttentionProblem& p) {
 
 template <class T>
 void attention_forward_sm90(const AttentionProblem& p) {
-  p.head_dim > 128 ? forward<T, 256>(p) : p.head_dim > 64 ? forward<T, 128>(p) : forward<T, 64>(p);
+  if (p.head_dim > 192) return forward<T, 256>(p);
+  if (p.head_dim > 128) return forward<T, 192>(p);
+  if (p.head_dim > 96) return forward<T, 128>(p);
+  p.head_dim > 64 ? forward<T, 96>(p) : forward<T, 64>(p);
 }
 
 template bool attention_forward_sm90_takes<bf16>(const AttentionProblem&);

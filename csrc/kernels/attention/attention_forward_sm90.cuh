@@ -13,14 +13,15 @@ constexpr int kForwardQueries = 128;  // of a tile: 64 for each of two warpgroup
 constexpr int kForwardThreads = 384;  // and a third warpgroup that loads
 constexpr int kForwardPanel = 64;     // columns of a tile's panels: 128 bytes
 
-// Head sizes are padded with zeros to kDim: 64, 128 or 256.
+// Head sizes are padded with zeros to kDim: 64, 96, 128, 192 or 256; in shared memory to whole panels.
 template <int kDim>
 struct ForwardSizes {
-  static constexpr int kKeys =
-      kDim > 128 ? 64 : 128;  // of a block: its scores and O fit a thread's 240 registers
-  static constexpr int kStages = kDim > 64 ? 2 : 4;
-  static constexpr int kQueryBytes = kForwardQueries * kDim * 2;
-  static constexpr int kKeyBytes = kKeys * kDim * 2;
+  // Of a block: S, P and O fit a thread's 240 registers.
+  static constexpr int kKeys = kDim > 192 ? 64 : kDim > 128 ? 96 : 128;
+  static constexpr int kStages = kDim > 128 ? 2 : kDim > 64 ? 3 : 4;
+  static constexpr int kColumns = (kDim + kForwardPanel - 1) / kForwardPanel * kForwardPanel;
+  static constexpr int kQueryBytes = kForwardQueries * kColumns * 2;
+  static constexpr int kKeyBytes = kKeys * kColumns * 2;
 };
 
 // --- the order of tiles ----------------------------------------------------------------------------------------
