@@ -30,14 +30,12 @@ def covered(call: str, x: Tensor, *parameters: Tensor | None) -> bool:
 
 def served(call: str, *tensors: Tensor) -> bool:
     """As :func:`covered`, without a note."""
-    if all(t.device.type == "cpu" and t.dtype in _DTYPES for t in tensors):
-        return True
+    if any(t.dtype not in _DTYPES for t in tensors):
+        return False
     device = tensors[0].device
-    return (
-        device.type != "cpu"
-        and all(t.device == device and t.dtype in _DTYPES for t in tensors)
-        and backend.has_kernels(device, *_KERNELS.get(call, (call,)))
-    )
+    if any(t.device != device for t in tensors):
+        return False
+    return device.type == "cpu" or backend.has_kernels(device, *_KERNELS.get(call, (call,)))
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -2,58 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from gptcore import backend
-from gptcore.ops.attention import attention, attention_reference
+from gptcore.ops.attention import attention
+from tests.cuda.attention_cases import DTYPES, check_forward, inputs
 
-pytestmark = pytest.mark.skipif(
-    "simt" not in backend.available_isas(), reason="wants the kernels run by the processor (tests/simt)"
-)
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of what the output is rounded to, and for 16 bits of the probabilities too.
-STEP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-
-
-@pytest.fixture(autouse=True)
-def simt() -> Iterator[None]:
-    before = backend.isa()
-    backend.set_isa("simt")
-    yield
-    backend.set_isa(before)
-
-
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-    batch, queries, keys, heads, kv_heads, size = shape
-    q = torch.randn(batch, queries, heads, size).to(dtype)
-    return [q, *(torch.randn(batch, keys, kv_heads, size).to(dtype) for _ in range(2))]
-
-
-def _check(tensors: list[torch.Tensor], *, scores: float = 0.0, **options: Any) -> None:
-    """Output and lse into poisoned memory, against float64; f32 scores are as large as ``scores``, and off as that."""
-    dtype = tensors[0].dtype
-    out = torch.full_like(tensors[0], torch.nan)
-    got, lse = attention(*tensors, **options, return_lse=True, out=out)
-    exact, exact_lse = attention_reference(*(x.double() for x in tensors), **options, return_lse=True)
-    scale = tensors[2].double().abs().max().item() / (1 - options.get("dropout_p", 0.0))
-    assert (got.double() - exact).abs().max().item() <= (STEP[dtype] + 2.0**-22 * scores) * scale
-    seen = exact_lse.isfinite()
-    assert torch.equal(lse.isneginf(), ~seen)
-    if seen.any():
-        assert (lse[seen].double() - exact_lse[seen]).abs().max().item() <= 2e-5 * max(
-            1.0, exact_lse[seen].abs().max().item()
-        )
+pytestmark = pytest.mark.usefixtures("on_simt")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 24, 33, 64, 72, 96, 128, 160, 192, 250, 256])
 def test_every_head_size(dtype: torch.dtype, size: int) -> None:
-    _check(_inputs((1, 37, 70, 1, 1, size), dtype), causal=True)
+    check_forward(inputs((1, 37, 70, 1, 1, size), dtype), causal=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +34,7 @@ def test_every_head_size(dtype: torch.dtype, size: int) -> None:
     ],
 )
 def test_every_shape_and_mask(dtype: torch.dtype, shape: tuple[int, ...], options: dict[str, Any]) -> None:
-    _check(_inputs(shape, dtype), **options)
+    check_forward(inputs(shape, dtype), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +44,7 @@ def test_every_shape_and_mask(dtype: torch.dtype, shape: tuple[int, ...], option
 )
 def test_every_option(dtype: torch.dtype, size: int, name: str) -> None:
     heads, queries, keys = 4, 45, 90
-    tensors = _inputs((2, queries, keys, heads, 2, size), dtype)
+    tensors = inputs((2, queries, keys, heads, 2, size), dtype)
     mask = torch.rand(2, 1, queries, keys) < 0.7
     mask[0, 0, 3] = False
     options: dict[str, Any] = {
@@ -105,7 +69,7 @@ def test_every_option(dtype: torch.dtype, size: int, name: str) -> None:
             "prefix_lengths": torch.tensor([60, 3], dtype=torch.int32),
         },
     }[name]
-    _check(tensors, **options)
+    check_forward(tensors, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,7 +89,7 @@ def test_what_is_dropped_is_what_the_processor_drops(dtype: torch.dtype, size: i
 
 
 def test_a_seed_is_read_when_the_kernel_runs() -> None:
-    tensors = _inputs((1, 20, 20, 1, 1, 16), torch.float32)
+    tensors = inputs((1, 20, 20, 1, 1, 16), torch.float32)
     by_number = attention(*tensors, dropout_p=0.5, seed=-3)
     assert torch.equal(attention(*tensors, dropout_p=0.5, seed=torch.tensor(-3)), by_number)
 
@@ -142,7 +106,7 @@ def test_documents(dtype: torch.dtype) -> None:
         {"causal": True, "prefix_lengths": torch.tensor([5, 0, 70, 0, 12], dtype=torch.int32)},
         {"window_size": (9, 4), "alibi_slopes": torch.rand(5, 4), "dropout_p": 0.2, "seed": 4},
     ):
-        _check(tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
+        check_forward(tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
 
 
 def test_lengths_that_lie_do_not_lead_out_of_the_tensors() -> None:
@@ -164,17 +128,17 @@ def test_views_and_rows_that_cannot_be_copied_by_16_bytes(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_and_a_growing_maximum(dtype: torch.dtype) -> None:
-    q, k, v = _inputs((1, 20, 300, 1, 1, 16), dtype)
+    q, k, v = inputs((1, 20, 300, 1, 1, 16), dtype)
     k = k + torch.arange(300)[None, :, None, None].to(dtype) * 0.05
     q = q.abs() * 20
     scores = (q.double().flatten(0, 2) @ k.double().flatten(0, 2).mT).abs().max().item() / 4
-    _check([q, k, v], scores=scores)
-    _check([q, k, v], causal=True, scores=scores)
+    check_forward([q, k, v], scores=scores)
+    check_forward([q, k, v], causal=True, scores=scores)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_a_number_stays_in_the_rows_that_see_it(dtype: torch.dtype) -> None:
-    q, k, v = _inputs((1, 90, 90, 1, 1, 16), dtype)
+    q, k, v = inputs((1, 90, 90, 1, 1, 16), dtype)
     clean = attention(q, k, v, causal=True)
     k[0, 70, 0, 3] = torch.nan
     got = attention(q, k, v, causal=True)
@@ -183,7 +147,7 @@ def test_not_a_number_stays_in_the_rows_that_see_it(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_its_own_sequence_alone(dtype: torch.dtype) -> None:
-    q, k, v = _inputs((3, 66, 66, 2, 2, 64), dtype)
+    q, k, v = inputs((3, 66, 66, 2, 2, 64), dtype)
     got = attention(q, k, v, causal=True, soft_cap=9.0)
     assert torch.equal(got, attention(q, k, v, causal=True, soft_cap=9.0))
     assert torch.equal(got[1:2], attention(q[1:2], k[1:2], v[1:2], causal=True, soft_cap=9.0))

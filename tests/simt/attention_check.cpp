@@ -5,7 +5,11 @@
 #include <array>
 #include <vector>
 
+#include "kernels/attention/attention_decode_plan.h"
 #include "kernels/attention/attention_forward_sm90.cuh"
+#include "kernels/attention/attention_forward_tiles.h"
+
+namespace py = pybind11;
 
 namespace gptcore::cuda {
 namespace {
@@ -25,8 +29,32 @@ std::vector<std::array<int, 3>> forward_sm90_order(int64_t batch, int64_t querie
   return order;
 }
 
+// (padded head size, rows, threads, keys, bytes of shared memory).
+py::tuple forward_mma_shape(int element_bytes, int64_t head_dim, bool plain) {
+  const int dim = padded_dim(element_bytes, head_dim);
+  const ForwardShape shape = forward_shape(element_bytes, dim, plain);
+  return py::make_tuple(dim, shape.rows(), shape.threads(), shape.keys,
+                        shape.shared_bytes(dim * element_bytes));
+}
+
+// (begin, keys of a part, parts, row blocks), or None where it is no problem for decoding's kernel.
+py::object decode_plan_of(int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
+                          int64_t left) {
+  AttentionProblem p{};
+  p.batch = batch, p.queries = queries, p.keys = keys, p.heads = heads, p.kv_heads = kv_heads;
+  p.left = left, p.right = 0, p.scale = 1, p.keep = kKeepAll;
+  if (!decode_takes(p, 2)) return py::none();
+  const DecodePlan plan = decode_plan(p);
+  return py::make_tuple(plan.begin, plan.part_keys, plan.parts, plan.row_blocks);
+}
+
 }  // namespace
 
-void define_attention_check(pybind11::module_& m) { m.def("forward_sm90_order", &forward_sm90_order); }
+void define_attention_check(py::module_& m) {
+  m.def("forward_sm90_order", &forward_sm90_order);
+  m.def("forward_mma_shape", &forward_mma_shape);
+  m.def("decode_shared_bytes", &decode_shared_bytes);
+  m.def("decode_plan", &decode_plan_of);
+}
 
 }  // namespace gptcore::cuda

@@ -7,6 +7,7 @@ namespace {
 
 template <class T>
 void forward(const AttentionProblem& p) {
+  if (attention_decode_takes<T>(p)) return attention_decode<T>(p);
   if constexpr (sizeof(T) == 2) {
     if (attention_forward_sm90_takes<T>(p)) return attention_forward_sm90<T>(p);
   }

@@ -31,7 +31,7 @@ __device__ __forceinline__ TileOfBatch block_tile(const AttentionProblem& p, con
 
 template <class T, int kDim, bool kPlain>
 struct ForwardBlock {
-  static constexpr ForwardTile kTile = forward_tile(sizeof(T), kDim, kPlain);
+  static constexpr ForwardShape kTile = forward_shape(sizeof(T), kDim, kPlain);
   static constexpr int kRows = kTile.rows(), kKeys = kTile.keys, kRowTiles = kTile.row_tiles;
   static constexpr int kThreads = kTile.threads(), kRowBytes = kDim * static_cast<int>(sizeof(T));
   using Products = AttentionProducts<T, kDim>;
@@ -193,7 +193,8 @@ __global__ void __launch_bounds__(ForwardBlock<T, kDim, kPlain>::kThreads)
   using Block = ForwardBlock<T, kDim, kPlain>;
   int head;
   const TileOfBatch tile = block_tile(p, plan, Block::kRows, &head);
-  const AttentionSequence s = sequence_of(p, tile.index, head);
+  AttentionSequence s = sequence_of(p, tile.index, head);
+  if (kPlain) s.stride = 0;  // known, so that what patterns ask for is left out
   if (tile.first >= s.queries) return;
   Block(p, s, plan, tile.first).run();
 }
@@ -203,7 +204,7 @@ bool modified_scores(const AttentionProblem& p) { return p.modified || !(p.scale
 
 template <class T, int kDim, bool kPlain>
 void launch_forward(const AttentionProblem& p) {
-  constexpr ForwardTile kTile = forward_tile(sizeof(T), kDim, kPlain);
+  constexpr ForwardShape kTile = forward_shape(sizeof(T), kDim, kPlain);
   const int64_t tiles = attention_tiles(p.cu_q, p.total_q, p.cu_q ? p.batch : 1, p.queries, kTile.rows());
   ForwardPlan plan{};
   plan.tiles = static_cast<int>(tiles);
@@ -220,7 +221,7 @@ void launch_forward(const AttentionProblem& p) {
 template <class T, int kDim>
 void launch_forward(const AttentionProblem& p) {
   if constexpr (has_plain_forward(sizeof(T), kDim)) {
-    if (!modified_scores(p) && p.keep == kKeepAll) return launch_forward<T, kDim, true>(p);
+    if (!modified_scores(p) && p.keep == kKeepAll && p.stride == 0) return launch_forward<T, kDim, true>(p);
   }
   launch_forward<T, kDim, false>(p);
 }

@@ -9,7 +9,7 @@
 
 namespace gptcore::cuda {
 
-struct ForwardTile {
+struct ForwardShape {
   int warps, row_tiles;  // row tiles of 16 rows for each warp
   int keys;              // a tile of keys and values
 
@@ -21,16 +21,17 @@ struct ForwardTile {
   }
 };
 
-// `dim` is one of kForwardDims. `plain`: nothing but masks done to the scores, with a kernel of its own for the head
+// `dim` is one of kForwardDims. `plain`: nothing but intervals of keys, with a kernel of its own for the head
 // sizes that matter most; the others do without one, and f32 does with powers of two.
 constexpr bool has_plain_forward(int element_bytes, int dim) {
   return element_bytes == 2 && (dim == 64 || dim == 128);
 }
-constexpr ForwardTile forward_tile(int element_bytes, int dim, bool plain) {
-  if (element_bytes == 4) return {4, 1, dim > 128 ? 16 : 32};
-  if (dim > 128) return {8, 1, 32};
+constexpr ForwardShape forward_shape(int element_bytes, int dim, bool plain) {
+  if (element_bytes == 4) return {4, 1, dim > 64 ? 16 : 32};
+  if (dim > 128) return {8, 1, dim > 192 ? 16 : 32};
   if (dim == 96) return {8, 1, 64};
-  return {4, 2, dim == 64 && plain ? 64 : 32};
+  if (dim == 128) return {4, 2, plain ? 32 : 16};
+  return {4, 2, plain ? 64 : 32};
 }
 
 constexpr int kForwardDims[] = {32, 64, 96, 128, 192, 256};

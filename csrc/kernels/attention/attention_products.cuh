@@ -6,6 +6,7 @@
 #pragma once
 
 #include "core/cuda/convert.cuh"
+#include "core/cuda/in_place.cuh"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/mma.cuh"
 
@@ -35,7 +36,7 @@ template <class T, int kDim>
 struct AttentionProducts {
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));
   static constexpr bool kSplit = sizeof(T) == 4;
-  static constexpr int kDepthSteps = 4;  // unrolled
+  static constexpr int kDepthSteps = kRowBytes > 512 ? 1 : 4;  // unrolled
 
   // x = Q K^T of kRowTiles row tiles, of the query tile's rows from `row` on, with kKeys keys.
   template <int kRowTiles, int kKeys>
@@ -47,19 +48,19 @@ struct AttentionProducts {
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) x[r][j][0] = x[r][j][1] = x[r][j][2] = x[r][j][3] = 0.0f;
     }
+    const int lane = in_place(gptcore::cuda::lane());
 #pragma unroll kDepthSteps
     for (int chunk = 0; chunk < kRowBytes / 16; chunk += 2) {
       uint32_t a[kRowTiles][4], a_low[kRowTiles][4];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        load_matrices(a[r], queries + swizzled<kRowBytes>(row + 16 * r + lane() % 16, chunk + lane() / 16));
+        load_matrices(a[r], queries + swizzled<kRowBytes>(row + 16 * r + lane % 16, chunk + lane / 16));
         if constexpr (kSplit) split_floats(a[r], a[r], a_low[r]);
       }
 #pragma unroll
       for (int j = 0; j < kKeys / 8; j += 2) {
         uint32_t b[4];
-        load_matrices(
-            b, keys + swizzled<kRowBytes>(8 * j + lane() % 8 + lane() / 16 * 8, chunk + lane() / 8 % 2));
+        load_matrices(b, keys + swizzled<kRowBytes>(8 * j + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
         if constexpr (kSplit) {
           uint32_t b_low[4];
           split_floats(b, b, b_low);
@@ -87,6 +88,7 @@ struct AttentionProducts {
     if constexpr (kSplit) {
       values_split<kRowTiles, kKeys>(x, values, o);
     } else {
+      const int lane = in_place(gptcore::cuda::lane());
 #pragma unroll
       for (int j = 0; j < kKeys / 8; j += 2) {
         uint32_t a[kRowTiles][4];
@@ -99,7 +101,7 @@ struct AttentionProducts {
 #pragma unroll
         for (int n = 0; n < kDim / 8; n += 2) {
           uint32_t b[4];
-          load_matrices_transposed(b, values + swizzled<kRowBytes>(8 * j + lane() % 16, n + lane() / 16));
+          load_matrices_transposed(b, values + swizzled<kRowBytes>(8 * j + lane % 16, n + lane / 16));
 #pragma unroll
           for (int r = 0; r < kRowTiles; ++r) {
             mma_16x8x16<T>(o[r][n], a[r], b[0], b[1]);

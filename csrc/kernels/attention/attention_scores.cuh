@@ -8,6 +8,7 @@
 
 #include "core/cuda/approximate.cuh"
 #include "core/cuda/convert.cuh"
+#include "core/cuda/in_place.cuh"
 #include "core/cuda/philox.cuh"
 #include "kernels/attention/attention_masks.cuh"
 
@@ -35,23 +36,19 @@ template <class T>
 class ScoreTerms {
  public:
   __device__ ScoreTerms(const AttentionProblem& p, const AttentionSequence& s)
-      : s_(s),
-        factor_(p.scale * kLog2e),
-        cap_(p.soft_cap * kLog2e),
-        inner_(p.soft_cap > 0.0f ? p.scale / p.soft_cap : 0.0f),
-        slope_(p.slopes ? p.slopes[s.index * p.slopes_batch + s.head * p.slopes_head] * kLog2e : 0.0f),
-        bias_16bit_(p.bias_16bit),
-        bias_(p.bias),
-        mask_(p.mask) {}
+      : p_(p),
+        s_(s),
+        inner_(p.soft_cap > 0.0f ? p.scale / p.soft_cap : p.scale * kLog2e),
+        slope_(p.slopes ? slope_of(s.head) : 0.0f) {}
 
   // Scale that a raw score lacks where nothing else is done to it.
-  __device__ float factor() const { return factor_; }
+  __device__ float factor() const { return p_.scale * kLog2e; }
 
   // Queries beyond the last take the last's.
-  __device__ ScoreRow row(int query) const {
-    query = min(query, s_.queries - 1);
-    return {s_.place_of(query), slope_, s_.index * bias_.batch + s_.head * bias_.head + query * bias_.token,
-            s_.index * mask_.batch + s_.head * mask_.head + query * mask_.token};
+  __device__ ScoreRow row(int query) const { return row(query, s_.head, slope_); }
+  // Of another head than the sequence's.
+  __device__ ScoreRow row(int query, int head) const {
+    return row(query, head, p_.slopes ? slope_of(head) : 0.0f);
   }
 
   // x[i], the raw product of the query of row_of(i) with key key_of(i), becomes its score; -inf where hidden by bias or
@@ -60,35 +57,35 @@ class ScoreTerms {
   template <bool kDerivative = false, int kCount, class RowOf, class KeyOf>
   __device__ __forceinline__ void modify(float (&x)[kCount], const RowOf& row_of, const KeyOf& key_of,
                                          float* cap_slopes = nullptr) const {
-    if (cap_ > 0.0f) {
+    if (p_.soft_cap > 0.0f) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const float t = cap_tanh<T>(x[i] * inner_);
-        x[i] = cap_ * t;
+        x[i] = p_.soft_cap * kLog2e * t;
         if constexpr (kDerivative) cap_slopes[i] = 1.0f - t * t;
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        x[i] *= factor_;
+        x[i] *= inner_;
         if constexpr (kDerivative) cap_slopes[i] = 1.0f;
       }
     }
-    if (slope_ != 0.0f) {
+    if (p_.slopes) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const ScoreRow& row = row_of(i);
         x[i] -= row.slope * fabsf(static_cast<float>(row.place - key_of(i)));
       }
     }
-    if (bias_.data) {
+    if (p_.bias.data) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const float bias = bias_at(row_of(i).bias, key_of(i));
         x[i] = bias == -INFINITY ? bias : x[i] + bias * kLog2e;
       }
     }
-    if (mask_.data) {
+    if (p_.mask.data) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         if (!mask_at(row_of(i).mask, key_of(i))) x[i] = -INFINITY;
@@ -97,19 +94,26 @@ class ScoreTerms {
   }
 
  private:
+  __device__ float slope_of(int head) const {
+    return p_.slopes[s_.index * p_.slopes_batch + head * p_.slopes_head] * kLog2e;
+  }
+  __device__ ScoreRow row(int query, int head, float slope) const {
+    query = min(query, s_.queries - 1);
+    return {s_.place_of(query), slope, s_.index * p_.bias.batch + head * p_.bias.head + query * p_.bias.token,
+            s_.index * p_.mask.batch + head * p_.mask.head + query * p_.mask.token};
+  }
   __device__ __forceinline__ float bias_at(int64_t row, int key) const {
     if (key >= s_.keys) return 0.0f;
-    if (sizeof(T) == 2 && bias_16bit_) return to_float(static_cast<const T*>(bias_.data)[row + key]);
-    return static_cast<const float*>(bias_.data)[row + key];
+    if (sizeof(T) == 2 && p_.bias_16bit) return to_float(static_cast<const T*>(p_.bias.data)[row + key]);
+    return static_cast<const float*>(p_.bias.data)[row + key];
   }
   __device__ __forceinline__ bool mask_at(int64_t row, int key) const {
-    return key < s_.keys && static_cast<const uint8_t*>(mask_.data)[row + key] != 0;
+    return key < s_.keys && static_cast<const uint8_t*>(p_.mask.data)[row + key] != 0;
   }
 
+  const AttentionProblem& p_;
   const AttentionSequence& s_;
-  const float factor_, cap_, inner_, slope_;
-  const bool bias_16bit_;
-  const AttentionTensor &bias_, &mask_;
+  const float inner_, slope_;
 };
 
 // Gives -inf to the values whose key their query does not see. row_of(i) is a RowMask; `stride` the pattern's.
@@ -194,8 +198,10 @@ class DropoutBits {
   }
 
  private:
+  // The rounds' keys, 20 of them, are made from the seed for each call.
   __device__ PhiloxWords draw(int query, int group) const {
-    return philox(seed_, {{static_cast<uint32_t>(group), static_cast<uint32_t>(query), head_, offset_}});
+    return philox(in_place(seed_),
+                  {{static_cast<uint32_t>(group), static_cast<uint32_t>(query), head_, offset_}});
   }
 
   const uint64_t seed_;
