@@ -159,7 +159,8 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
     ForwardRows rows{{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
     bool moved = false;  // a row's shift, which O has yet to follow
     float o[kDim / 2], s[kKeys / 2], shrink[2];
-    uint32_t probabilities[kKeys / 16][4];
+    uint32_t probabilities[kKeys / 16][4], words[kKeys / 16][4];
+    const bool drops = !kPlain && p.keep < kKeepAll;
 
     const auto begin_scores = [&] {
       mbarrier_wait(shared.k_full + k_ring.stage, k_ring.parity);
@@ -200,9 +201,7 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
         }
       }
       moved = soften(s, factor, rows, shrink);
-      if constexpr (!kPlain) {
-        if (p.keep < kKeepAll) drop(s, bits, p.keep, query, block * kKeys);
-      }
+      if (drops) drop(s, words, p.keep);
     };
     const auto pack = [&] {
 #pragma unroll
@@ -211,6 +210,7 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
 
     if (begin < end) {
       begin_scores();
+      if (drops) draw(words, bits, query, (end - 1) * kKeys);
       wgmma_wait<0>(s);
       end_scores(end - 1);
       soften_block(end - 1);
@@ -223,6 +223,7 @@ __device__ void multiply_tiles(const ForwardTask& task, ForwardShared<kDim>& sha
       begin_scores();
       begin_values(block < end - 2);
       if (kTurns) named_barrier_arrive(2 - group, 2 * kWarpgroup);
+      if (drops) draw(words, bits, query, block * kKeys);
       wgmma_wait<1>(s);
       end_scores(block);
       soften_block(block);

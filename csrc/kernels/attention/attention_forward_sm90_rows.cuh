@@ -103,20 +103,24 @@ struct ForwardModifiers {
   }
 };
 
-// Zeroes what is dropped; `query` is row 0's, `key` the block's first, `keep` less than all.
-template <int kCount>
-__device__ __forceinline__ void drop(float (&s)[kCount], const DropoutBits& bits, int32_t keep, int query,
+// The random words of a block's probabilities, which do not wait for its scores; `query` is row 0's, `key` the block's
+// first.
+template <int kTiles>
+__device__ __forceinline__ void draw(uint32_t (&words)[kTiles][4], const DropoutBits& bits, int query,
                                      int key) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) bits.query_words(query, key + 16 * i, words[i]);
+}
+
+// Zeroes what they drop, with `keep` less than all.
+template <int kTiles>
+__device__ __forceinline__ void drop(float (&s)[8 * kTiles], const uint32_t (&words)[kTiles][4],
+                                     int32_t keep) {
   const uint32_t limit = static_cast<uint32_t>(keep) << 16;
 #pragma unroll
-  for (int i = 0; i < kCount / 8; ++i) {
-    uint32_t words[4];
-    bits.query_words(query, key + 16 * i, words);
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {  // the halves as upper halves: what is below them does not matter
-      if (words[w] << 16 >= limit) s[8 * i + 2 * w] = 0.0f;
-      if (words[w] >= limit) s[8 * i + 2 * w + 1] = 0.0f;
-    }
+  for (int i = 0; i < 4 * kTiles; ++i) {  // the halves as upper halves: what is below them does not matter
+    if (words[i / 4][i % 4] << 16 >= limit) s[2 * i] = 0.0f;
+    if (words[i / 4][i % 4] >= limit) s[2 * i + 1] = 0.0f;
   }
 }
 
