@@ -30,12 +30,14 @@ def covered(call: str, x: Tensor, *parameters: Tensor | None) -> bool:
 
 def served(call: str, *tensors: Tensor) -> bool:
     """As :func:`covered`, without a note."""
-    if any(t.dtype not in _DTYPES for t in tensors):
-        return False
+    if all(t.device.type == "cpu" and t.dtype in _DTYPES for t in tensors):
+        return True
     device = tensors[0].device
-    if any(t.device != device for t in tensors):
-        return False
-    return device.type == "cpu" or backend.has_kernels(device, *_KERNELS.get(call, (call,)))
+    return (
+        device.type != "cpu"
+        and all(t.device == device and t.dtype in _DTYPES for t in tensors)
+        and backend.has_kernels(device, *_KERNELS.get(call, (call,)))
+    )
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -162,7 +162,7 @@ class StepGraphs:
         seed: Callable[[int, int], None],
         device: torch.device,
     ) -> None:
-        self._model, self._optimizer, self._recorder = model, optimizer, recorder
+        self._model, self._optimizer, self.recorder = model, optimizer, recorder
         self._forward, self._total, self._seed = forward, total, seed
         self._shapes: dict[Shape, _Shape] = {}
         self._lr = torch.zeros((), dtype=torch.float64, device=device)
@@ -174,7 +174,7 @@ class StepGraphs:
         self._lr.fill_(lr)
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr
-        with self._recorder.running():
+        with self.recorder.running():
             known = self._known(batches)
             if known is not None and known.update is None and known.runs >= WARM_UPS:
                 self._record(known, batches)
@@ -184,7 +184,7 @@ class StepGraphs:
                 known.runs += 1
             told = known.told if known is not None and replays else self._told()
             assert told is not None
-            numbers = self._recorder.numbers(torch.cat([torch.stack(losses).double(), told]))
+            numbers = self.recorder.numbers(torch.cat([torch.stack(losses).double(), told]))
             # What is drawn between updates does not depend on how many leaves there were.
             self._seed(step, len(batches))
         return Launched([batch.weight for batch in batches], numbers)
@@ -245,7 +245,7 @@ class StepGraphs:
                 self._optimizer.step(grad_scale=len(batches))
                 known.told = self._told()
 
-            known.update = self._recorder.record(update)
+            known.update = self.recorder.record(update)
         except RuntimeError as error:
             backend.note_fallback(CALL, str(error).partition("\n")[0])
             known.update, known.leaves, self.off = None, [], True
@@ -257,7 +257,7 @@ class StepGraphs:
         def work() -> None:
             leaf.loss = self._backward(leaf.batch, leaves)
 
-        leaf.replay = self._recorder.record(work)
+        leaf.replay = self.recorder.record(work)
         return leaf
 
     def _replayed(self, known: _Shape | None, step: int, batches: Sequence[DeviceBatch]) -> list[Tensor]:

@@ -110,6 +110,13 @@ def graphs_of(now: Run, recorder: Recorder) -> StepGraphs:
     )
 
 
+def renew(now: Run) -> None:
+    """Begin anew with graphs: after the optimizer's state or settings, which they hold, were exchanged."""
+    now.ahead = None
+    if now.graphs is not None:
+        now.graphs = graphs_of(now, now.graphs.recorder)
+
+
 def update(now: Run, stop: StopRequest) -> tuple[float, float]:
     """The next update, by graphs; its loss and gradient norm.
 

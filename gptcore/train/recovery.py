@@ -54,6 +54,8 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
         NonFiniteError, SpikeError: where the policy is to stop, or ranks see or decide different things.
     """
     guard = now.guard
+    if now.course.due(now.step):
+        graphed.renew(now)
     scale = now.scaler.get_scale() if now.scaler is not None else 1.0
     loss, norm, error = _updated(now, drops, stop)
     now.step, now.loss, now.grad_norm = now.step + 1, loss, norm
@@ -191,9 +193,9 @@ def rewind(now: Run, outcome: Outcome, metrics: MetricsFile) -> str | None:
     if found is None:
         _stay(now, outcome, spent)
         return None
-    now.ahead = None
     end, came_from = now.course.batch(now.step - 1) + 1, now.step
     take_up(now, found)
+    graphed.renew(now)
     now.rewinds += 1
     begin = now.course.batch(now.step)
     count = max(spec.skip_batches, end - begin)

@@ -200,9 +200,9 @@ def test_going_back_is_as_without(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
     """Though another update was begun when the spike is seen."""
     lines, recorders = [], []
     recovery = {
-        "loss": "rewind",
-        "rewind_steps": 10,
-        "skip_batches": 20,
+        "grad_norm": "rewind",
+        "rewind_steps": 3,
+        "skip_batches": 8,
         "patience": 2,
         "threshold": 5.0,
         "least": 20,
@@ -218,7 +218,20 @@ def test_going_back_is_as_without(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
         )
     assert lines[0] == lines[1]
     assert [line["text"] for line in lines[0] if line["kind"] == "warning"]
-    assert recorders[0].replayed > 0
+    assert recorders[0].recorded == 4  # again once the optimizer's state is another one
+
+
+def test_a_change_under_way_is_recorded_anew(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, recorders = [], []
+    changes = [{"step": 12, "max_norm": 0.1}, {"step": 20, "lr_factor": 0.5}]
+    for name in ("plain", "recorded"):
+        if name == "recorded":
+            recorded_run(monkeypatch, recorders)
+        table = settings(tmp_path / name, steps=30, changes=changes)
+        train(from_table(table), model=Toy(), loader=ToyLoader(), measure_peak=False, quiet=True)
+        metrics = read(tmp_path / name / "metrics.jsonl")
+        lines.append([(line["step"], line.get("loss"), line.get("grad_norm")) for line in metrics])
+    assert lines[0] == lines[1] and recorders[0].recorded == 6
 
 
 def test_the_device_is_given_the_next_update_before_numbers_are_waited_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def test_operations_are_found_by_their_tables() -> None:
     }  # fmt: skip
     folders = {path.name for path in (ROOT / "csrc" / "kernels").iterdir() if path.is_dir()}
     assert set(backend.OPS) == folders
+
+
+def test_the_page_has_a_row_for_each_operation() -> None:
+    rows = re.findall(
+        r"^\| (\w+)[^|]*\| (yes|in work)[^|]*\|", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE
+    )
+    assert {op for op, _ in rows} == set(backend.OPS) - {"crc32c", "matmul"}
+    written = {op for op, state in rows if state == "yes"}
+    assert written <= {path.parent.name for path in (ROOT / "csrc" / "kernels").glob("*/*.cu")}
 
 
 def test_every_op_is_registered_for_cuda() -> None:
