@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,16 +17,7 @@ from gptcore.ops.moe_router import MoERouting, moe_router
 from tests.ops.test_moe_router import PLACES, check, gradient
 from tests.tolerance import same_bits
 
-pytestmark = pytest.mark.skipif("simt" not in backend.available_isas(), reason="needs GPTCORE_SIMT")
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture
-def simt() -> Iterator[None]:
-    before = backend.isa()
-    backend.set_isa("simt")
-    yield
-    backend.set_isa(before)
 
 
 def on_processor(function: Any, *arguments: Any) -> Any:
@@ -44,7 +35,7 @@ def assert_same_places(routing: MoERouting, wanted: MoERouting) -> None:
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
-def test_any_option_of_the_router(simt: None, data: Any, dtype: torch.dtype) -> None:
+def test_any_option_of_the_router(on_simt: None, data: Any, dtype: torch.dtype) -> None:
     tokens, experts = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
     logits = torch.randn(tokens, experts, generator=generator).mul(
@@ -89,7 +80,7 @@ def test_any_option_of_the_router(simt: None, data: Any, dtype: torch.dtype) -> 
     ],
 )
 def test_choices_and_rows_are_those_of_the_processor(
-    simt: None, tokens: int, experts: int, top_k: int
+    on_simt: None, tokens: int, experts: int, top_k: int
 ) -> None:
     logits = torch.randint(-40, 40, (tokens, experts)).float() / 8  # with many ties
     options: dict[str, Any] = {"top_k": top_k, "capacity": max(1, tokens * top_k // experts)}
@@ -105,7 +96,7 @@ def test_choices_and_rows_are_those_of_the_processor(
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 65, 2048, 2049, 5000])
-def test_priorities_over_several_tiles_of_keys(simt: None, tokens: int) -> None:
+def test_priorities_over_several_tiles_of_keys(on_simt: None, tokens: int) -> None:
     """Ties, both zeros, infinities and NaN: the order that the processor sorts them into."""
     priority = torch.randint(-50, 50, (tokens,)).float()
     priority[torch.rand(tokens) < 0.1] = float("nan")
@@ -119,7 +110,7 @@ def test_priorities_over_several_tiles_of_keys(simt: None, tokens: int) -> None:
     assert_same_places(route(), on_processor(route))
 
 
-def test_every_output_of_the_router_is_written(simt: None) -> None:
+def test_every_output_of_the_router_is_written(on_simt: None) -> None:
     tokens, experts, top_k = 41, 11, 3
     logits, mask = torch.randn(tokens, experts), torch.rand(tokens) < 0.7
     wanted = moe_router(logits, top_k=top_k, capacity=5, mask=mask)
@@ -132,7 +123,7 @@ def test_every_output_of_the_router_is_written(simt: None) -> None:
     assert all(same_bits(got, x) for got, x in zip(outputs, wanted, strict=True))
 
 
-def test_rows_behind_the_last_and_gradients_are_written_over_what_was_there(simt: None) -> None:
+def test_rows_behind_the_last_and_gradients_are_written_over_what_was_there(on_simt: None) -> None:
     for dtype in DTYPES:
         for width in (5, 64, 72, 1100):
             routing = moe_router(torch.randn(50, 6), top_k=2, capacity=7)
@@ -186,13 +177,37 @@ def check_groups(x: Any, weight: Any, offsets: Any, bias: Any, dy: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ragged_groups(simt: None, dtype: torch.dtype) -> None:
+def test_ragged_groups(on_simt: None, dtype: torch.dtype) -> None:
     """Empty groups, several in a row; groups that end before, at and behind a tile's end; rows behind the last."""
     check_groups(*grouped_inputs([0, 0, 128, 1, 0, 127, 129, 0, 7, 0], 40, 136, dtype, rest=3))
     check_groups(*grouped_inputs([0, 0, 0], 16, 8, dtype, rest=5))
     check_groups(*grouped_inputs([0, 3], 9, 130, dtype))
 
 
-def test_many_groups(simt: None) -> None:
+def test_many_groups(on_simt: None) -> None:
     sizes = torch.randint(0, 3, (70,)).tolist()
     check_groups(*grouped_inputs(sizes, 8, 8, torch.bfloat16, rest=1))
+
+
+def test_ragged_groups_sm90(on_simt: None, simt: ModuleType) -> None:
+    """Hopper's kernels: boxes that hold the next group's rows, which are NaN here, behind the tensor's end, and behind
+    the depth's; results between two tiles of columns."""
+    if simt.arch() != 90:
+        pytest.skip("GPTCORE_SIMT_ARCH=90 makes the emulated device a Hopper")
+    check_groups(*grouped_inputs([0, 70, 130, 0, 64, 1, 0], 72, 264, torch.bfloat16, rest=3))
+    check_groups(*grouped_inputs([0, 0], 16, 8, torch.bfloat16, rest=5))
+    x, weight, offsets, _, dy = grouped_inputs([70, 5, 60], 64, 128, torch.bfloat16)
+    y, (dx, dweight, _) = grouped_linear(x, weight, offsets), grouped_linear_backward(dy, x, weight, offsets)
+    x[70:75], dy[70:75] = float("nan"), float("nan")
+    again, gradients = grouped_linear(x, weight, offsets), grouped_linear_backward(dy, x, weight, offsets)
+    others = [*range(70), *range(75, 135)]
+    assert same_bits(again[others], y[others]) and same_bits(gradients[0][others], dx[others])
+    assert same_bits(gradients[1][[0, 2]], dweight[[0, 2]]) and gradients[1][1].isnan().all()
+    alone = torch.tensor([0, 9], dtype=torch.int32)
+    assert same_bits(grouped_linear(x[80:89], weight[2:], alone), y[80:89])
+
+
+def test_a_layer_of_experts_has_all_its_kernels() -> None:
+    if backend.cuda_extension() is None:
+        pytest.skip("gptcore was built without CUDA")
+    assert {"moe_router", "moe_dispatch", "grouped_linear"} <= backend.cuda_kernels()

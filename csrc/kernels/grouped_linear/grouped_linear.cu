@@ -2,31 +2,32 @@
 // turn. Groups' sizes are read on the device alone.
 #include "kernels/grouped_linear/grouped_fma.cuh"
 #include "kernels/grouped_linear/grouped_mma.cuh"
+#include "kernels/grouped_linear/grouped_sm90.h"
 
 namespace gptcore::cuda {
 namespace {
 
-// A grid for at most so many tiles.
 template <class Tile>
-Launch launch_of(int64_t tiles, int64_t more_shared_bytes) {
-  const int64_t at_once = int64_t{Tile::kBlocks} * limits().multiprocessors;
-  return {dim3(static_cast<unsigned>(tiles < at_once ? tiles : at_once)), dim3(Tile::kThreads),
-          Tile::kBytes + more_shared_bytes};
-}
-
-template <class Tile>
-Launch launch_of(const GroupedRowsDevice& a) {
-  using Tiles = RowTiles<Tile::kSize>;
+int64_t tiles_of(const GroupedRowsDevice& a) {
   const int64_t across = (a.width + Tile::kSize - 1) / Tile::kSize;
-  return launch_of<Tile>(a.rows == 0 ? 0 : Tiles::most(a.experts, a.rows) * across,
-                         Tiles::shared_bytes(a.experts));
+  return a.rows == 0 ? 0 : RowTiles<Tile::kSize>::most(a.experts, a.rows) * across;
 }
-
 template <class Tile>
-Launch launch_of(const GroupedWeightDevice& a) {
+int64_t tiles_of(const GroupedWeightDevice& a) {
   const int64_t down = (a.outer + Tile::kSize - 1) / Tile::kSize,
                 across = (a.inner + Tile::kSize - 1) / Tile::kSize;
-  return launch_of<Tile>(a.experts * down * across, 0);
+  return a.experts * down * across;
+}
+
+int64_t table_bytes(const GroupedRowsDevice& a) { return RowTiles<1>::shared_bytes(a.experts); }
+int64_t table_bytes(const GroupedWeightDevice&) { return 0; }
+
+// A grid for at most so many tiles.
+template <class Tile, class Product>
+Launch launch_of(const Product& a) {
+  const int64_t at_once = int64_t{Tile::kBlocks} * limits().multiprocessors, tiles = tiles_of<Tile>(a);
+  return {dim3(static_cast<unsigned>(tiles < at_once ? tiles : at_once)), dim3(Tile::kThreads),
+          Tile::kBytes + table_bytes(a)};
 }
 
 template <class T>
@@ -38,28 +39,43 @@ bool packed_in(const GroupedWeightDevice& a) {
   return can_pack<T>(a.dy, a.dy_stride) && can_pack<T>(a.x, a.x_stride);
 }
 
-void rows_f32(const GroupedRowsDevice& a) {
-  const bool packed = packed_in<float>(a), packed_out = can_pack<float>(a.out, a.out_stride);
-  a.depth_lines ? launch<&multiply_rows_fma<true>>(launch_of<FmaTile>(a), a, packed, packed_out)
-                : launch<&multiply_rows_fma<false>>(launch_of<FmaTile>(a), a, packed, packed_out);
+// Whether there are large tiles for every multiprocessor, twice: with fewer, small ones finish sooner.
+template <class Product>
+bool is_large(const Product& a) {
+  return tiles_of<FmaTile<8>>(a) >= 2 * int64_t{limits().multiprocessors};
 }
+
+template <int kPer>
+void rows_by_fma(const GroupedRowsDevice& a) {
+  const bool packed = packed_in<float>(a), packed_out = can_pack<float>(a.out, a.out_stride);
+  const Launch l = launch_of<FmaTile<kPer>>(a);
+  a.depth_lines ? launch<&multiply_rows_fma<kPer, true>>(l, a, packed, packed_out)
+                : launch<&multiply_rows_fma<kPer, false>>(l, a, packed, packed_out);
+}
+
+void rows_f32(const GroupedRowsDevice& a) { is_large(a) ? rows_by_fma<8>(a) : rows_by_fma<4>(a); }
 
 void rows_bf16(const GroupedRowsDevice& a) {
   const bool packed = packed_in<bf16>(a), packed_out = can_pack<bf16>(a.out, a.out_stride);
+  if (multiply_rows_sm90(a, packed_out)) return;
   a.depth_lines ? launch<&multiply_rows_mma<true, bf16>>(launch_of<MmaTile>(a), a, packed, packed_out)
                 : launch<&multiply_rows_mma<false, bf16>>(launch_of<MmaTile>(a), a, packed, packed_out);
 }
 
-void weight_f32(const GroupedWeightDevice& a) {
+template <int kPer>
+void weight_by_fma(const GroupedWeightDevice& a) {
   const bool packed = packed_in<float>(a), packed_out = can_pack<float>(a.dweight, a.inner);
-  launch<&multiply_weight_fma>(launch_of<FmaTile>(a), a, packed, packed_out);
+  launch<&multiply_weight_fma<kPer>>(launch_of<FmaTile<kPer>>(a), a, packed, packed_out);
 }
+
+void weight_f32(const GroupedWeightDevice& a) { is_large(a) ? weight_by_fma<8>(a) : weight_by_fma<4>(a); }
 
 void weight_bf16(const GroupedWeightDevice& a) {
   const bool packed = packed_in<bf16>(a);
   const bool packed_out =
       a.f32_out ? can_pack<float>(a.dweight, a.inner) : can_pack<bf16>(a.dweight, a.inner);
-  launch<&multiply_weight_mma<bf16>>(launch_of<MmaTile>(a), a, packed, packed_out);
+  if (multiply_weight_sm90(a, packed_out)) return;
+  launch<&multiply_weight_mma<bf16>>(launch_of<MmaWeightTile>(a), a, packed, packed_out);
 }
 
 // --- dbias -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,11 @@ template <class T>
 struct TileOperand {
   const T* data;
   int64_t stride;  // of lines
-  int64_t count;   // rows (or columns) that are there
+  int count;       // rows (or columns) that are there, at most a tile's
   bool packed;     // lines may be read by 16 bytes
+
+  __device__ TileOperand(const T* data, int64_t stride, int64_t count, bool packed)
+      : data(data), stride(stride), count(count < 128 ? static_cast<int>(count) : 128), packed(packed) {}
 };
 
 struct MmaTile {
@@ -25,27 +28,29 @@ struct MmaTile {
   using Sums = float[kWarpRows / 16][kWarpColumns / 8][4];
 };
 
+// dweight, whose operands both take more addresses than two blocks' registers hold.
+struct MmaWeightTile : MmaTile {
+  static constexpr int kBlocks = 1;
+};
+
 // 16 bytes of an operand into shared memory, of which `there` elements exist.
 template <class T>
-__device__ __forceinline__ void copy_chunk(unsigned char* to, const T* base, const T* from, int64_t there,
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const T* base, const T* from, int there,
                                            bool packed) {
   constexpr int kElements = kPackElements<T>;
-  const int count = there < 0 ? 0 : there > kElements ? kElements : static_cast<int>(there);
+  const int count = there < 0 ? 0 : there > kElements ? kElements : there;
   if (packed) {
     copy_async(to, count ? from : base, count * static_cast<int>(sizeof(T)));
     return;
   }
-  Pack<T> pack{};
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    if (i < count) pack.at[i] = from[i];
-  }
-  *reinterpret_cast<Pack<T>*>(to) = pack;
+  T* const element = reinterpret_cast<T*>(to);
+#pragma unroll 1  // what this path takes in registers the other would lack
+  for (int i = 0; i < kElements; ++i) element[i] = i < count ? from[i] : T{};
 }
 
 // One stage of one operand, from depth k on; what is not there becomes zeros.
 template <bool kDepthLines, class T>
-__device__ __forceinline__ void copy_operand(const TileOperand<T>& operand, int64_t k, int64_t depth,
+__device__ __forceinline__ void copy_operand(const TileOperand<T>& operand, int k, int depth,
                                              unsigned char* to) {
   constexpr int kLine = kDepthLines ? MmaTile::kDepth : MmaTile::kSize, kChunks = kLine / 8;
   constexpr int kCopies = MmaTile::kOperandBytes / 16 / MmaTile::kThreads;
@@ -53,12 +58,12 @@ __device__ __forceinline__ void copy_operand(const TileOperand<T>& operand, int6
   for (int i = 0; i < kCopies; ++i) {
     const int at = static_cast<int>(threadIdx.x) + i * MmaTile::kThreads, line = at / kChunks,
               chunk = at % kChunks;
-    const int64_t across = kDepthLines ? line : chunk * 8, along = k + (kDepthLines ? chunk * 8 : line);
-    const int64_t lines =
+    const int across = kDepthLines ? line : chunk * 8, along = k + (kDepthLines ? chunk * 8 : line);
+    const int lines =
         kDepthLines ? operand.count - across : depth - along;  // that are left, this one included
-    const int64_t left = kDepthLines ? depth - along : operand.count - across;
+    const int left = kDepthLines ? depth - along : operand.count - across;
     const T* from =
-        operand.data + (kDepthLines ? across * operand.stride + along : along * operand.stride + across);
+        operand.data + (kDepthLines ? across : along) * operand.stride + (kDepthLines ? along : across);
     copy_chunk(to + swizzled<kLine * 2>(line, chunk), operand.data, from, lines > 0 ? left : 0,
                operand.packed);
   }
@@ -91,18 +96,16 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, MmaTi
   const int row = warp() / 4 * MmaTile::kWarpRows, column = warp() % 4 * MmaTile::kWarpColumns;
 #pragma unroll
   for (int k = 0; k < MmaTile::kDepth; k += 16) {
-    uint32_t a[MmaTile::kWarpRows / 16][4], b[MmaTile::kWarpColumns / 16][4];
+    uint32_t a[MmaTile::kWarpRows / 16][4], b[4];
 #pragma unroll
     for (int i = 0; i < MmaTile::kWarpRows / 16; ++i) load_a<kALines>(a[i], stage, row + 16 * i, k);
 #pragma unroll
-    for (int j = 0; j < MmaTile::kWarpColumns / 16; ++j) {
-      load_b<kBLines>(b[j], stage + MmaTile::kOperandBytes, column + 16 * j, k);
-    }
+    for (int j = 0; j < MmaTile::kWarpColumns / 8; j += 2) {
+      load_b<kBLines>(b, stage + MmaTile::kOperandBytes, column + 8 * j, k);
 #pragma unroll
-    for (int i = 0; i < MmaTile::kWarpRows / 16; ++i) {
-#pragma unroll
-      for (int j = 0; j < MmaTile::kWarpColumns / 8; ++j) {
-        mma_16x8x16<T>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      for (int i = 0; i < MmaTile::kWarpRows / 16; ++i) {
+        mma_16x8x16<T>(sums[i][j], a[i], b[0], b[1]);
+        mma_16x8x16<T>(sums[i][j + 1], a[i], b[2], b[3]);
       }
     }
   }
@@ -110,10 +113,10 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, MmaTi
 
 // The sums over the whole depth, each one chain. `room` is MmaTile::kBytes; free again behind the next barrier.
 template <bool kALines, bool kBLines, class T>
-__device__ __forceinline__ void multiply_tile(const TileOperand<T>& a, const TileOperand<T>& b, int64_t depth,
+__device__ __forceinline__ void multiply_tile(const TileOperand<T>& a, const TileOperand<T>& b, int depth,
                                               unsigned char* room, MmaTile::Sums& sums) {
-  const int64_t steps = (depth + MmaTile::kDepth - 1) / MmaTile::kDepth;
-  const auto fetch = [&](int64_t step) {
+  const int steps = (depth + MmaTile::kDepth - 1) / MmaTile::kDepth;
+  const auto fetch = [&](int step) {
     if (step < steps) {
       unsigned char* stage = room + step % MmaTile::kStages * MmaTile::kStageBytes;
       copy_operand<kALines>(a, step * MmaTile::kDepth, depth, stage);
@@ -123,7 +126,7 @@ __device__ __forceinline__ void multiply_tile(const TileOperand<T>& a, const Til
   };
 #pragma unroll
   for (int step = 0; step < MmaTile::kStages - 1; ++step) fetch(step);
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     copy_async_wait<MmaTile::kStages - 2>();
     __syncthreads();  // the stage is there for all, and all are done with the one before it
     fetch(step + MmaTile::kStages - 1);
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(MmaTile::kThreads, MmaTile::kBlocks)
     const TileOperand<T> by{weight + (kDepthLines ? column * a.depth : column),
                             kDepthLines ? a.depth : a.width, columns, packed};
     MmaTile::Sums sums = {};
-    multiply_tile<true, kDepthLines>(in, by, depth, room, sums);
+    multiply_tile<true, kDepthLines>(in, by, static_cast<int>(depth), room, sums);
     __syncthreads();
     const char* bias = a.bias && !behind
                            ? static_cast<const char*>(a.bias) +
@@ -202,14 +205,15 @@ __global__ void __launch_bounds__(MmaTile::kThreads, MmaTile::kBlocks)
 }
 
 template <class T>
-__global__ void __launch_bounds__(MmaTile::kThreads, MmaTile::kBlocks)
+__global__ void __launch_bounds__(MmaWeightTile::kThreads, MmaWeightTile::kBlocks)
     multiply_weight_mma(const GroupedWeightDevice a, const bool packed, const bool packed_out) {
   unsigned char* room = shared_memory();
-  const int64_t down = (a.outer + MmaTile::kSize - 1) / MmaTile::kSize,
-                across = (a.inner + MmaTile::kSize - 1) / MmaTile::kSize;
-  for (int64_t t = blockIdx.x; t < a.experts * down * across; t += gridDim.x) {
-    const int64_t expert = t / (down * across), row = t % down * MmaTile::kSize,
-                  column = t / down % across * MmaTile::kSize;
+  const int down = static_cast<int>((a.outer + MmaTile::kSize - 1) / MmaTile::kSize),
+            across = static_cast<int>((a.inner + MmaTile::kSize - 1) / MmaTile::kSize);
+  const int tiles = static_cast<int>(a.experts) * down * across;
+  for (int t = static_cast<int>(blockIdx.x); t < tiles; t += static_cast<int>(gridDim.x)) {
+    const int expert = t / (down * across), row = t % down * MmaTile::kSize,
+              column = t / down % across * MmaTile::kSize;
     const GroupRows group = rows_of_group(a.offsets, expert, a.experts, a.rows);
     if (a.accumulate && group.begin == group.end) continue;  // nothing to add
     const TileOperand<T> dy{static_cast<const T*>(a.dy) + group.begin * a.dy_stride + row, a.dy_stride,
@@ -217,7 +221,7 @@ __global__ void __launch_bounds__(MmaTile::kThreads, MmaTile::kBlocks)
     const TileOperand<T> x{static_cast<const T*>(a.x) + group.begin * a.x_stride + column, a.x_stride,
                            a.inner - column, packed};
     MmaTile::Sums sums = {};
-    multiply_tile<false, false>(dy, x, group.end - group.begin, room, sums);
+    multiply_tile<false, false>(dy, x, static_cast<int>(group.end - group.begin), room, sums);
     __syncthreads();
     char* to = static_cast<char*>(a.dweight) +
                ((expert * a.outer + row) * a.inner + column) * (a.f32_out ? 4 : int64_t{sizeof(T)});
