@@ -171,6 +171,7 @@ class StepGraphs:
     def launch(self, step: int, lr: float, batches: Sequence[DeviceBatch]) -> Launched:
         """Begin the update with zero-based index ``step`` over its leaves' batches."""
         self._model.train()
+        batches = [_in_few_shapes(batch) for batch in batches]
         self._lr.fill_(lr)
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr
@@ -273,6 +274,16 @@ class StepGraphs:
             losses.append(leaf.loss.clone())  # the next leaf writes there
         known.update()
         return losses
+
+
+def _in_few_shapes(batch: DeviceBatch) -> DeviceBatch:
+    """Packed documents with empty ones at the end, up to a power of two, so that their number makes few shapes."""
+    bounds = batch.options.get("cu_seqlens")
+    if bounds is None:
+        return batch
+    missing = (1 << (len(bounds) - 1).bit_length()) + 1 - len(bounds)
+    padded = torch.cat([bounds, bounds[-1:].expand(missing)])
+    return batch._replace(options={**batch.options, "cu_seqlens": padded})
 
 
 def _shape_of(batches: Sequence[DeviceBatch]) -> Shape | None:

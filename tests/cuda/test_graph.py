@@ -117,6 +117,37 @@ def test_a_recording_for_each_shape_and_not_without_end(
     assert backend.report()["train.graph"]["leaves of several shapes, or padding"] == 1
 
 
+class Packed(ToyLoader):
+    """Rows cut into documents, another number of them each time."""
+
+    def batch_at(self, step: int) -> Batch:
+        batch = super().batch_at(step)
+        more = np.random.default_rng(step).integers(1, 32, step % 5)
+        return batch._replace(cu_seqlens=np.unique([0, 8, 16, 24, 32, *more]).astype(np.int32))
+
+
+def test_packed_documents_make_few_shapes(tmp_path: Any) -> None:
+    backend.reset_report()
+    config, results = config_of(tmp_path), []
+    for recorded in (False, True):
+        model = GPT(GPTConfig.from_dict(TINY_GPT), seed=1)
+        _, optimizer = strategies.prepare(config, model)
+        recorder = HostRecorder(optimizer)
+        graphs = graphs_of(config, model, optimizer, recorder)
+        fetch, losses = functools.partial(batch_of, Packed(), config), []
+        with DeviceBatches(fetch, PlainSender(CPU)) as batches:
+            for step in range(20):
+                if recorded:
+                    launched = graphs.launch(step, config.learning_rate(step), [batches.take((step, 0))])
+                    losses.append(launched.read().loss)
+                else:
+                    losses.append(update(config, model, optimizer, Packed(), step, batches=batches))
+        results.append(losses)
+    assert results[0] == results[1]
+    assert recorder.recorded == 2 * 2  # of 4 documents, and of 5 to 8
+    assert recorder.replayed > 20 and backend.report() == {}
+
+
 def test_padding_and_weights_tell_shapes_apart() -> None:
     assert graph._shape_of([leaf(mask=torch.ones(4, 8, dtype=torch.bool))]) is None
     weighted = leaf()._replace(weight=0.5)
