@@ -95,6 +95,7 @@ __device__ __forceinline__ void load_packs(const T* p, int left, int step, bool 
 template <int kCount>
 __device__ __forceinline__ void load_vector(const void* vector, bool is_bf16, int64_t c, int left,
                                             bool packed, float otherwise, float (&v)[kCount]) {
+  static_assert(kCount == 4 || kCount == 8);
   if (!vector || left <= 0) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) v[i] = otherwise;
@@ -107,10 +108,11 @@ __device__ __forceinline__ void load_vector(const void* vector, bool is_bf16, in
     }
   } else if (is_bf16) {
     const bf16* p = static_cast<const bf16*>(vector) + c;
-#pragma unroll
-    for (int i = 0; i < kCount; i += 4) {
-      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(p + i));
-      unpack_word(raw.x, v[i], v[i + 1]), unpack_word(raw.y, v[i + 2], v[i + 3]);
+    if constexpr (kCount == 8) {
+      unpack(__ldg(reinterpret_cast<const uint4*>(p)), v);
+    } else {
+      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(p));
+      unpack_word(raw.x, v[0], v[1]), unpack_word(raw.y, v[2], v[3]);
     }
   } else {
     const float* p = static_cast<const float*>(vector) + c;
