@@ -6,23 +6,27 @@
 #include "kernels/adafactor/adafactor_blocks.h"
 
 namespace py = pybind11;
+using gptcore::StepNumber;
 using gptcore::TensorList;
+using gptcore::TensorView;
 
 namespace {
 
-std::pair<double, bool> adafactor(const TensorList& params, const TensorList& grads,
-                                  const TensorList& row_vars, const TensorList& col_vars,
-                                  const TensorList& variances, const TensorList& exp_avgs,
-                                  const TensorList& copies, const std::vector<double>& weight_decay,
-                                  double step_size, double beta2, double beta1, double eps1, double eps2,
-                                  bool eps_added, std::optional<double> clip_threshold, bool scale_parameter,
-                                  bool scaled_decay, bool maximize, std::optional<double> max_norm,
-                                  double grad_scale, std::optional<double> grad_norm) {
-  return gptcore::adafactor({params.views, grads.views, row_vars.views, col_vars.views, variances.views,
-                             exp_avgs.views, copies.views},
-                            weight_decay,
-                            {step_size, beta2, beta1, eps1, eps2, eps_added, clip_threshold, scale_parameter,
-                             scaled_decay, maximize, max_norm, grad_scale, grad_norm});
+std::pair<double, bool> adafactor(
+    const TensorList& params, const TensorList& grads, const TensorList& row_vars, const TensorList& col_vars,
+    const TensorList& variances, const TensorList& exp_avgs, const TensorList& copies,
+    const std::vector<double>& weight_decay, const StepNumber& step_size, const StepNumber& beta2,
+    double beta1, double eps1, double eps2, bool eps_added, std::optional<double> clip_threshold,
+    bool scale_parameter, bool scaled_decay, bool maximize, std::optional<double> max_norm,
+    const StepNumber& grad_scale, const std::optional<StepNumber>& grad_norm, const StepNumber& decay_factor,
+    const TensorList& steps, const TensorView& norm, const TensorView& found_inf) {
+  return gptcore::adafactor(
+      {params.views, grads.views, row_vars.views, col_vars.views, variances.views, exp_avgs.views,
+       copies.views},
+      weight_decay,
+      {0.0, 0.0, beta1, eps1, eps2, eps_added, clip_threshold, scale_parameter, scaled_decay, maximize,
+       max_norm, 1.0, std::nullopt},
+      {step_size, beta2, decay_factor, grad_scale, grad_norm, steps.views, {norm, found_inf}});
 }
 
 // A slice of a whole as (numel, rows, cols, block, start).
@@ -60,7 +64,8 @@ void register_adafactor(py::module_& m) {
         py::arg("weight_decay"), py::arg("step_size"), py::arg("beta2"), py::arg("beta1"), py::arg("eps1"),
         py::arg("eps2"), py::arg("eps_added"), py::arg("clip_threshold"), py::arg("scale_parameter"),
         py::arg("scaled_decay"), py::arg("maximize"), py::arg("max_norm"), py::arg("grad_scale"),
-        py::arg("grad_norm"), py::call_guard<py::gil_scoped_release_simple>(),
+        py::arg("grad_norm"), py::arg("decay_factor"), py::arg("steps"), py::arg("norm"),
+        py::arg("found_inf"), py::call_guard<py::gil_scoped_release_simple>(),
         "One Adafactor step over lists of tensors; returns (norm, found_inf).");
   m.def("adafactor_blocks", &adafactor_blocks, py::arg("phase"), py::arg("params"), py::arg("grads"),
         py::arg("row_vars"), py::arg("col_vars"), py::arg("variances"), py::arg("exp_avgs"),

@@ -9,21 +9,6 @@
 
 namespace gptcore {
 
-// One f32 for each parameter, or none at all.
-inline void check_steps(const Checker& check, const std::vector<TensorView>& steps, size_t expected) {
-  if (!steps.empty()) check.length(steps.size(), "steps", expected);
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const TensorView& step = steps[i];
-    if (step.defined && step.device == check.device() && step.dtype == DType::f32 && step.numel() == 1 &&
-        !step.readonly) {
-      continue;
-    }
-    const std::string name = "steps[" + std::to_string(i) + "]";
-    check.output(step, name.c_str(), {DType::f32});
-    check.fail(name.c_str(), describe(step), "one element");
-  }
-}
-
 // `steps`: what it counts in where no step is given.
 template <class Options>
 void check_adam_options(const Checker& check, const Options& o, size_t steps) {
@@ -60,13 +45,7 @@ inline void write_steps(const std::vector<TensorView>& steps, double step) {
   for (const TensorView& view : steps) *view.as<float>() = static_cast<float>(step);
 }
 
-inline std::vector<float*> counts_of(const std::vector<TensorView>& steps) {
-  std::vector<float*> counts;
-  for (const TensorView& view : steps) counts.push_back(view.as<float>());
-  return counts;
-}
-
-// The same for another device, which reads there what is a tensor.
+// What another device is told, which reads there what is a tensor.
 template <class Options>
 AdamStep on_device(const Options& o, const StepNumber& norm, const std::vector<float*>& counts,
                    const StepResult& result) {

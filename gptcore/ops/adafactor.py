@@ -7,7 +7,14 @@ from typing import Any
 
 from gptcore import backend
 from gptcore.ops.arrays import Array
-from gptcore.ops.grad_norm import clip_factor, grad_norm_reference, per_parameter
+from gptcore.ops.grad_norm import (
+    Number,
+    Results,
+    clip_factor,
+    grad_norm_reference,
+    per_parameter,
+    results_for,
+)
 
 
 def adafactor_(
@@ -17,8 +24,8 @@ def adafactor_(
     col_vars: Sequence[Array | None],
     variances: Sequence[Array | None],
     *,
-    step_size: float,
-    beta2: float,
+    step_size: Number,
+    beta2: Number,
     eps: tuple[float, float] = (1e-30, 1e-3),
     eps_added: bool = True,
     clip_threshold: float | None = 1.0,
@@ -30,9 +37,12 @@ def adafactor_(
     maximize: bool = False,
     copies: Sequence[Array] | None = None,
     max_norm: float | None = None,
-    grad_scale: float = 1.0,
-    grad_norm: float | None = None,
-) -> tuple[float, bool]:
+    grad_scale: Number = 1.0,
+    grad_norm: Number | None = None,
+    decay_factor: Number = 1.0,
+    steps: Sequence[Array] | None = None,
+    out: Results | None = None,
+) -> Results:
     """One step in place: ``p = p (1 - wd) - a U``, U the gradient over the root of a factored second moment.
 
     For matrices (the last two dimensions, of n x m) the second moment V is kept as the running means of the
@@ -64,6 +74,14 @@ def adafactor_(
         grad_scale: gradients are divided by it first (a loss scale, or the number of micro-batches).
         grad_norm: the norm, where :func:`gptcore.ops.grad_norm` has told it of this and other calls'
             gradients together and found them finite.
+        decay_factor: multiplies every weight decay.
+        steps: one f32 element per parameter, one more where the update is applied.
+        out: two arrays of one element, f64 and bool, beside the gradients: overwritten with the result and returned
+            in place of numbers. Gradients on a GPU have new ones made.
+
+    ``step_size``, ``beta2``, ``decay_factor``, ``grad_scale`` and ``grad_norm`` may also be arrays of one element (f32,
+    f64 or int64). On a GPU kernels alone read those, so nothing waits for it and a graph can capture the call, and the
+    first two may be of one f64 for each parameter. Where an array ``grad_norm`` is not finite, that is ``found_inf``.
 
     Returns:
         ``(grad_norm, found_inf)``: the norm after unscaling and before clipping; whether a gradient was inf
@@ -76,11 +94,14 @@ def adafactor_(
     4 and 5. :class:`gptcore.optim.Adafactor` names the choices of its implementations.
     """
     decays = per_parameter(weight_decay, len(params))
-    return backend.extension().adafactor(
+    out = results_for(grads, out)
+    result = backend.extension().adafactor(
         params, grads, row_vars, col_vars, variances, () if exp_avgs is None else exp_avgs,
         () if copies is None else copies, decays, step_size, beta2, beta1, *eps, eps_added, clip_threshold,
-        scale_parameter, scaled_decay, maximize, max_norm, grad_scale, grad_norm,
+        scale_parameter, scaled_decay, maximize, max_norm, grad_scale, grad_norm, decay_factor,
+        () if steps is None else steps, *(out or (None, None)),
     )  # fmt: skip
+    return result if out is None else out
 
 
 def adafactor_reference(

@@ -10,7 +10,7 @@ import torch
 
 from gptcore.errors import unknown_name
 from gptcore.optim.adafactor_phases import check_complete, drive, in_step
-from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.fused import Call, FusedOptimizer, Number, count_from_zero, plain
 from gptcore.optim.slices import BlockSums, StatePlace, Whole
 
 
@@ -53,7 +53,8 @@ class Adafactor(FusedOptimizer):
             after unscaling, is clipped to this; None for none (the default of all but palm).
 
     After ``step``: ``last_grad_norm`` is that norm before clipping (nan or inf if a gradient was), and
-    ``found_inf`` tells whether a gradient was not finite, in which case nothing was written.
+    ``found_inf`` tells whether a gradient was not finite, in which case nothing was written. On a GPU both are tensors
+    of one element, and steps of whole parameters wait for nothing; slices are refused there.
 
     Raises:
         ValueError: a setting out of its range, or one that the variant does not have.
@@ -115,14 +116,14 @@ class Adafactor(FusedOptimizer):
         ]
         values = {name: group[name] for name in names}
         if values["lr"] is not None:
-            values["lr"] = float(values["lr"])
+            values["lr"] = plain(values["lr"])
         return tuple((name, tuple(v) if name == "eps" else v) for name, v in values.items())
 
     def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         if "master" not in state:
             self._begin_master(p, state)
         if "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = count_from_zero(p)
             shape = whole.shape
             if len(shape) > 1 and self.variant != "palm":
                 rows = shape[:-1] if p.shape == shape else (p.numel() // max(1, shape[-1]),)
@@ -132,7 +133,7 @@ class Adafactor(FusedOptimizer):
                 state["variance"] = _zeros(p, p.shape)
         if group.get("beta1") is not None and "exp_avg" not in state:
             state["exp_avg"] = _zeros(p, p.shape)
-        return int(state["step"]) + 1
+        return 0 if p.is_cuda else int(state["step"]) + 1
 
     def state_place(self, key: str, shape: tuple[int, ...], start: int, stop: int) -> StatePlace:
         """A number for each row; of the columns' all with every owner."""
@@ -144,32 +145,43 @@ class Adafactor(FusedOptimizer):
         return super().state_place(key, shape, start, stop)
 
     def _update(
-        self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
-    ) -> tuple[float, bool]:
+        self, call: Call, max_norm: float | None, grad_scale: Number, grad_norm: Number | None
+    ) -> tuple[Number, bool | torch.Tensor]:
         from gptcore.ops.adafactor import adafactor_
         from gptcore.ops.grad_norm import grad_norm as norm_of
 
         if not self._in_blocks():
-            norm, found_inf = adafactor_(
-                **self._arguments(call), max_norm=max_norm, grad_scale=grad_scale, grad_norm=grad_norm
+            return adafactor_(
+                **self._arguments(call),
+                max_norm=max_norm,
+                grad_scale=grad_scale,
+                grad_norm=grad_norm,
+                steps=call.list_of("step"),
             )
-        else:
-            check_complete(call)
-            norm, found_inf = norm_of(call.grads, grad_scale) if grad_norm is None else (grad_norm, False)
-            if not found_inf:
-                drive(in_step([call], [self._phases(call, grad_scale, norm)]))
+        check_complete(call)
+        scale = float(grad_scale)  # owners agree on numbers of the host
+        found_inf = False
+        if grad_norm is None:
+            grad_norm, found_inf = norm_of(call.grads, scale)
         if not found_inf:
+            drive(in_step([call], [self._phases(call, scale, float(grad_norm))]))
             torch._foreach_add_(call.list_of("step"), 1.0)
-        return norm, found_inf
+        return grad_norm, found_inf
 
     def _arguments(self, call: Call) -> dict[str, Any]:
         """The kernel's tensors and numbers but for the clip's."""
         group = dict(call.settings)
         weights, copies = call.weights()
         momentum = group.get("beta1") is not None
-        numbers, decay = _numbers(self.variant, group, call.number)
+        # On a GPU each parameter's own count, of which the host knows nothing.
+        step = torch.stack(call.list_of("step")).double() + 1.0 if call.on_device else call.number
+        numbers, decay = _numbers(self.variant, group, step)
+        factor: dict[str, Any] = {}
+        if isinstance(decay, torch.Tensor):
+            factor, decay = {"decay_factor": decay}, 1.0
         return {
             **numbers,
+            **factor,
             **{name + "s": [s.get(name) for s in call.states] for name in ("row_var", "col_var", "variance")},
             "params": weights,
             "grads": call.grads,
@@ -193,6 +205,8 @@ class Adafactor(FusedOptimizer):
     ) -> Generator[list[torch.Tensor], list[torch.Tensor], None]:
         from gptcore.ops.adafactor_blocks import adafactor_blocks_
 
+        if call.on_device:
+            raise self._bad("params", "slices on a GPU", "whole parameters there, or slices on the CPU")
         wholes = [(whole.shape, whole.start) for whole in call.wholes]
         return adafactor_blocks_(
             **self._arguments(call),
@@ -285,12 +299,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _numbers(variant: str, group: dict[str, Any], t: int) -> tuple[dict[str, Any], float]:
-    """What the kernel takes at step t, and the factor of the weight decay."""
+def _least(a: Number, b: Number) -> Number:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, torch.Tensor):
+        return a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, torch.Tensor) else min(a, b)
+
+
+def _numbers(variant: str, group: dict[str, Any], t: Number) -> tuple[dict[str, Any], Number]:
+    """What the kernel takes at step t, or at steps t, and the factor of the weight decay."""
     lr, (eps1, eps2) = group["lr"], group["eps"]
     if variant == "hf":
         if group["relative_step"]:
-            lr = min(1e-6 * t if group["warmup_init"] else 1e-2, t**-0.5)
+            lr = _least(1e-6 * t if group["warmup_init"] else 1e-2, t**-0.5)
         return {
             "step_size": lr,
             "beta2": 1.0 - t ** group["decay_rate"],
@@ -301,7 +323,7 @@ def _numbers(variant: str, group: dict[str, Any], t: int) -> tuple[dict[str, Any
         }, 1.0
     palm = variant == "palm"
     return {
-        "step_size": lr if palm else min(lr, t**-0.5),
+        "step_size": lr if palm else _least(lr, t**-0.5),
         "beta2": 1.0 - t ** group["beta2_decay"],
         "eps": (torch.finfo(torch.float32).eps if eps1 is None else eps1, eps2),
         "eps_added": variant != "torch",

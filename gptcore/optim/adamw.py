@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptcore.ops.adamw import join_master, split_master
-from gptcore.optim.fused import MASTERED, Call, FusedOptimizer
+from gptcore.optim.fused import MASTERED, Call, FusedOptimizer, Number, count_from_zero, plain, step_device
 from gptcore.optim.slices import Whole
 
 
@@ -34,7 +34,8 @@ class Adam(FusedOptimizer):
         amsgrad: the largest v so far in the denominator (Reddi et al. 2018); 4 bytes a parameter more.
         maximize: ascend.
         foreach, fused: taken and kept for torch's sake; the kernel is always fused over all tensors.
-        capturable, differentiable: only False.
+        capturable: on a GPU steps always are; True asks for parameters there.
+        differentiable: only False.
         decoupled_weight_decay: True makes it AdamW.
         max_norm: the norm of all gradients together, after unscaling, is clipped to this; None for none.
         split_master: of bf16 parameters keep only the 16 bits of the master that the parameter lacks: 2 bytes a
@@ -45,7 +46,8 @@ class Adam(FusedOptimizer):
 
     After ``step``: ``last_grad_norm`` is that norm before clipping (nan or inf if a gradient was), and
     ``found_inf`` tells whether a gradient was not finite, in which case nothing was written: no
-    parameter, no moment, no step count. (torch writes NaN.)
+    parameter, no moment, no step count. (torch writes NaN.) On a GPU both are tensors of one element, and steps wait
+    for nothing.
 
     Raises:
         ValueError: a setting out of its range, or one that the kernel does not have.
@@ -92,7 +94,8 @@ class Adam(FusedOptimizer):
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]
         return (
-            *(float(value) for value in (group["lr"], beta1, beta2, group["eps"])),
+            plain(group["lr"]),
+            *(float(value) for value in (beta1, beta2, group["eps"])),
             group["decoupled_weight_decay"],
             group["maximize"],
             group["amsgrad"],
@@ -101,14 +104,14 @@ class Adam(FusedOptimizer):
     def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         if not state:
             self._begin_master(p, state)
-            state["step"] = torch.tensor(0.0)
+            state["step"] = count_from_zero(p)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = _zeros(p)
         elif p.dtype in MASTERED:
             self._begin_master(p, state)  # loaded state may have none, or one of the other kind
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = _zeros(p)
-        return int(state["step"].item()) + 1
+        return 0 if p.is_cuda else int(state["step"].item()) + 1
 
     def _begin_master(self, p: torch.Tensor, state: dict[str, Any]) -> None:
         """Whole or split as this optimizer wants it, whatever was loaded; torch's state has none."""
@@ -138,8 +141,8 @@ class Adam(FusedOptimizer):
         return saved
 
     def _update(
-        self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
-    ) -> tuple[float, bool]:
+        self, call: Call, max_norm: float | None, grad_scale: Number, grad_norm: Number | None
+    ) -> tuple[Number, bool | torch.Tensor]:
         from gptcore.ops.adamw import adamw_
 
         lr, beta1, beta2, eps, decoupled, maximize, amsgrad = call.settings
@@ -150,7 +153,7 @@ class Adam(FusedOptimizer):
             call.grads,
             call.list_of("exp_avg"),
             call.list_of("exp_avg_sq"),
-            step=call.number,
+            step=None if call.on_device else call.number,
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -181,7 +184,7 @@ class Adam(FusedOptimizer):
             for p in group["params"]:
                 own = self.state.get(p, {})
                 if own and not isinstance(own["step"], torch.Tensor):
-                    own["step"] = torch.tensor(float(own["step"]))
+                    own["step"] = torch.tensor(float(own["step"]), device=step_device(p))
 
 
 class AdamW(Adam):

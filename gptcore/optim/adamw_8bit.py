@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.fused import Call, FusedOptimizer, Number, count_from_zero, plain
 from gptcore.optim.slices import StatePlace, Whole
 
 # Smaller tensors (biases, gains of norms) keep f32 moments: Dettmers et al. 2022 and bitsandbytes do so.
@@ -42,7 +42,8 @@ class AdamW8bit(FusedOptimizer):
         max_norm: the norm of all gradients together, after unscaling, is clipped to this; None for none.
 
     After ``step``: ``last_grad_norm`` is that norm before clipping (nan or inf if a gradient was), and
-    ``found_inf`` tells whether a gradient was not finite, in which case nothing was written.
+    ``found_inf`` tells whether a gradient was not finite, in which case nothing was written. On a GPU both are tensors
+    of one element, and steps wait for nothing.
 
     Raises:
         ValueError: a setting out of its range.
@@ -80,8 +81,8 @@ class AdamW8bit(FusedOptimizer):
 
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
         beta1, beta2 = group["betas"]
-        numbers = (float(value) for value in (group["lr"], beta1, beta2, group["eps"]))
-        return (*numbers, group["maximize"], group["master_weights"], group["seed"])
+        numbers = (float(value) for value in (beta1, beta2, group["eps"]))
+        return (plain(group["lr"]), *numbers, group["maximize"], group["master_weights"], group["seed"])
 
     def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         small = whole.numel < _QUANTISED_FROM
@@ -90,14 +91,14 @@ class AdamW8bit(FusedOptimizer):
                 self._begin_master(p, state)
             if not small:
                 _check_slice(p, whole)
-            state["step"] = torch.tensor(0.0)
+            state["step"] = count_from_zero(p)
             for name in ("exp_avg", "exp_avg_sq"):
                 if small:
                     state[name] = torch.zeros(p.shape, device=p.device)
                 else:
                     state[name] = torch.zeros(p.shape, dtype=torch.uint8, device=p.device)
                     state[name + "_scale"] = torch.zeros(-(-p.numel() // _BLOCK), device=p.device)
-        return 2 * (int(state["step"]) + 1) + small
+        return small if p.is_cuda else 2 * (int(state["step"]) + 1) + small
 
     def state_place(self, key: str, shape: tuple[int, ...], start: int, stop: int) -> StatePlace:
         """One scale for each block of codes."""
@@ -106,12 +107,13 @@ class AdamW8bit(FusedOptimizer):
         return super().state_place(key, shape, start, stop)
 
     def _update(
-        self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
-    ) -> tuple[float, bool]:
+        self, call: Call, max_norm: float | None, grad_scale: Number, grad_norm: Number | None
+    ) -> tuple[Number, bool | torch.Tensor]:
         step, small = divmod(call.number, 2)
         lr, beta1, beta2, eps, maximize, _, seed = call.settings
         shared: dict[str, Any] = {
-            "step": step,
+            "step": None if call.on_device else step,
+            "steps": call.list_of("step"),
             "lr": lr,
             "beta1": beta1,
             "beta2": beta2,
@@ -122,15 +124,10 @@ class AdamW8bit(FusedOptimizer):
             "grad_scale": grad_scale,
             "grad_norm": grad_norm,
         }
-        norm, found_inf = (
-            self._update_small(call, shared) if small else self._update_codes(call, shared, seed)
-        )
-        if not found_inf:
-            torch._foreach_add_(call.list_of("step"), 1.0)
-        return norm, found_inf
+        return self._update_small(call, shared) if small else self._update_codes(call, shared, seed)
 
     @staticmethod
-    def _update_small(call: Call, shared: dict[str, Any]) -> tuple[float, bool]:
+    def _update_small(call: Call, shared: dict[str, Any]) -> tuple[Number, bool | torch.Tensor]:
         from gptcore.ops.adamw import adamw_
 
         weights, copies = call.weights()
@@ -138,7 +135,7 @@ class AdamW8bit(FusedOptimizer):
         return adamw_(weights, call.grads, *moments, copies=copies, **shared)
 
     @staticmethod
-    def _update_codes(call: Call, shared: dict[str, Any], seed: int) -> tuple[float, bool]:
+    def _update_codes(call: Call, shared: dict[str, Any], seed: int) -> tuple[Number, bool | torch.Tensor]:
         from gptcore.ops.adamw_8bit import adamw_8bit_
 
         weights, copies = call.weights() if "master" in call.states[0] else (call.params, None)

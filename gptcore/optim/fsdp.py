@@ -145,7 +145,7 @@ class FSDPOptimizer(torch.optim.Optimizer):
         self,
         closure: Callable[[], float] | None = None,
         *,
-        grad_scale: float = 1.0,
+        grad_scale: float | Tensor = 1.0,
         admit: Callable[[float], bool] | None = None,
     ) -> float | None:
         """One update, made by all ranks together. Gradients, means over ranks already, are divided by ``grad_scale``.
@@ -155,6 +155,7 @@ class FSDPOptimizer(torch.optim.Optimizer):
             admit: asked with the norm of finite gradients, which is the same on all ranks, before anything is written;
                 where it answers False, nothing is.
         """
+        grad_scale = float(grad_scale)  # ranks agree on numbers of the host
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -14,8 +14,12 @@ from gptcore.optim.slices import StatePlace, Whole, whole_of
 MASTERED = (torch.bfloat16, torch.float16)
 
 
+Number = float | torch.Tensor
+"""A number, or one element on a GPU, which kernels alone read."""
+
+
 class Call:
-    """The tensors of one kernel call: their groups agree in ``settings``, they in dtype and ``number``."""
+    """The tensors of one kernel call: their groups agree in ``settings``, they in device, dtype and ``number``."""
 
     def __init__(self, settings: tuple[Any, ...], number: int, mastered: bool) -> None:
         self.settings = settings
@@ -34,6 +38,11 @@ class Call:
         return self.list_of("master"), None if self.half else self.params
 
     @property
+    def on_device(self) -> bool:
+        """Whether the tensors lie on a GPU, where counts of steps and norms are and stay."""
+        return self.params[0].is_cuda
+
+    @property
     def half(self) -> bool:
         """Whether the parameters are f16, which no kernel writes."""
         return self.params[0].dtype == torch.float16
@@ -48,6 +57,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     State is f32 whatever the parameter is. A bf16 parameter has an f32 master in the state, which is what is
     updated; the parameter is its rounding, written in the same pass, that of an f16 parameter after it.
+
+    Of parameters on a GPU nothing is waited for, so that a graph can capture ``step``: state ``step`` lies there,
+    ``last_grad_norm`` and ``found_inf`` are tensors of one element (f64 and bool) that whoever looks at them waits
+    for, and ``group["lr"]``, ``grad_scale`` and ``grad_norm`` may be such tensors. An ``admit`` is asked by the host,
+    which waits.
 
     A subclass says what makes a call (``_settings``, ``_begin``) and runs it (``_update``), and gives its
     defaults under torch's names, so that saved state goes from one library to the other.
@@ -70,8 +84,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _reset(self) -> None:
-        self.last_grad_norm: float | None = 0.0
-        self.found_inf = False
+        self.last_grad_norm: Number | None = 0.0
+        self.found_inf: bool | torch.Tensor = False
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._summed: set[torch.Tensor] = set()
         self._given: dict[torch.Tensor, torch.Tensor] = {}
@@ -83,16 +97,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What the kernel takes once per call, as plain numbers."""
+        """What the kernel takes once per call: plain numbers, but for what lies on a GPU."""
         raise NotImplementedError
 
     def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
-        """Fill in what state lacks; a number that must be equal for all tensors of a call."""
+        """Fill in what state lacks; a number that must be equal for all tensors of a call. On a GPU no count of
+        steps, which the host does not know."""
         raise NotImplementedError
 
     def _update(
-        self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
-    ) -> tuple[float | None, bool]:
+        self, call: Call, max_norm: float | None, grad_scale: Number, grad_norm: Number | None
+    ) -> tuple[Number | None, bool | torch.Tensor]:
         """Run the kernel: the norm before clipping, and whether a gradient was not finite."""
         raise NotImplementedError
 
@@ -139,8 +154,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self,
         closure: Callable[[], float] | None = None,
         *,
-        grad_scale: float = 1.0,
-        grad_norm: tuple[float, bool] | None = None,
+        grad_scale: Number = 1.0,
+        grad_norm: tuple[Number, bool | torch.Tensor] | None = None,
         admit: Callable[[float], bool] | None = None,
     ) -> float | None:
         """One update. Gradients are divided by ``grad_scale`` first (micro-batches, or a loss scale).
@@ -166,7 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         calls = self._calls()
         self.found_inf = False
         self.last_grad_norm = 0.0
-        known: float | None = None
+        known: Number | None = None
         if grad_norm is not None:
             known, self.found_inf = grad_norm
         elif admit is not None or (len(calls) > 1 and (self.check_finite or self.max_norm is not None)):
@@ -176,13 +191,20 @@ class FusedOptimizer(torch.optim.Optimizer):
             known, self.found_inf = norm_of([g for call in calls for g in call.grads], grad_scale)
         if known is not None:
             self.last_grad_norm = known
-            if self.found_inf or (admit is not None and not admit(known)):
+            if self._keeps_out(known, admit):
                 return loss
         for call in calls:
             self.last_grad_norm, self.found_inf = self._update(call, self.max_norm, grad_scale, known)
-            if call.half and not self.found_inf:
+            # Masters that were not touched are what their parameters were rounded from.
+            if call.half and (call.on_device or not self.found_inf):
                 torch._foreach_copy_(call.params, call.list_of("master"))
         return loss
+
+    def _keeps_out(self, norm: Number, admit: Callable[[float], bool] | None) -> bool:
+        """Whether the host knows that nothing is to be written; what it does not, kernels look at themselves."""
+        if isinstance(self.found_inf, torch.Tensor) and admit is None:
+            return False
+        return bool(self.found_inf) or (admit is not None and not admit(float(norm)))
 
     def _calls(self) -> list[Call]:
         calls: dict[tuple[Any, ...], dict[tuple[Any, ...], Call]] = {}
@@ -201,9 +223,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state = self.state[p]
                 whole = whole_of(p, position)
                 number = self._begin(p, state, group, whole)
-                call = own.get((number, p.dtype))
+                call = own.get((number, p.dtype, p.device))
                 if call is None:
-                    call = own[number, p.dtype] = Call(settings, number, p.dtype in MASTERED)
+                    call = own[number, p.dtype, p.device] = Call(settings, number, p.dtype in MASTERED)
                 call.params.append(p)
                 if grad.dtype == torch.float16:
                     grad = grad.float()
@@ -230,6 +252,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
         _unwrapped(torch.optim.Optimizer.add_param_group)(self, param_group)
+        group = self.param_groups[-1]
+        if group.get("capturable") and not all(p.is_cuda for p in group["params"]):
+            raise self._bad("capturable", True, "False: on the CPU there is no graph to capture")
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's."""
@@ -254,7 +279,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, p in zip(saved, params, strict=True):
             for name, value in loaded[0]["state"].get(i, {}).items():
                 if isinstance(value, torch.Tensor):
-                    device = torch.device("cpu") if name == "step" else p.device
+                    device = step_device(p) if name == "step" else p.device
                     kept = value.detach().to(device, copy=True)
                     self.state[p][name] = kept.float() if kept.is_floating_point() else kept
 
@@ -273,10 +298,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _bad(self, argument: str, got: Any, expected: str) -> ValueError:
         return ValueError(f"{type(self).__name__}: argument '{argument}': got {got}, expected {expected}")
 
-    def _check_norm(self, grad_norm: tuple[float, bool], closure: Any) -> None:
+    def _check_norm(self, grad_norm: tuple[Number, bool | torch.Tensor], closure: Any) -> None:
         norm, found_inf = grad_norm
         if closure is not None:
             raise self._bad("grad_norm", grad_norm, "None, with a closure that computes other gradients")
+        if isinstance(norm, torch.Tensor):
+            return  # kernels look at it
         if not found_inf and not 0.0 <= norm < math.inf:
             raise self._bad("grad_norm", grad_norm, "a finite norm >= 0, or found_inf to be True")
 
@@ -284,6 +311,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         value = group[name]
         if isinstance(value, torch.Tensor) and value.numel() != 1:
             raise self._bad(name, f"a tensor of {value.numel()} elements", "one number")
+        if isinstance(value, torch.Tensor) and value.is_cuda:
+            return  # its value is nobody's but the kernels'
         if not 0.0 <= float(value) < math.inf:
             raise self._bad(name, value, "a finite number >= 0")
 
@@ -294,6 +323,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         betas = group["betas"]
         if len(betas) != 2 or not all(0.0 <= float(beta) < 1.0 for beta in betas):
             raise self._bad("betas", betas, "two numbers in [0, 1)")
+
+
+def plain(value: Number) -> Number:
+    """A setting as a number of Python, unless it lies on a GPU."""
+    return value if isinstance(value, torch.Tensor) and value.is_cuda else float(value)
+
+
+def step_device(p: torch.Tensor) -> torch.device:
+    """Where a parameter's count of steps lies: beside it on a GPU, as with torch's ``capturable``."""
+    return p.device if p.is_cuda else torch.device("cpu")
+
+
+def count_from_zero(p: torch.Tensor) -> torch.Tensor:
+    """State ``step`` of a parameter that has not been updated."""
+    return torch.zeros((), dtype=torch.float32, device=step_device(p))
 
 
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -309,11 +353,6 @@ def _refuse_unsupported(name: str, defaults: dict[str, Any]) -> None:
         raise ValueError(
             f"{name}: argument 'differentiable': got True, expected False; "
             f"the fused kernel has no gradient, torch.optim.{name} has"
-        )
-    if defaults.get("capturable"):
-        raise ValueError(
-            f"{name}: argument 'capturable': got True, expected False; the kernel runs on the CPU, where "
-            "there is no graph to capture"
         )
     if defaults.get("fused") and defaults.get("foreach"):
         raise ValueError(f"{name}: arguments 'fused' and 'foreach': got True for both, expected one of them")

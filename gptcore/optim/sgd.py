@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gptcore.optim.fused import Call, FusedOptimizer
+from gptcore.optim.fused import Call, FusedOptimizer, Number, plain
 from gptcore.optim.slices import Whole
 
 
@@ -39,7 +39,9 @@ class SGD(FusedOptimizer):
             as the memory lets torch's be, and as blind.
 
     After ``step``: ``last_grad_norm`` is that norm before clipping (None where nothing took it), and
-    ``found_inf`` tells whether a gradient was not finite, in which case nothing was written.
+    ``found_inf`` tells whether a gradient was not finite, in which case nothing was written. On a GPU both are tensors
+    of one element, and steps wait for nothing; where the very first step is skipped there, the next one begins buffers
+    with ``(1 - dampening) g``.
 
     Raises:
         ValueError: a setting out of its range, or one that the kernel does not have.
@@ -84,25 +86,25 @@ class SGD(FusedOptimizer):
             raise self._bad("nesterov", True, "a momentum above 0 and dampening 0 with it")
 
     def _settings(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        numbers = (float(group[name]) for name in ("lr", "momentum", "dampening"))
-        return (*numbers, group["nesterov"], group["maximize"])
+        numbers = (float(group[name]) for name in ("momentum", "dampening"))
+        return (plain(group["lr"]), *numbers, group["nesterov"], group["maximize"])
 
     def _begin(self, p: torch.Tensor, state: dict[str, Any], group: dict[str, Any], whole: Whole) -> int:
         self._begin_master(p, state)
         return 0
 
     def _update(
-        self, call: Call, max_norm: float | None, grad_scale: float, grad_norm: float | None
-    ) -> tuple[float | None, bool]:
+        self, call: Call, max_norm: float | None, grad_scale: Number, grad_norm: Number | None
+    ) -> tuple[Number | None, bool | torch.Tensor]:
         from gptcore.ops.sgd import sgd_
 
         lr, momentum, dampening, nesterov, maximize = call.settings
         weights, copies = call.weights()
         kept = [state.get("momentum_buffer") for state in call.states] if momentum else []
+        # On a GPU nobody knows whether the first step was skipped, so that buffers must hold what begins a second one.
+        new = torch.zeros_like if call.on_device else torch.empty_like
         buffers = [
-            torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
-            if b is None
-            else b
+            new(p, dtype=torch.float32, memory_format=torch.contiguous_format) if b is None else b
             for p, b in zip(call.params, kept, strict=False)
         ]
         norm, found_inf = sgd_(
@@ -122,7 +124,7 @@ class SGD(FusedOptimizer):
             grad_norm=grad_norm,
             check_finite=self.check_finite,
         )
-        if not found_inf:
+        if call.on_device or not found_inf:
             for state, buffer in zip(call.states, buffers, strict=False):
                 state["momentum_buffer"] = buffer
         return norm, found_inf

@@ -187,7 +187,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self,
         closure: Callable[[], float] | None = None,
         *,
-        grad_scale: float = 1.0,
+        grad_scale: float | Tensor = 1.0,
         admit: Callable[[float], bool] | None = None,
     ) -> float | None:
         """One update, made by all ranks together. Gradients are divided by the number of ranks and ``grad_scale``.
@@ -200,6 +200,7 @@ class ZeroOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: fewer backward passes than ``accumulation`` since the last step.
         """
+        grad_scale = float(grad_scale)  # ranks agree on numbers of the host
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -61,7 +61,7 @@ def guarded_update(now: Run, drops: bool, stop: StopRequest) -> Outcome:
     now.step, now.loss, now.grad_norm = now.step + 1, loss, norm
     seen = guard.look(loss, norm)
     if now.scaler is not None:
-        overflowed = error is not None or now.optimizer.found_inf
+        overflowed = error is not None or bool(now.optimizer.found_inf)
         seen += guard.look_at_scale(now.step - 1, scale, now.scaler.get_scale(), overflowed)
     verdict = guard.judge(now.step - 1, loss, norm, seen)
     for sighting in seen:

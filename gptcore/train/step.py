@@ -101,7 +101,7 @@ def update(
         raise NonFiniteError(f"the loss is {loss} {where}", loss)
     # The mean over leaves: their gradients were summed, the kernel divides in its update pass.
     optimizer.step(
-        grad_scale=len(leaves) * (1.0 if scaler is None else scaler.get_scale()),
+        grad_scale=len(leaves) * (1.0 if scaler is None else scaler.factor),
         admit=None if admit is None else functools.partial(admit, loss),
     )
     what = "a gradient is not finite" if optimizer.found_inf else None

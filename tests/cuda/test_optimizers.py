@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gptcore import optim
+from gptcore.ops.adafactor import adafactor_
 from gptcore.ops.adamw import adamw_
 from gptcore.ops.adamw_8bit import BLOCK, adamw_8bit_
 from gptcore.ops.grad_norm import grad_norm, square_sums
@@ -181,3 +184,141 @@ def test_no_step_and_nothing_to_count_in(isa: str) -> None:
     for name in ("adamw", "adamw_8bit"):
         with pytest.raises(ValueError, match="'step': got None, expected a number, or steps"):
             Step(name, [5])(step=None)
+
+
+# --- Adafactor: matrices, slices of matrices and vectors ----------------------------------------------------------
+
+SHAPES = [(70, 300), (5,), (3, 9, 40), (0, 4), (66_000,)]
+
+
+class Factored:
+    """Adafactor's tensors; one count for each."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+
+        def normal(shape: tuple[int, ...]) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.params, self.grads = [normal(s) for s in SHAPES], [normal(s) for s in SHAPES]
+        matrix = [len(s) > 1 for s in SHAPES]
+        self.rows = [torch.ones(*s[:-1], 1) if m else None for s, m in zip(SHAPES, matrix, strict=True)]
+        self.cols = [
+            torch.ones(*s[:-2], 1, s[-1]) if m else None for s, m in zip(SHAPES, matrix, strict=True)
+        ]
+        self.variances = [None if m else torch.ones(s) for s, m in zip(SHAPES, matrix, strict=True)]
+        self.steps = [torch.tensor(4.0) for _ in SHAPES]
+
+    def __call__(self, **options: Any) -> Any:
+        lists = (self.params, self.grads, self.rows, self.cols, self.variances)
+        return adafactor_(
+            *lists, **{"step_size": 0.02, "beta2": 0.7, "steps": self.steps, "max_norm": 0.5, **options}
+        )
+
+    def written(self) -> list[torch.Tensor]:
+        lists = (self.params, self.rows, self.cols, self.variances, self.steps)
+        return [t for each in lists for t in each if t is not None]
+
+
+def test_adafactors_numbers_in_tensors_give_the_bits_of_plain_ones(isa: str) -> None:
+    plain, held = Factored(), Factored()
+    norm, found = plain(weight_decay=0.2, grad_scale=4.0)
+    out = _results()
+    shape = (len(SHAPES),) if isa == "simt" else ()  # one for each is a device's
+    wide = {"dtype": torch.float64}
+    numbers = {"step_size": torch.full(shape, 0.02, **wide), "beta2": torch.full(shape, 0.7, **wide)}
+    held(weight_decay=0.1, decay_factor=torch.tensor(2.0), grad_scale=torch.tensor(4.0), out=out, **numbers)
+    assert (out[0].item(), out[1].item()) == (norm, found) == (norm, False)
+    assert all(same_bits(a, b) for a, b in zip(plain.written(), held.written(), strict=True))
+    assert held.steps == [5.0] * len(SHAPES)
+
+
+def test_a_skipped_step_of_adafactor_leaves_everything_and_counts_nothing(isa: str) -> None:
+    for known in (False, True):
+        step = Factored()
+        step.grads[0][69, 299] = math.inf
+        before = [t.clone() for t in step.written()]
+        out = _results()
+        step(grad_norm=grad_norm(step.grads, out=_results())[0] if known else None, out=out)
+        assert out[1].item() and not out[0].isfinite()
+        assert all(same_bits(a, b) for a, b in zip(step.written(), before, strict=True))
+
+
+# --- the optimizers' own Python, of tensors on a GPU that nobody can look at --------------------------------------
+
+
+class Recorder:
+    """Stands where the native module does and notes what it is called with: fake tensors have no memory."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[float, bool]]:
+        def call(*arguments: Any) -> tuple[float, bool]:
+            self.calls.append((name, arguments))
+            return 0.0, False
+
+        return call
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr("gptcore.backend.extension", lambda: recorder)
+    return recorder
+
+
+OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
+    (optim.AdamW, {"amsgrad": True}),
+    (optim.AdamW, {"split_master": True}),
+    (optim.Adam, {"capturable": True}),
+    (optim.SGD, {"momentum": 0.9}),
+    (optim.AdamW8bit, {}),
+    (optim.AdamW8bit, {"master_weights": False}),
+    (optim.Adafactor, {}),
+    (optim.Adafactor, {"variant": "palm"}),
+    (optim.Adafactor, {"variant": "hf", "relative_step": False, "scale_parameter": False, "beta1": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_wait_for_nothing(recorder: Recorder, kind: Any, options: dict, dtype: torch.dtype) -> None:
+    """A fake tensor refuses to be a number or an answer: so does what would wait for the device."""
+    with FakeTensorMode():
+        rate = torch.zeros((), dtype=torch.float64, device="cuda")
+        params = [torch.nn.Parameter(torch.empty(n, 70, device="cuda", dtype=dtype)) for n in (3, 80)]
+        groups = [{"params": params[:1], "weight_decay": 0.0}, {"params": params[1:]}]
+        optimizer = kind(groups, lr=rate, max_norm=1.0, **options)
+        scaler = optim.LossScaler()
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            scaled = scaler.scale(torch.zeros((), device="cuda"))
+            assert scaled.is_cuda
+            applied = scaler.step(optimizer, micro_batches=2)
+            assert applied.is_cuda and applied.dtype == torch.bool
+        norm, found_inf = optimizer.last_grad_norm, optimizer.found_inf
+        assert norm.is_cuda and norm.dtype == torch.float64 and found_inf.is_cuda
+        for p in params:
+            state = optimizer.state[p]
+            assert "step" not in state or state["step"].is_cuda
+            assert all(t.is_cuda for t in state.values())
+        assert recorder.calls and any(argument is rate for argument in recorder.calls[-1][1])
+
+
+def test_a_scale_on_a_device_goes_the_way_of_the_hosts() -> None:
+    """Through growth, overflows down to the least scale, and back; state goes from one to the other."""
+    settings: dict[str, Any] = {"init_scale": 64.0, "growth_interval": 3, "minimum": 8.0, "patience": 4}
+    here, held = optim.LossScaler(**settings), optim.LossScaler(**settings)
+    held._hold(torch.device("cpu"))  # as update does where found_inf lies on a GPU
+    for found in [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1]:
+        here.update(bool(found))
+        held._update_held(torch.tensor(bool(found)))
+        assert held.state_dict() == here.state_dict()
+        assert held.collapsed() == here.collapsed()
+        assert held.factor.item() == here.factor == here.get_scale()
+    held.restart(32.0)
+    assert held.factor.item() == held.get_scale() == 32.0
+    held.load_state_dict(here.state_dict())
+    assert held.state_dict() == here.state_dict()

@@ -28,6 +28,10 @@
 // Cost     reads g twice and p twice, writes p: 20 bytes a parameter in f32, of which the second reading of p is from
 //          the last level of cache. One reading of g more where RMS(U) has to be summed by elements: a max_norm whose
 //          norm is not given, matrices of more than 4,096 columns, a V below eps1^2. About 12 flops.
+// CUDA     step_size, beta2, decay_factor, grad_scale and grad_norm may be tensors there, which kernels alone read, the
+//          first two of one f64 for each parameter as well; the result is written there. A norm that is not finite means
+//          that nothing is written and no count moves on. Sums in orders of its own, which the shapes fix; every factored
+//          tensor's RMS(U) by elements: 24 bytes a parameter in f32, 20 without clip_threshold.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
@@ -35,7 +39,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/tensor_view.h"
+#include "core/step_number.h"
 
 namespace gptcore {
 
@@ -50,11 +54,24 @@ struct AdafactorOptions {
   std::optional<double> grad_norm;  // known already, of more tensors than these
 };
 
+// Those of them that may be tensors, as the caller gives them, and where counts and the result go.
+struct AdafactorGiven {
+  StepNumber step_size, beta2;
+  StepNumber decay_factor = 1.0;  // of all weight decays
+  StepNumber grad_scale = 1.0;
+  std::optional<StepNumber> grad_norm;
+  std::vector<TensorView> steps;  // f32 counts, one more where the update is applied; may be empty
+  StepResult result;
+};
+
 struct AdafactorLists {
   const std::vector<TensorView>&params, &grads, &row_vars, &col_vars, &variances, &exp_avgs, &copies;
 };
 
-// weight_decay has one entry per tensor.
+// weight_decay has one entry per tensor. What `given` has takes the place of the options of its name. Returns as
+// grad_norm does.
+std::pair<double, bool> adafactor(const AdafactorLists& lists, const std::vector<double>& weight_decay,
+                                  const AdafactorOptions& options, const AdafactorGiven& given);
 std::pair<double, bool> adafactor(const AdafactorLists& lists, const std::vector<double>& weight_decay,
                                   const AdafactorOptions& options);
 

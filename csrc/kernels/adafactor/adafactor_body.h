@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/device_number.h"
 #include "core/dtype.h"
 
 namespace gptcore {
@@ -49,6 +50,20 @@ struct AdafactorNumbers {
   float root_limit;  // at most this is 1 / sqrt(V): 1 / eps1 where not added, else infinity
 };
 
+// All of a step, for another device.
+struct AdafactorStep {
+  DeviceNumber step_size, beta2, decay_factor, scale, norm;
+  bool each_step_size, each_beta2;  // arrays of one f64 for each tensor
+  bool known;                       // the norm
+  double max_norm, clip_threshold;  // infinity: none
+  double eps1, eps2;
+  float beta1;
+  bool eps_added, scale_parameter, scaled_decay, maximize;
+  const double* weight_decay;
+  float* const* steps;  // counts, moved on where the update is applied; null: none
+  DeviceResult result;
+};
+
 struct AdafactorBodies {
   // Sums of g^2 over chunk i, and where its tensor is factored by rows and columns, and of g^2 / R by columns (of
   // use where square_factor is right already). totals[i] over all, infinite or NaN where an element is.
@@ -62,6 +77,8 @@ struct AdafactorBodies {
                  const AdafactorNumbers& numbers, double* param_sums, double* update_sums);
   void (*update)(const AdafactorTensor* tensors, const AdafactorChunk* chunks, int64_t count,
                  const AdafactorNumbers& numbers);
+  // Another device's, in place of the others; keep, scale and the scratch of the tensors are not set.
+  void (*step)(const AdafactorTensor* tensors, int64_t count, const AdafactorStep& step);
 };
 
 }  // namespace gptcore

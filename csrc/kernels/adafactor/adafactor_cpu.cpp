@@ -352,7 +352,7 @@ void update(const AdafactorTensor* tensors, const AdafactorChunk* chunks, int64_
 }  // namespace
 
 extern const AdafactorBodies adafactor_bodies;
-const AdafactorBodies adafactor_bodies = {squares, factors, scales, update};
+const AdafactorBodies adafactor_bodies = {squares, factors, scales, update, nullptr};
 
 }  // namespace GPTCORE_ISA_NS
 }  // namespace gptcore
