@@ -135,8 +135,9 @@ __device__ __forceinline__ void store_rows(const AttentionProblem& p, const Atte
     float sum = rows.sum[h], top = rows.shift[h], scale = p.keep_scale;
     sum += __shfl_xor_sync(kFullMask, sum, 1);
     sum += __shfl_xor_sync(kFullMask, sum, 2);
-    const bool blind = sum == 0.0f;  // where a key is seen, the highest score's probability is not
-    if (p.sinks) {                   // one more score, that of no key
+    // Where a key is seen, the highest score's probability is not 0.
+    const uint32_t seen = sum == 0.0f ? 0u : 0xffffffffu;
+    if (p.sinks) {  // one more score, that of no key
       const float sink = p.sinks[s.head] * kLog2e, highest = fmaxf(fmaxf(top, sink), -FLT_MAX);
       const float shrink = exp2_approximate(top - highest);
       sum = sum * shrink + exp2_approximate(sink - highest);
@@ -152,7 +153,7 @@ __device__ __forceinline__ void store_rows(const AttentionProblem& p, const Atte
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         const int i = 4 * (j + b) + 2 * h;
-        words[b] = blind ? 0u : pack_pair<T>(o[i] * scale, o[i + 1] * scale);
+        words[b] = pack_pair<T>(o[i] * scale, o[i + 1] * scale) & seen;
       }
       transpose_lanes<1>(t, words);
       const int column = 8 * (j + t);
