@@ -52,6 +52,10 @@ class Recorder(Protocol):
         """Begin to read ``values``; what is returned waits for them."""
         ...
 
+    def elapsed(self) -> Callable[[], float | None]:
+        """Tells, once it is done, the seconds that the device took for the last context of :meth:`running`."""
+        ...
+
 
 class CudaRecorder:
     """By CUDA graphs, all in one pool of memory, on a stream of their own."""
@@ -59,14 +63,27 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self._ends = _timed_events()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         before = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(before)
+        self._ends = _timed_events()
         with torch.cuda.stream(self.stream):
+            self._ends[0].record(self.stream)
             yield
+            self._ends[1].record(self.stream)
         before.wait_stream(self.stream)
+
+    def elapsed(self) -> Callable[[], float | None]:
+        begin, end = self._ends
+
+        def seconds() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+
+        return seconds
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -90,26 +107,34 @@ class CudaRecorder:
         return read
 
 
+def _timed_events() -> tuple[Any, Any]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
 class Numbers(NamedTuple):
-    """Of an update: the mean loss of its leaves, the gradients' norm before clipping, and whether one of them was not
-    finite, in which case no weight was touched."""
+    """Of an update: the mean loss of its leaves, the gradients' norm before clipping, whether one of them was not
+    finite, in which case no weight was touched, and the seconds that it took the device, where that tells."""
 
     loss: float
     grad_norm: float
     found_inf: bool
+    seconds: float | None
 
 
 class Launched:
     """An update that the device has been given; :meth:`read` waits for it."""
 
-    def __init__(self, weights: Sequence[float], read: Callable[[], list[float]]) -> None:
-        self._weights, self._read = weights, read
+    def __init__(
+        self, weights: Sequence[float], read: Callable[[], list[float]], elapsed: Callable[[], float | None]
+    ) -> None:
+        self._weights, self._read, self._elapsed = weights, read, elapsed
 
     def read(self) -> Numbers:
         *losses, norm, found_inf = self._read()
         # As without graphs: numbers of Python, in the order of the leaves.
         own = [weight * loss for weight, loss in zip(self._weights, losses, strict=True)]
-        return Numbers(sum(own) / len(own), norm, bool(found_inf) or not math.isfinite(norm))
+        bad = bool(found_inf) or not math.isfinite(norm)
+        return Numbers(sum(own) / len(own), norm, bad, self._elapsed())
 
 
 class _Leaf:
@@ -188,7 +213,7 @@ class StepGraphs:
             numbers = self.recorder.numbers(torch.cat([torch.stack(losses).double(), told]))
             # What is drawn between updates does not depend on how many leaves there were.
             self._seed(step, len(batches))
-        return Launched([batch.weight for batch in batches], numbers)
+        return Launched([batch.weight for batch in batches], numbers, self.recorder.elapsed())
 
     def _known(self, batches: Sequence[DeviceBatch]) -> _Shape | None:
         """None for a shape that is not to be captured."""

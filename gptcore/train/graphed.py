@@ -130,6 +130,7 @@ def update(now: Run, stop: StopRequest) -> tuple[float, float]:
     if not _is_looked_at(now, now.step + 1, stop):
         now.ahead = _launch(now, now.step + 1)
     told = launched.read()
+    now.device_seconds += told.seconds or 0.0
     if math.isfinite(told.loss) and not told.found_inf:
         return told.loss, told.grad_norm
     what = "a gradient is not finite" if math.isfinite(told.loss) else f"the loss is {told.loss}"

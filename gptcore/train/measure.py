@@ -26,6 +26,7 @@ def log(now: Run, metrics: MetricsFile, progress: Progress, flops: ModelFlops | 
         **throughput(tokens, seconds, flops, ceiling),
         **({} if now.routing is None else now.routing.fields()),
         **_scale_fields(now),
+        **_device_fields(now, seconds),
     }
     metrics.write("train", now.step, **fields)
     mfu = "unknown" if fields["mfu"] is None else f"{100 * fields['mfu']:.1f}%"
@@ -38,6 +39,14 @@ def _scale_fields(now: Run) -> dict[str, float]:
     if now.scaler is None:
         return {}
     return {"loss_scale": now.scaler.get_scale(), "skipped_updates": now.scaler.skipped}
+
+
+def _device_fields(now: Run, seconds: float) -> dict[str, float]:
+    """The share of the time in which the device was at work on captured updates: below 1 it waits for the host."""
+    if now.graphs is None or seconds <= 0:
+        return {}
+    share, now.device_seconds = now.device_seconds / seconds, 0.0
+    return {"device_share": share}
 
 
 def watch_routing(now: Run, metrics: MetricsFile, progress: Progress, quiet: bool) -> None:

@@ -71,6 +71,7 @@ class Run:
     called: torch.nn.Module = field(init=False)
     batches: DeviceBatches | None = None  # of the loader, where a device computes meanwhile
     graphs: StepGraphs | None = None
+    device_seconds: float = 0.0  # that captured updates took the device since the last line of the metrics
     ahead: Launched | None = (
         None  # the update after the last that was looked at, where the device has it already
     )

@@ -200,6 +200,7 @@ def test_a_run_by_recordings_writes_the_same_lines(
         metrics = read(tmp_path / name / "metrics.jsonl")
         lines.append([{k: v for k, v in line.items() if k in kept} for line in metrics])
     assert lines[0] == lines[1] and len(lines[0]) >= 20
+    assert all(line["device_share"] > 0 for line in metrics if line["kind"] == "train")
     assert recorders[0].replayed > 0
 
 
