@@ -8,7 +8,7 @@ import torch
 
 from gptcore import ops
 from gptcore.ops.attention import attention, attention_reference, option_values
-from tests.tolerance import ROUNDOFF, assert_close_to_exact, same_bits
+from tests.tolerance import ROUNDOFF, assert_close_to_exact, assert_same_for_threads, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -17,6 +17,21 @@ def inputs(batch: int, queries: int, keys: int, heads: int, kv_heads: int, size:
     q = torch.randn(batch, queries, heads, size).to(dtype)
     k, v = (torch.randn(batch, keys, kv_heads, size).to(dtype) for _ in range(2))
     return q, k, v
+
+
+def shapes_for(isa: str, shapes: Any) -> Any:
+    """``shapes``, (T, S, H, ...) each; where the processor plays the GPU, which takes some microseconds for each score,
+    those of them with few scores."""
+    return [x for x in shapes if isa != "simt" or x[0] * x[1] * x[2] <= 9000]
+
+
+def size_for(isa: str, size: Any, small: Any) -> Any:
+    return small if isa == "simt" else size
+
+
+def assert_same_in_every_run(isa: str, step: Any) -> None:
+    """The same bits in two runs, on the processor itself for every thread count."""
+    assert_same_for_threads(step, counts=size_for(isa, (1, 2, 4), (1,)))
 
 
 def torch_attention(

@@ -10,9 +10,17 @@ import gptcore.functional as F
 from gptcore import backend, ops
 from gptcore.ops.attention import attention, attention_backward, attention_qkv, attention_reference
 from gptcore.ops.attention_dropout import dropout_factors
-from tests.ops.attention_oracle import DTYPES, check, gradients_of, inputs
+from tests.ops.attention_oracle import (
+    DTYPES,
+    assert_same_in_every_run,
+    check,
+    gradients_of,
+    inputs,
+    shapes_for,
+    size_for,
+)
 from tests.ops.test_attention import SHAPES
-from tests.tolerance import assert_same_for_threads, same_bits
+from tests.tolerance import same_bits
 
 OPTIONS = [
     {"dropout_p": 0.1, "seed": 1},
@@ -40,15 +48,16 @@ def _torch_dropout(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_at_every_shape_on_every_isa(isa: str, dtype: torch.dtype) -> None:
-    for shape in SHAPES:
-        for options in OPTIONS:
+    for shape in shapes_for(isa, SHAPES):
+        for options in size_for(isa, OPTIONS, OPTIONS[1:]):
             check(inputs(2, *shape, dtype), _torch_dropout, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_beyond_the_first_drop_by_their_own_place(isa: str, dtype: torch.dtype) -> None:
-    q, k, v = inputs(1, 700, 900, 2, 1, 64, dtype)
-    check((q * 3, k, v), _torch_dropout, causal=True, window_size=(333, -1), dropout_p=0.2, seed=5)
+    q, k, v = inputs(1, *size_for(isa, (700, 900), (150, 190)), 2, 1, 64, dtype)
+    window = (q.shape[1] // 2 - 17, -1)
+    check((q * 3, k, v), _torch_dropout, causal=True, window_size=window, dropout_p=0.2, seed=5)
     check((q, k, v), _torch_dropout, causal=True, dropout_p=0.2, seed=5)
 
 
@@ -57,7 +66,7 @@ def test_blocks_beyond_the_first_drop_by_their_own_place(isa: str, dtype: torch.
 def test_exactly_what_the_rule_says_is_dropped_both_ways(isa: str, dtype: torch.dtype, group: int) -> None:
     # Equal scores: every weight is 1 / S. With unit vectors as values the output shows each weight kept, with unit
     # vectors as gradients that of the values does.
-    size, heads, p, seed, offset = 200, 2 * group, 0.25, 2**40 + 9, 77
+    size, heads, p, seed, offset = size_for(isa, 200, 70), 2 * group, 0.25, 2**40 + 9, 77
     zero = torch.zeros(2, size, heads, size).to(dtype)
     key = torch.zeros(2, size, 2, size).to(dtype)
     unit = torch.eye(size).to(dtype)
@@ -94,10 +103,14 @@ def test_the_share_that_is_kept() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lse_is_that_of_the_softmax_before_dropout(isa: str, dtype: torch.dtype) -> None:
-    tensors = inputs(2, 130, 300, 4, 2, 64, dtype)
+    tensors = inputs(2, *size_for(isa, (130, 300), (70, 90)), 4, 2, 64, dtype)
     plain = attention(*tensors, causal=True, return_lse=True)
     dropped = attention(*tensors, causal=True, return_lse=True, dropout_p=0.4, seed=1)
-    assert same_bits(plain[1], dropped[1]) and not torch.equal(plain[0], dropped[0])
+    assert not torch.equal(plain[0], dropped[0])
+    if isa == "simt":  # CUDA's kernels with options sum over other tiles
+        assert (plain[1] - dropped[1]).abs().max() < 2e-6
+    else:
+        assert same_bits(plain[1], dropped[1])
 
 
 def test_limits_of_the_probability(isa: str) -> None:
@@ -138,6 +151,7 @@ def test_documents_count_from_their_own_beginnings(isa: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 200, 260, 6, 2, 64), (1, 300, 700, 2, 1, 32)])
 def test_same_bits_for_every_thread_count_and_run(threads: None, isa: str, dtype, shape) -> None:
+    shape = size_for(isa, shape, (1, 70, 140, 2, 1, 24))
     tensors = inputs(*shape, dtype)
     grad = torch.randn(tensors[0].shape).to(dtype)
 
@@ -145,7 +159,7 @@ def test_same_bits_for_every_thread_count_and_run(threads: None, isa: str, dtype
         out, gradients = gradients_of(attention, tensors, grad, causal=True, dropout_p=0.1, seed=2)
         return [out, *gradients]
 
-    assert_same_for_threads(step)
+    assert_same_in_every_run(isa, step)
 
 
 def test_seeds_offsets_and_frameworks() -> None:

@@ -7,9 +7,19 @@ import pytest
 import torch
 
 from gptcore.ops.attention import attention, attention_qkv, attention_reference
-from tests.ops.attention_oracle import DTYPES, check, check_compiled, check_ops, gradients_of, inputs
+from tests.ops.attention_oracle import (
+    DTYPES,
+    assert_same_in_every_run,
+    check,
+    check_compiled,
+    check_ops,
+    gradients_of,
+    inputs,
+    shapes_for,
+    size_for,
+)
 from tests.ops.test_attention import SHAPES
-from tests.tolerance import assert_same_for_threads, same_bits
+from tests.tolerance import same_bits
 
 
 def _lengths(*values: int) -> torch.Tensor:
@@ -32,7 +42,7 @@ def _torch_prefix(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_at_every_shape_on_every_isa(isa: str, dtype: torch.dtype) -> None:
-    for shape in SHAPES:
+    for shape in shapes_for(isa, SHAPES):
         keys = shape[1]
         prefixes = _lengths(0, 1, keys // 3, keys)
         check(inputs(4, *shape, dtype), _torch_prefix, causal=True, prefix_lengths=prefixes)
@@ -40,14 +50,18 @@ def test_matches_float64_at_every_shape_on_every_isa(isa: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefixes_that_end_within_and_between_blocks(isa: str, dtype: torch.dtype) -> None:
-    q, k, v = inputs(5, 700, 900, 2, 1, 64, dtype)
-    check((q, k, v), _torch_prefix, causal=True, prefix_lengths=_lengths(31, 128, 511, 513, 850))
+    sizes, prefixes = size_for(
+        isa, ((700, 900), (31, 128, 511, 513, 850)), ((80, 150), (31, 64, 65, 128, 140))
+    )
+    tensors = inputs(5, *sizes, 2, 1, 64, dtype)
+    check(tensors, _torch_prefix, causal=True, prefix_lengths=_lengths(*prefixes))
 
 
 def test_no_prefix_and_a_whole_one_are_causal_and_full(isa: str) -> None:
-    tensors = inputs(2, 130, 130, 4, 2, 64, torch.float32)
+    size = size_for(isa, 130, 70)
+    tensors = inputs(2, size, size, 4, 2, 64, torch.float32)
     grad = torch.randn(tensors[0].shape)
-    for length, causal in ((0, True), (130, False)):
+    for length, causal in ((0, True), (size, False)):
         mine = gradients_of(attention, tensors, grad, causal=True, prefix_lengths=_lengths(length, length))
         plain = gradients_of(attention, tensors, grad, causal=causal)
         assert same_bits(mine[0], plain[0])
@@ -75,7 +89,7 @@ def test_each_sequence_and_document_has_its_own_prefix(isa: str) -> None:
 def test_with_dropout(isa: str) -> None:
     for dtype in DTYPES:
         options = {"prefix_lengths": _lengths(5, 90), "dropout_p": 0.2, "seed": 1}
-        check(inputs(2, 150, 150, 4, 2, 40, dtype), None, causal=True, **options)
+        check(inputs(2, *size_for(isa, (150, 150), (70, 100)), 4, 2, 40, dtype), None, causal=True, **options)
 
 
 def test_decoding_sees_the_prefix(isa: str) -> None:
@@ -87,14 +101,16 @@ def test_decoding_sees_the_prefix(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_every_thread_count_and_run(threads: None, isa: str, dtype: torch.dtype) -> None:
-    tensors = inputs(1, 300, 700, 2, 1, 32, dtype)
+    tensors = inputs(1, *size_for(isa, (300, 700), (70, 140)), 2, 1, 32, dtype)
     grad = torch.randn(tensors[0].shape).to(dtype)
 
+    prefixes = _lengths(size_for(isa, 600, 100))
+
     def step() -> list[torch.Tensor]:
-        out, gradients = gradients_of(attention, tensors, grad, causal=True, prefix_lengths=_lengths(600))
+        out, gradients = gradients_of(attention, tensors, grad, causal=True, prefix_lengths=prefixes)
         return [out, *gradients]
 
-    assert_same_for_threads(step)
+    assert_same_in_every_run(isa, step)
 
 
 def test_numpy_fused_gradcheck_opcheck_and_compile() -> None:

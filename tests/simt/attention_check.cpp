@@ -5,6 +5,7 @@
 #include <array>
 #include <vector>
 
+#include "kernels/attention/attention_backward_tiles.h"
 #include "kernels/attention/attention_decode_plan.h"
 #include "kernels/attention/attention_forward_sm90.cuh"
 #include "kernels/attention/attention_forward_tiles.h"
@@ -48,6 +49,16 @@ py::object decode_plan_of(int64_t batch, int64_t queries, int64_t keys, int64_t 
   return py::make_tuple(plan.begin, plan.part_keys, plan.parts, plan.row_blocks);
 }
 
+// A kernel's tiles, and what they take of a block's memory, of which `limit` bytes may be had.
+py::dict backward_tiles_of(int element, int head, bool modified, int64_t limit) {
+  const BackwardTiles tiles = backward_tiles(element, head, modified);
+  py::dict d;
+  d["queries"] = tiles.queries, d["keys"] = tiles.keys, d["key_warps"] = tiles.key_warps;
+  d["head_pitch"] = tiles.head_pitch(), d["score_pitch"] = tiles.score_pitch();
+  d["stages"] = tiles.stages(limit), d["shared_bytes"] = tiles.shared_bytes(tiles.stages(limit));
+  return d;
+}
+
 }  // namespace
 
 void define_attention_check(py::module_& m) {
@@ -55,6 +66,8 @@ void define_attention_check(py::module_& m) {
   m.def("forward_mma_shape", &forward_mma_shape);
   m.def("decode_shared_bytes", &decode_shared_bytes);
   m.def("decode_plan", &decode_plan_of);
+  m.def("backward_head", &backward_head);
+  m.def("backward_tiles", &backward_tiles_of);
 }
 
 }  // namespace gptcore::cuda

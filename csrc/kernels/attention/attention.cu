@@ -14,10 +14,18 @@ void forward(const AttentionProblem& p) {
   attention_forward_mma<T>(p);
 }
 
+template <class T>
+void backward(const AttentionProblem& p) {
+  if constexpr (sizeof(T) == 2) {
+    if (attention_backward_sm90_takes<T>(p)) return attention_backward_sm90<T>(p);
+  }
+  attention_backward_mma<T>(p);
+}
+
 }  // namespace
 
-GPTCORE_CUDA_BODIES(AttentionBodies, attention_f32_bodies) = {forward<float>, nullptr};
-GPTCORE_CUDA_BODIES(AttentionBodies, attention_bf16_bodies) = {forward<bf16>, nullptr};
-GPTCORE_CUDA_BODIES(AttentionBodies, attention_f16_bodies) = {forward<f16>, nullptr};
+GPTCORE_CUDA_BODIES(AttentionBodies, attention_f32_bodies) = {forward<float>, backward<float>};
+GPTCORE_CUDA_BODIES(AttentionBodies, attention_bf16_bodies) = {forward<bf16>, backward<bf16>};
+GPTCORE_CUDA_BODIES(AttentionBodies, attention_f16_bodies) = {forward<f16>, backward<f16>};
 
 }  // namespace gptcore::cuda
