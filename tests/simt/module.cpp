@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "attention_backward_check.h"
 #include "attention_check.h"
 #include "core/cuda/bodies.h"
 #include "core/cuda/device.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C_simt, m) {
   gptcore::cuda::define_mma_check(m);
   gptcore::cuda::define_hopper_check(m);
   gptcore::cuda::define_attention_check(m);
+  gptcore::cuda::define_attention_backward_check(m);
   m.def("arch", [] { return gptcore::cuda::limits().arch; });
   m.def("last_kernel", [] { return simt::last_kernel; });
 }
