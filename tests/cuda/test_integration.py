@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptcore import backend, ops
+from gptcore import backend
 from gptcore.data.characters import CharacterTokenizer
 from gptcore.infer import SamplingParams, generate, rollout
 from gptcore.models import GPT, GPTConfig, whole_block
@@ -30,16 +30,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # What a step may differ by where sums are made in another order; updates add to it.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 3e-2}
-
-
-@pytest.fixture
-def trains(on_simt: None) -> None:
-    """Skips where a kernel of backward is not there yet."""
-    q = torch.zeros(1, 1, 1, 8)
-    try:
-        ops.attention_backward(q, q, q, q, q, torch.zeros(1, 1, 1))
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -68,18 +58,18 @@ def on_the_processor(name: str, dtype: torch.dtype) -> list[float]:
     return losses
 
 
-@pytest.mark.usefixtures("trains")
+@pytest.mark.usefixtures("on_simt")
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", list(MODELS))
-def test_emulated_kernels_train_as_the_processors(name: str, dtype: torch.dtype) -> None:
+def test_emulated_kernels_train_as_the_processors_simt(name: str, dtype: torch.dtype) -> None:
     got = losses_of(name, dtype)
     torch.testing.assert_close(got, on_the_processor(name, dtype), rtol=TOLERANCE[dtype], atol=0)
     assert got == losses_of(name, dtype)  # the same bits again
     assert got[-1] < got[0]
 
 
-@pytest.mark.usefixtures("trains")
-def test_a_block_as_a_whole_and_by_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("on_simt")
+def test_a_block_as_a_whole_and_by_its_modules_simt(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = losses_of("gpt2", torch.float32, steps=2)
     monkeypatch.setattr(whole_block, "LARGEST", 0)
     assert losses_of("gpt2", torch.float32, steps=2) == whole
@@ -98,7 +88,7 @@ def texts(device: str) -> list[Any]:
 
 
 @pytest.mark.usefixtures("on_simt")
-def test_emulated_kernels_generate_as_the_processors() -> None:
+def test_emulated_kernels_generate_as_the_processors_simt() -> None:
     got = texts("cpu")
     before = backend.isa()
     backend.set_isa([isa for isa in backend.available_isas() if isa != "simt"][-1])
