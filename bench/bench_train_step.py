@@ -50,6 +50,8 @@ def participants(
     def ours() -> Callable[[], object]:
         config = presets.get(size.preset)
         trainer = GptcoreTrainer(config, target.torch_dtype, Hyper(), device=target.device)
+        if target.device == "cuda":
+            return trainer.captured(tokens, targets)
         return lambda: trainer.step(tokens, targets)
 
     def peer(mode: str, *, compiled: bool | str, vocabulary: int) -> Callable[[], Callable[[], object]]:
