@@ -353,9 +353,7 @@ void attention_backward(const TensorView& dout, const TensorView& q, const Tenso
     p.dsinks = dsinks.as<float>();
   }
   if (p.kv_heads == 0) return;
-  const AttentionBodies& chosen = bodies(check, q.dtype);
-  if (!chosen.backward) check.fail("dout", "a gradient", "forward alone: there is no backward here yet");
-  chosen.backward(p);
+  bodies(check, q.dtype).backward(p);
 }
 
 }  // namespace gptcore
