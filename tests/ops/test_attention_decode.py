@@ -20,7 +20,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [32, 40, 64, 128, 256])
 def test_matches_float64_around_every_block_on_every_isa(isa: str, dtype: torch.dtype, size: int) -> None:
-    for keys in (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130, 200):
+    every = (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 130, 200)
+    for keys in (1, 17, 65) if isa == "simt" else every:
         check(inputs(2, 1, keys, 4, 2, size, dtype), causal=True)
 
 
