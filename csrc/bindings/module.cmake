@@ -7,7 +7,8 @@ file(GLOB GPTCORE_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
 pybind11_add_module(_C MODULE NO_EXTRAS ${GPTCORE_BINDING_SOURCES})
 target_link_libraries(_C PRIVATE OpenMP::OpenMP_CXX)
 target_include_directories(_C PRIVATE csrc)
-target_compile_definitions(_C PRIVATE GPTCORE_VERSION="${SKBUILD_PROJECT_VERSION}")
+include(csrc/layout.cmake)
+target_compile_definitions(_C PRIVATE GPTCORE_VERSION="${SKBUILD_PROJECT_VERSION}" GPTCORE_LAYOUT="${GPTCORE_LAYOUT}")
 # Binding code is glue: optimising it further costs build time and gains nothing. Most of a binding file's time
 # goes to pybind11's own functions, so one large file.
 target_compile_options(_C PRIVATE $<$<CONFIG:Release>:-Os>)

@@ -56,6 +56,10 @@ void register_machine(py::module_& m) {
       "attach_kernels",
       [](const py::capsule& capsule) {
         const auto* module = capsule.get_pointer<const gptcore::DeviceModule>();
+        if (std::string(module->layout) != GPTCORE_LAYOUT) {
+          throw py::import_error(
+              "gptcore: the modules were built from different sources; rebuild both with 'pip install .'");
+        }
         module->connect({&gptcore::device_call, &gptcore::device_memory});
         if (const char* name = gptcore::attach_bodies(module->device, module->bodies)) {
           throw py::import_error(std::string("gptcore: the modules were built from different sources (") +

@@ -51,6 +51,7 @@ struct DeviceLink {
   const DeviceMemory& (*memory)();
 };
 struct DeviceModule {
+  const char* layout;  // GPTCORE_LAYOUT of layout.cmake: that of the structs in which the modules speak
   Device device;
   const DeviceBodies* bodies;
   void (*connect)(const DeviceLink& link);

@@ -49,8 +49,8 @@ DeviceScratch::~DeviceScratch() { std::free(data_); }
 }  // namespace gptcore::cuda
 
 PYBIND11_MODULE(_C_simt, m) {
-  static const gptcore::DeviceModule kernels{gptcore::Device::cpu, gptcore::cuda::all_bodies(),
-                                             &gptcore::cuda::connect};
+  static const gptcore::DeviceModule kernels{GPTCORE_LAYOUT, gptcore::Device::cpu,
+                                             gptcore::cuda::all_bodies(), &gptcore::cuda::connect};
   m.def("kernels", [] { return py::capsule(&kernels, "gptcore.kernels"); });
   gptcore::cuda::define_fault_check(m);
   gptcore::cuda::define_mma_check(m);

@@ -30,8 +30,8 @@ PYBIND11_MODULE(_C_cuda, m) {
         return py::make_tuple(devices, std::string(reason));
       },
       "Visible devices as a list of dicts, and the CUDA runtime's reason where there are none.");
-  static const gptcore::DeviceModule kernels{gptcore::Device::cuda, gptcore::cuda::all_bodies(),
-                                             &gptcore::cuda::connect};
+  static const gptcore::DeviceModule kernels{GPTCORE_LAYOUT, gptcore::Device::cuda,
+                                             gptcore::cuda::all_bodies(), &gptcore::cuda::connect};
   m.def(
       "kernels", [] { return py::capsule(&kernels, "gptcore.kernels"); }, "What _C.attach_kernels() takes.");
   m.def("driver_version", &gptcore::cuda::driver_version,
