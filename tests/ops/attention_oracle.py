@@ -8,6 +8,7 @@ import torch
 
 from gptcore import ops
 from gptcore.ops.attention import attention, attention_reference, option_values
+from gptcore.ops.attention_dropout import dropout_factors
 from tests.tolerance import ROUNDOFF, assert_close_to_exact, assert_same_for_threads, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -67,6 +68,25 @@ def torch_attention(
         return (p.to(v.dtype) @ v).transpose(1, 2)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=softmax_scale)
     return out.transpose(1, 2).nan_to_num(0.0)
+
+
+def torch_dropout(
+    q: Any, k: Any, v: Any, *, dropout_p: float, seed: Any, offset: int = 0, causal=False, window_size=(-1, -1),
+    first: int = 0, prefix_lengths=None,
+) -> Any:  # fmt: skip
+    """Put together from torch's functions as its own attention is, with the kernel's mask: the yardstick for errors."""
+    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    place, key = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
+    left, right = window_size[0], 0 if causal else window_size[1]
+    hidden = (key < place - left) & (left >= 0) | (key > place + right) & (right >= 0)
+    if prefix_lengths is not None:
+        hidden = hidden & (key >= prefix_lengths[:, None, None, None])
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    scores = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
+    p = (scores - scores.amax(-1, True).clamp_min(-1e30)).exp()
+    p = p / p.sum(-1, True).clamp_min(1e-30)
+    p = p * dropout_factors(tuple(p.shape), dropout_p, seed, offset, first=first).float()
+    return (p.to(v.dtype) @ v).transpose(1, 2)
 
 
 def modified(

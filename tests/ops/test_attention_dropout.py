@@ -18,6 +18,7 @@ from tests.ops.attention_oracle import (
     inputs,
     shapes_for,
     size_for,
+    torch_dropout,
 )
 from tests.ops.test_attention import SHAPES
 from tests.tolerance import same_bits
@@ -29,36 +30,19 @@ OPTIONS = [
 ]
 
 
-def _torch_dropout(
-    q: Any, k: Any, v: Any, *, dropout_p: float, seed: Any, offset: int = 0, causal=False, window_size=(-1, -1),
-    first: int = 0,
-) -> Any:  # fmt: skip
-    """Put together from torch's functions as its own attention is, with the kernel's mask: the yardstick for errors."""
-    queries, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    place, key = torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)
-    left, right = window_size[0], 0 if causal else window_size[1]
-    hidden = (key < place - left) & (left >= 0) | (key > place + right) & (right >= 0)
-    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
-    scores = (q.float() @ k.float().mT * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
-    p = (scores - scores.amax(-1, True).clamp_min(-1e30)).exp()
-    p = p / p.sum(-1, True).clamp_min(1e-30)
-    p = p * dropout_factors(tuple(p.shape), dropout_p, seed, offset, first=first).float()
-    return (p.to(v.dtype) @ v).transpose(1, 2)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_float64_at_every_shape_on_every_isa(isa: str, dtype: torch.dtype) -> None:
     for shape in shapes_for(isa, SHAPES):
         for options in size_for(isa, OPTIONS, OPTIONS[1:]):
-            check(inputs(2, *shape, dtype), _torch_dropout, **options)
+            check(inputs(2, *shape, dtype), torch_dropout, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_beyond_the_first_drop_by_their_own_place(isa: str, dtype: torch.dtype) -> None:
     q, k, v = inputs(1, *size_for(isa, (700, 900), (150, 190)), 2, 1, 64, dtype)
     window = (q.shape[1] // 2 - 17, -1)
-    check((q * 3, k, v), _torch_dropout, causal=True, window_size=window, dropout_p=0.2, seed=5)
-    check((q, k, v), _torch_dropout, causal=True, dropout_p=0.2, seed=5)
+    check((q * 3, k, v), torch_dropout, causal=True, window_size=window, dropout_p=0.2, seed=5)
+    check((q, k, v), torch_dropout, causal=True, dropout_p=0.2, seed=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +120,7 @@ def test_documents_count_from_their_own_beginnings(isa: str, dtype: torch.dtype)
         out = [q[:0]]
         for i in range(5):
             one = [x[None, c[i] : c[i + 1]] for x, c in ((q, cu_q), (k, cu_k), (v, cu_k))]
-            out.append(_torch_dropout(*one, first=i, **options)[0] if lengths_k[i] else one[0][0] * 0)
+            out.append(torch_dropout(*one, first=i, **options)[0] if lengths_k[i] else one[0][0] * 0)
         return torch.cat(out)
 
     check((q, k, v), by_document, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)

@@ -17,6 +17,7 @@ from tests.ops.attention_oracle import (
     inputs,
     shapes_for,
     size_for,
+    torch_dropout,
 )
 from tests.ops.test_attention import SHAPES
 from tests.tolerance import same_bits
@@ -89,7 +90,8 @@ def test_each_sequence_and_document_has_its_own_prefix(isa: str) -> None:
 def test_with_dropout(isa: str) -> None:
     for dtype in DTYPES:
         options = {"prefix_lengths": _lengths(5, 90), "dropout_p": 0.2, "seed": 1}
-        check(inputs(2, *size_for(isa, (150, 150), (70, 100)), 4, 2, 40, dtype), None, causal=True, **options)
+        tensors = inputs(2, *size_for(isa, (150, 150), (70, 100)), 4, 2, 40, dtype)
+        check(tensors, torch_dropout, causal=True, **options)
 
 
 def test_decoding_sees_the_prefix(isa: str) -> None:
