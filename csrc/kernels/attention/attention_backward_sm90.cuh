@@ -129,6 +129,7 @@ __device__ __forceinline__ void carry_dq(const Arguments& a, const Room<D>& room
         (int64_t{place.member} * a.schedule.group + s.head) * a.schedule.query_tiles() + s.tile;
     const int64_t index = tile * Tiles::kConsumers + consumer;
     if (lane() == 0) wait_for(a.turns + index, turn);
+    __syncwarp();  // a warp comes to a barrier as a whole
     named_barrier(dq_written(consumer), kThreads);
     s.advance();
     if (lane() == 0) {
