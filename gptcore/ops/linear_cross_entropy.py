@@ -308,18 +308,9 @@ def _run(
             for o, w in zip(observed or (None, None), (want_entropy, want_predicted), strict=True)
         )
         options = (
-            ignore_index,
-            smoothing,
-            z_loss,
-            scale,
-            reduction,
-            token_weight,
-            bias,
-            class_weight,
-            soft_cap,
-            0,
-            0,
-        )
+            ignore_index, smoothing, z_loss, scale, reduction, token_weight, bias, class_weight, soft_cap,
+            *chunks.NO_SLICE,
+        )  # fmt: skip
         chunks.forward(
             last_contiguous(x), last_contiguous(weight), targets, options, (*out, entropy, predicted),
             (dx, dweight, dbias),
@@ -353,18 +344,9 @@ def _run_backward(
     dbias = empty_like(bias) if want_bias and bias is not None else None
     if runs_in_chunks(x):
         options = (
-            ignore_index,
-            smoothing,
-            z_loss,
-            scale,
-            reduction,
-            token_weight,
-            bias,
-            class_weight,
-            soft_cap,
-            0,
-            0,
-        )
+            ignore_index, smoothing, z_loss, scale, reduction, token_weight, bias, class_weight, soft_cap,
+            *chunks.NO_SLICE,
+        )  # fmt: skip
         chunks.backward(
             grad_loss, grad_z, last_contiguous(x), last_contiguous(weight), targets, lse, options,
             (dx, dweight, dbias), main_grad is not None,

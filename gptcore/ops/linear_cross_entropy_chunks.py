@@ -10,6 +10,8 @@ from gptcore.ops.arrays import Array, empty, is_torch
 # f32 products that are kept at a time: 512 MiB. 1,024 tokens of a vocabulary of 131,072: so many that adding to the
 # weight's f32 gradient (8 bytes an element for each chunk) takes a quarter of the time of the chunk's products.
 CHUNK_PRODUCTS = 2**27
+# The last two options, first_class and num_classes, where the classes are not a slice of more.
+NO_SLICE = (0, 0)
 
 
 def runs_in_chunks(x: Array) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import glob
-import importlib.util
-import os
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
 from gptcore import backend
+from tests.cuda.emulation import simt_module
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +16,7 @@ def simt() -> ModuleType:
     """The module _C_simt itself, for its checks of single instructions and faults."""
     if "simt" not in backend.available_isas():
         pytest.skip("tests/simt is not built; GPTCORE_SIMT names its build")
-    path = glob.glob(os.path.join(os.environ["GPTCORE_SIMT"], "_C_simt*.so"))[0]
-    spec = importlib.util.spec_from_file_location("_C_simt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return simt_module()
 
 
 @pytest.fixture
@@ -33,3 +26,11 @@ def on_simt(simt: ModuleType) -> Iterator[None]:
     backend.set_isa("simt")
     yield
     backend.set_isa(before)
+
+
+@pytest.fixture
+def sm90(simt: ModuleType, on_simt: None) -> ModuleType:
+    """The same where the emulated device is a Hopper; the module."""
+    if simt.arch() != 90:
+        pytest.skip("GPTCORE_SIMT_ARCH=90 makes the emulated device a Hopper")
+    return simt

@@ -3,9 +3,7 @@ pass is the float64 reference's, so that an error here is backward's own."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -28,25 +26,6 @@ pytestmark = pytest.mark.skipif(
 # Largest error of a gradient, as a share of its largest value: P and dS are rounded to their type before the products,
 # the result once more; f32's products are split, and their sums differ from float64's by some roundings.
 BOUND = {torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
-
-
-@pytest.fixture(scope="module")
-def simt() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "_C_simt", glob.glob(os.path.join(os.environ["GPTCORE_SIMT"], "_C_simt*.so"))[0]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def on_simt() -> Any:
-    before = backend.isa()
-    backend.set_isa("simt")
-    yield
-    backend.set_isa(before)
 
 
 def _exact(tensors: Any, grad: torch.Tensor, **options: Any) -> tuple[Any, Any, Any]:

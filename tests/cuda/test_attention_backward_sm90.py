@@ -43,13 +43,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def sm90(simt: ModuleType, on_simt: None) -> ModuleType:
-    if simt.arch() != 90:
-        pytest.skip("GPTCORE_SIMT_ARCH is not 90")
-    return simt
-
-
-@pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are written into memory full of NaN."""
     monkeypatch.setattr(

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import glob
-import importlib.util
 import itertools
-import os
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,37 +11,18 @@ import torch
 from gptcore import backend
 from gptcore.ops.attention import attention, attention_reference
 from gptcore.ops.attention_dropout import dropout_factors
+from tests.cuda.emulation import simt_module
 from tests.ops.attention_oracle import inputs, torch_attention
 from tests.tolerance import assert_close_to_exact, same_bits
 
 pytestmark = pytest.mark.skipif("simt" not in backend.available_isas(), reason="needs a build of tests/simt")
 
 
-@functools.cache
-def simt() -> ModuleType:
-    path = glob.glob(os.path.join(os.environ["GPTCORE_SIMT"], "_C_simt*.so"))[0]
-    spec = importlib.util.spec_from_file_location("_C_simt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def sm90() -> Iterator[None]:
-    if simt().arch() != 90:
-        pytest.skip("needs GPTCORE_SIMT_ARCH=90")
-    before = backend.isa()
-    backend.set_isa("simt")
-    yield
-    backend.set_isa(before)
-
-
 def forward(tensors: Any, *, taken: bool = True, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """out, whose room was NaN before, and lse; by the kernel for sm_90 if ``taken``, else by another."""
     out = torch.full(tensors[0].shape, float("nan")).to(tensors[0].dtype)
     _, lse = attention(*tensors, out=out, return_lse=True, **options)
-    assert ("forward_sm90_kernel" in simt().last_kernel()) == taken
+    assert ("forward_sm90_kernel" in simt_module().last_kernel()) == taken
     return out, lse
 
 
@@ -216,7 +191,7 @@ def test_views_are_read_and_written_in_place(sm90: None) -> None:
     room = torch.full((2, 150, 3, 88), 7.0).bfloat16()
     out = room[..., :2, 8:80]
     attention(q, k, v, causal=True, out=out)
-    assert "forward_sm90_kernel" in simt().last_kernel()
+    assert "forward_sm90_kernel" in simt_module().last_kernel()
     assert same_bits(out, forward([x.contiguous() for x in (q, k, v)], causal=True)[0])
     room[..., :2, 8:80] = 7
     assert (room == 7).all()
@@ -271,7 +246,7 @@ def test_tiles_are_each_taken_once_by_sections_that_fit_the_cache(
     problem: tuple[int, ...], section: int
 ) -> None:
     batch, queries, _, heads, kv_heads, _ = problem
-    order = simt().forward_sm90_order(*problem)
+    order = simt_module().forward_sm90_order(*problem)
     firsts = range(0, queries, 128)
     assert sorted(map(tuple, order)) == sorted(itertools.product(range(batch), range(heads), firsts))
     unit_tiles = heads // kv_heads * len(firsts)

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import glob
-import importlib.util
-import os
-from types import ModuleType
-
 import pytest
 import torch
 
 from gptcore import backend
+from tests.cuda.emulation import simt_module
 
 pytestmark = pytest.mark.skipif("simt" not in backend.available_isas(), reason="needs a build of tests/simt")
 
 DEPTH = 64
 NO_SLIP, OPERAND_OVERWRITTEN, SUMS_WRITTEN, NO_FENCE, NO_WAIT = range(5)
-
-
-@functools.cache
-def simt() -> ModuleType:
-    path = glob.glob(os.path.join(os.environ["GPTCORE_SIMT"], "_C_simt*.so"))[0]
-    spec = importlib.util.spec_from_file_location("_C_simt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- products -----------------------------------------------------------------------------------------------------
@@ -38,7 +23,7 @@ def product(a, b, a_layout, b_layout, swizzle, slip=NO_SLIP):
     out = torch.full((64, n), float("nan"))
     a, b = (x.T.contiguous() if layout == "mn" else x for x, layout in ((a, a_layout), (b, b_layout)))
     dtype = str(a.dtype).removeprefix("torch.")
-    simt().warpgroup_product(
+    simt_module().warpgroup_product(
         dtype, n, swizzle, a_layout, b_layout, a.data_ptr(), b.data_ptr(), out.data_ptr(), slip
     )
     return out
@@ -93,7 +78,7 @@ def through_a_box(x, box, at, swizzle):
     x's shape, -1 where nothing was stored."""
     seen = torch.empty(tuple(reversed(box)), dtype=x.dtype)
     back = torch.full_like(x, -1)
-    simt().copy_boxes(
+    simt_module().copy_boxes(
         str(x.dtype).removeprefix("torch."),
         x.data_ptr(),
         back.data_ptr(),
@@ -142,7 +127,7 @@ def test_boxes_fill_with_zeros_outside_the_tensor_and_leave_it_alone(shape, box,
     for place in inside.nonzero().tolist():
         padded[tuple(p - a for p, a in zip(place, reversed(at), strict=True))] = x[tuple(place)]
     seen = torch.empty(tuple(reversed(box)), dtype=x.dtype)
-    simt().copy_boxes(
+    simt_module().copy_boxes(
         "bfloat16",
         x.data_ptr(),
         back.data_ptr(),
@@ -176,7 +161,7 @@ def test_addresses_wrap():
     sizes = [64, last, 0x7FFF0000, 0x7FFF0000]
     strides = [1, stride, stride, (1 << 34) - stride]
     at = [0, last - rows, first + rows, last]
-    simt().copy_boxes(
+    simt_module().copy_boxes(
         "bfloat16", x.data_ptr(), back.data_ptr(), sizes, strides, [64, 16, 1, 1], at, 0, seen.data_ptr()
     )
     assert torch.equal(seen, torch.cat([x[first : first + rows], torch.zeros(5, 64).bfloat16()]))
@@ -201,13 +186,13 @@ def test_tensors_the_engine_cannot_read_are_refused(change, words):
         change.get(k, d) for k, d in (("sizes", [64, 40]), ("strides", [1, 80]), ("box", [64, 16]))
     )
     with pytest.raises(RuntimeError, match=words):
-        simt().copy_boxes("bfloat16", data, data, sizes, strides, box, [0, 0], 128, data)
+        simt_module().copy_boxes("bfloat16", data, data, sizes, strides, box, [0, 0], 128, data)
 
 
 def test_runs_are_loaded_stored_and_added():
     x = torch.randn(5, 12)
     to, total = torch.empty_like(x), torch.ones(12)
-    simt().bulk_runs(x.data_ptr(), to.data_ptr(), total.data_ptr(), 5, 48)
+    simt_module().bulk_runs(x.data_ptr(), to.data_ptr(), total.data_ptr(), 5, 48)
     assert torch.equal(to, x)
     expected = torch.ones(12)
     for row in x:
