@@ -19,11 +19,6 @@ namespace gptcore::cuda {
 
 constexpr int kWarpgroup = 128;  // four warps, the first at a multiple of four
 
-// A generic pointer into shared memory as the address that instructions take.
-__device__ __forceinline__ uint32_t in_shared(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 // Which of the block's warpgroups this is, as a value that the compiler knows to be one for the warp.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
@@ -54,18 +49,20 @@ __device__ __forceinline__ void take_registers() {
 // the second, 0 for the third; before the first has ended, parity 1 returns at once. Nobody may be a whole phase behind.
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(in_shared(barrier)), "r"(arrivals) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+               : "memory");
 }
 // By the thread that called mbarrier_init, behind the last of them and before a barrier of the block.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(in_shared(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 // Arrives and announces `bytes`: those of whole boxes, whatever part of them lies outside the tensor.
 __device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t* barrier, unsigned bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity) {
@@ -74,7 +71,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, unsigned parity
     asm volatile(
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
         : "=r"(ended)
-        : "r"(in_shared(barrier)), "r"(parity)
+        : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
   } while (!ended);
 }
@@ -101,57 +98,57 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
 __device__ __forceinline__ void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
-      "[%2];" ::"r"(in_shared(to)),
-      "l"(&map), "r"(in_shared(barrier)), "r"(c0), "r"(c1)
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1)
       : "memory");
 }
 __device__ __forceinline__ void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1,
                                          int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-      "[%2];" ::"r"(in_shared(to)),
-      "l"(&map), "r"(in_shared(barrier)), "r"(c0), "r"(c1), "r"(c2)
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
 __device__ __forceinline__ void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1,
                                          int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
-      "%6}], [%2];" ::"r"(in_shared(to)),
-      "l"(&map), "r"(in_shared(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "%6}], [%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 __device__ __forceinline__ void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int c0, int c1,
                                          int c2, int c3, int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
-      "%6, %7}], [%2];" ::"r"(in_shared(to)),
-      "l"(&map), "r"(in_shared(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "%6, %7}], [%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 // A box from shared memory, in the open group of this thread.
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* from, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
-               "r"(in_shared(from)), "r"(c0), "r"(c1)
+               "r"(shared_address(from)), "r"(c0), "r"(c1)
                : "memory");
 }
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* from, int c0, int c1, int c2) {
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-               "r"(in_shared(from)), "r"(c0), "r"(c1), "r"(c2)
+               "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2)
                : "memory");
 }
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* from, int c0, int c1, int c2,
                                           int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-      "r"(in_shared(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
 __device__ __forceinline__ void tma_store(const TensorMap& map, const void* from, int c0, int c1, int c2,
                                           int c3, int c4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-      "r"(in_shared(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "r"(shared_address(from)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 
@@ -159,19 +156,19 @@ __device__ __forceinline__ void tma_store(const TensorMap& map, const void* from
 __device__ __forceinline__ void bulk_load(void* to, const void* from, unsigned bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          in_shared(to)),
-      "l"(from), "r"(bytes), "r"(in_shared(barrier))
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 __device__ __forceinline__ void bulk_store(void* to, const void* from, unsigned bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(in_shared(from)),
-               "r"(bytes)
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
 // Adds f32 in global memory, each by itself: the order among several is the caller's to fix.
 __device__ __forceinline__ void bulk_add(float* to, const float* from, unsigned bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-               "r"(in_shared(from)), "r"(bytes)
+               "r"(shared_address(from)), "r"(bytes)
                : "memory");
 }
 

@@ -2,8 +2,8 @@
 // instruction CUDA C++ has no word for; tests/simt has the same functions for the processor.
 //
 // House rules for kernels, which tests/simt relies on: shared memory is dynamic only, by shared_memory(); blocks wait
-// for each other only within a cluster, or in an ordered launch for blocks before them; threads of a warp meet by __shfl, __syncwarp and the like with the mask of
-// those who come.
+// for each other only within a cluster, or in an ordered launch for blocks before them; threads of a warp meet by
+// __shfl, __syncwarp and the like with the mask of those who come.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -93,6 +93,11 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(shared_bytes);
 }
 
+// A generic pointer into shared memory as the 32-bit address that instructions take.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
@@ -144,10 +149,9 @@ __device__ __forceinline__ void cluster_sync() {
 // The float that block `rank` of the cluster has where this one has `own`, in shared memory.
 __device__ __forceinline__ float peer_float(const float* own, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(own));
   uint32_t there;
   float value;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
   return value;
 #else

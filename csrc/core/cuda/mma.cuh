@@ -1,5 +1,5 @@
-// Matrix products of a warp and what feeds them, from sm_80 on: mma.sync, ldmatrix, cp.async, and how tiles lie in
-// shared memory so that neither meets bank conflicts.
+// Matrix products of a warp and what feeds them, from sm_80 on: mma.sync, ldmatrix, cp.async. How tiles lie in shared
+// memory so that none of these meets bank conflicts: swizzle.cuh.
 //
 // Fragments, with g = lane / 4 and t = lane % 4; registers of 16-bit types hold two neighbours, the first below:
 //   16 x 16 x 16   A  a[0] (g, 2t..)      a[1] (g + 8, 2t..)    a[2] (g, 2t + 8..)  a[3] (g + 8, 2t + 8..)    row, k
@@ -15,33 +15,11 @@
 
 #include <cstdint>
 
+#include "core/cuda/launch.cuh"
+#include "core/cuda/swizzle.cuh"
 #include "core/dtype.h"
 
 namespace gptcore::cuda {
-
-// --- tiles in shared memory ------------------------------------------------------------------------------------
-
-// Where 16-byte chunk `chunk` of row `row` lies, in bytes from the tile's start (a multiple of 1,024): rows of
-// kRowBytes, an even number of chunks, whose chunks are permuted so that eight rows' chunks of one column, or eight
-// chunks of one row, lie in different banks. With rows of 128 bytes it is the copy engine's 128-byte swizzle.
-template <int kRowBytes>
-__host__ __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
-  static_assert(kRowBytes % 32 == 0);
-  constexpr int kChunks = kRowBytes / 16;
-  if constexpr (kChunks % 8 == 0) {
-    chunk ^= row & 7;
-  } else if constexpr (kChunks % 4 == 0) {
-    chunk ^= row >> 1 & 3;
-  } else {
-    chunk ^= row >> 2 & 1;
-  }
-  return row * kRowBytes + chunk * 16;
-}
-
-// A generic pointer into shared memory as the 32-bit address that instructions take.
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------
 

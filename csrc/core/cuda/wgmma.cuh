@@ -49,11 +49,11 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, unsigned panel_byt
 // Of a tile of kRows rows at `tile`, for its first 16 columns (K-major) or rows (MN-major).
 template <int kSwizzle>
 __device__ __forceinline__ uint64_t k_major_operand(const void* tile) {
-  return operand<kSwizzle>(in_shared(tile), 16);
+  return operand<kSwizzle>(shared_address(tile), 16);
 }
 template <int kSwizzle, int kRows>
 __device__ __forceinline__ uint64_t mn_major_operand(const void* tile) {
-  return operand<kSwizzle>(in_shared(tile), kRows * kSwizzle);
+  return operand<kSwizzle>(shared_address(tile), kRows * kSwizzle);
 }
 
 // What to add for the i-th 16 of them,

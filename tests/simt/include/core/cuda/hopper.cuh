@@ -14,13 +14,6 @@ namespace gptcore::cuda {
 
 constexpr int kWarpgroup = 128;
 
-inline uint32_t in_shared(const void* p) {
-  const auto offset = static_cast<const unsigned char*>(p) - simt::current->block->shared;
-  if (offset < 0 || offset >= simt::current->block->shared_bytes)
-    simt::fail("an address outside shared memory");
-  return static_cast<uint32_t>(offset);
-}
-
 inline int warpgroup() { return static_cast<int>(threadIdx.x) / kWarpgroup; }
 
 inline bool elect_one() {
@@ -52,14 +45,14 @@ struct SimtMbarrier {
 static_assert(sizeof(SimtMbarrier) == sizeof(uint64_t));
 
 inline SimtMbarrier* simt_mbarrier(uint64_t* barrier) {
-  if (in_shared(barrier) % 8 != 0) simt::fail("an mbarrier at an address that is no multiple of 8");
+  if (shared_address(barrier) % 8 != 0) simt::fail("an mbarrier at an address that is no multiple of 8");
   auto* b = reinterpret_cast<SimtMbarrier*>(barrier);
   if (b->ready != SimtMbarrier::kReady) simt::fail("an mbarrier that nobody initialised");
   return b;
 }
 
 inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
-  in_shared(barrier);
+  shared_address(barrier);
   SimtMbarrier b{};
   b.missing = b.arrivals = arrivals & 0xfffu, b.ready = SimtMbarrier::kReady;
   std::memcpy(barrier, &b, sizeof(b));
@@ -85,7 +78,7 @@ inline void async_proxy_fence_global() {}
 // --- the copy engine -------------------------------------------------------------------------------------------
 
 inline void simt_expect_shared(const void* p, uint32_t multiple, int64_t bytes) {
-  const uint32_t at = in_shared(p);
+  const uint32_t at = shared_address(p);
   if (at % multiple != 0) simt::fail("a shared address that is no multiple of " + std::to_string(multiple));
   if (at + bytes > simt::current->block->shared_bytes) simt::fail("a copy past the end of shared memory");
 }
@@ -105,7 +98,7 @@ inline void simt_load_box(void* to, const TensorMap& map, uint64_t* barrier, con
   SimtMbarrier* b = simt_mbarrier(barrier);
   const std::array<int, 5> at = simt_coordinates(c);
   unsigned char* shared = simt::current->block->shared;
-  const int64_t offset = in_shared(to);
+  const int64_t offset = shared_address(to);
   simt::later([=] {
     boxes.each_chunk(at, offset, [=](int64_t chunk, unsigned char* global, int bytes) {
       std::memset(shared + chunk, 0, 16);
@@ -120,7 +113,7 @@ inline void simt_store_box(const TensorMap& map, const void* from, const int (&c
   const SimtBoxes boxes = simt_boxes(map, from, c);
   const std::array<int, 5> at = simt_coordinates(c);
   const unsigned char* shared = simt::current->block->shared;
-  const int64_t offset = in_shared(from);
+  const int64_t offset = shared_address(from);
   simt::current->stores.open.push_back([=] {
     boxes.each_chunk(at, offset, [=](int64_t chunk, unsigned char* global, int bytes) {
       if (bytes > 0) std::memcpy(global, shared + chunk, static_cast<size_t>(bytes));

@@ -40,6 +40,13 @@ inline T* shared_memory() {
   return reinterpret_cast<T*>(simt::current->block->shared);
 }
 
+inline uint32_t shared_address(const void* p) {
+  const auto offset = static_cast<const unsigned char*>(p) - simt::current->block->shared;
+  if (offset < 0 || offset >= simt::current->block->shared_bytes)
+    simt::fail("an address outside shared memory");
+  return static_cast<uint32_t>(offset);
+}
+
 inline int lane() { return static_cast<int>(simt::lane()); }
 inline int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 

@@ -5,29 +5,10 @@
 #include <cuda_runtime.h>
 
 #include "core/cuda/convert.cuh"
+#include "core/cuda/launch.cuh"
+#include "core/cuda/swizzle.cuh"
 
 namespace gptcore::cuda {
-
-template <int kRowBytes>
-inline constexpr int swizzled(int row, int chunk) {
-  static_assert(kRowBytes % 32 == 0);
-  constexpr int kChunks = kRowBytes / 16;
-  if constexpr (kChunks % 8 == 0) {
-    chunk ^= row & 7;
-  } else if constexpr (kChunks % 4 == 0) {
-    chunk ^= row >> 1 & 3;
-  } else {
-    chunk ^= row >> 2 & 1;
-  }
-  return row * kRowBytes + chunk * 16;
-}
-
-inline uint32_t shared_address(const void* p) {
-  const auto offset = static_cast<const unsigned char*>(p) - simt::current->block->shared;
-  if (offset < 0 || offset >= simt::current->block->shared_bytes)
-    simt::fail("an address outside shared memory");
-  return static_cast<uint32_t>(offset);
-}
 
 inline void simt_expect_aligned(const void* p, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) simt::fail(std::string(what) + " is not a multiple of 16");

@@ -25,11 +25,11 @@ inline uint64_t operand(uint32_t address, unsigned panel_bytes) {
 
 template <int kSwizzle>
 inline uint64_t k_major_operand(const void* tile) {
-  return operand<kSwizzle>(in_shared(tile), 16);
+  return operand<kSwizzle>(shared_address(tile), 16);
 }
 template <int kSwizzle, int kRows>
 inline uint64_t mn_major_operand(const void* tile) {
-  return operand<kSwizzle>(in_shared(tile), kRows * kSwizzle);
+  return operand<kSwizzle>(shared_address(tile), kRows * kSwizzle);
 }
 template <int kSwizzle, int kRows>
 constexpr uint64_t k_major_step(int i) {
