@@ -30,8 +30,7 @@
 //          norm is not given, matrices of more than 4,096 columns, a V below eps1^2. About 12 flops.
 // CUDA     step_size, beta2, decay_factor, grad_scale and grad_norm may be tensors there, which kernels alone read, the
 //          first two of one f64 for each parameter as well; the result is written there. A norm that is not finite means
-//          that nothing is written and no count moves on. Sums in orders of its own, which the shapes fix; every factored
-//          tensor's RMS(U) by elements: 24 bytes a parameter in f32, 20 without clip_threshold.
+//          that nothing is written and no count moves on. Sums in orders of its own, which the shapes fix.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 
