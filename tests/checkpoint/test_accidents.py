@@ -185,16 +185,21 @@ ssize_t write(int file, const void *data, size_t size) {
 TWO_RANKS = """
     import sys, torch, torch.distributed as c10d
     from gptcore import checkpoint, dist
+
+    def save_twice(place, rank):
+        writer = checkpoint.Writer(place, keep_last=1, member=dist.member_of("test"), patience=3)
+        for step in (1, 2):
+            writer.begin(step, {f"w{rank}": torch.full((100_000,), float(step))}, {})
+            try:
+                writer.wait()
+            except checkpoint.CheckpointError as error:
+                print(error)
+                print(type(error).__name__, file=sys.stderr)
+
     place, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
     c10d.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    writer = checkpoint.Writer(place, keep_last=1, member=dist.member_of("test"), patience=3)
-    for step in (1, 2):
-        writer.begin(step, {f"w{rank}": torch.full((100_000,), float(step))}, {})
-        try:
-            writer.wait()
-        except checkpoint.CheckpointError as error:
-            print(error)
-            print(type(error).__name__, file=sys.stderr)
+    save_twice(place, rank)
+    c10d.destroy_process_group()  # gloo's threads let go of the tensors before the interpreter ends
 """
 
 
