@@ -184,6 +184,24 @@ def set_isa(name: str) -> None:
     extension().set_isa(name)
 
 
+def fp32_precision() -> str:
+    """How kernels on CUDA multiply f32: ``ieee`` (default) or ``tf32``."""
+    return extension().fp32_precision()
+
+
+def set_fp32_precision(name: str) -> None:
+    """Let kernels on CUDA multiply f32 numbers with errors as of f32 sums, or faster in tf32.
+
+    name: ``ieee``, as the process begins, or ``tf32``: operands rounded to 11 significant bits, f32 sums. It holds for
+        attention but for decoding, in calls from then on, and means nothing on the processor. Products of torch have
+        a setting of their own, ``torch.backends.cuda.matmul.fp32_precision``.
+
+    Raises:
+        ValueError: another name.
+    """
+    extension().set_fp32_precision(name)
+
+
 def num_threads() -> int:
     """Threads that parallel loops use: the smallest of affinity, cgroup quota and OpenMP's limit."""
     return extension().num_threads()

@@ -2,6 +2,7 @@
 #include "bindings/tensor_caster.h"
 #include "core/arena.h"
 #include "core/device_link.h"
+#include "core/fp32_precision.h"
 #include "core/isa.h"
 #include "core/parallel.h"
 
@@ -48,6 +49,8 @@ void register_machine(py::module_& m) {
         return names;
       },
       "Instruction sets this machine can run, lowest first.");
+  m.def("fp32_precision", &gptcore::fp32_precision, "How kernels on CUDA multiply f32: ieee or tf32.");
+  m.def("set_fp32_precision", &gptcore::set_fp32_precision, py::arg("name"), "One of ieee and tf32.");
   m.def("num_threads", &gptcore::num_threads, "Threads that parallel loops use.");
   m.def("num_threads_reason", &gptcore::num_threads_reason, "Why num_threads() is what it is.");
   m.def("set_num_threads", &gptcore::set_num_threads, py::arg("count"), "0 returns to the default.");

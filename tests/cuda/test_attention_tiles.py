@@ -9,11 +9,13 @@ import pytest
 SHARED = 163 << 10  # a block's on sm_80, the least of those compiled for
 
 
-@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize(("element_bytes", "tf32"), [(2, False), (4, False), (4, True)])
 @pytest.mark.parametrize("plain", [False, True])
-def test_tiles_fit_head_sizes_and_shared_memory(simt: ModuleType, element_bytes: int, plain: bool) -> None:
+def test_tiles_fit_head_sizes_and_shared_memory(
+    simt: ModuleType, element_bytes: int, tf32: bool, plain: bool
+) -> None:
     for size in range(1, 257):
-        dim, rows, threads, keys, shared = simt.forward_mma_shape(element_bytes, size, plain)
+        dim, rows, threads, keys, shared = simt.forward_mma_shape(element_bytes, size, plain, tf32)
         assert size <= dim < 2 * max(size, 32)
         assert rows % 16 == 0 and keys % 16 == 0 and threads % 32 == 0
         # Swizzled tiles begin at multiples of 1,024 bytes, and threads share their chunks evenly.

@@ -31,9 +31,9 @@ std::vector<std::array<int, 3>> forward_sm90_order(int64_t batch, int64_t querie
 }
 
 // (padded head size, rows, threads, keys, bytes of shared memory).
-py::tuple forward_mma_shape(int element_bytes, int64_t head_dim, bool plain) {
+py::tuple forward_mma_shape(int element_bytes, int64_t head_dim, bool plain, bool is_tf32) {
   const int dim = padded_dim(element_bytes, head_dim);
-  const ForwardShape shape = forward_shape(element_bytes, dim, plain);
+  const ForwardShape shape = forward_shape(element_bytes, dim, plain, is_tf32);
   return py::make_tuple(dim, shape.rows(), shape.threads(), shape.keys,
                         shape.shared_bytes(dim * element_bytes));
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/check.h"
+#include "core/fp32_precision.h"
 #include "core/isa.h"
 #include "kernels/attention/attention_body.h"
 
@@ -12,6 +13,7 @@ namespace gptcore {
 GPTCORE_BODIES(AttentionBodies, attention_f32_bodies)
 GPTCORE_BODIES_AMX(AttentionBodies, attention_bf16_bodies)
 GPTCORE_DEVICE_BODIES(AttentionBodies, attention_f16_bodies)
+GPTCORE_DEVICE_BODIES(AttentionBodies, attention_tf32_bodies)
 
 namespace {
 
@@ -306,8 +308,9 @@ void check_dbias(const Checker& check, const TensorView& dbias, const TensorView
 
 const AttentionBodies& bodies(const Checker& check, DType dtype) {
   if (dtype == DType::f16) return *attention_f16_bodies_table.pick_device(check);
-  return dtype == DType::bf16 ? attention_bf16_bodies_table.pick(check)
-                              : attention_f32_bodies_table.pick(check);
+  if (dtype == DType::bf16) return attention_bf16_bodies_table.pick(check);
+  const AttentionBodies* tf32 = tf32_products() ? attention_tf32_bodies_table.pick_device(check) : nullptr;
+  return tf32 ? *tf32 : attention_f32_bodies_table.pick(check);
 }
 
 }  // namespace

@@ -22,9 +22,15 @@ void backward(const AttentionProblem& p) {
   attention_backward_mma<T>(p);
 }
 
+// Decoding waits for memory, whatever its products.
+void forward_tf32(const AttentionProblem& p) {
+  attention_decode_takes<float>(p) ? attention_decode<float>(p) : attention_forward_mma<tf32>(p);
+}
+
 }  // namespace
 
 GPTCORE_CUDA_BODIES(AttentionBodies, attention_f32_bodies) = {forward<float>, backward<float>};
+GPTCORE_CUDA_BODIES(AttentionBodies, attention_tf32_bodies) = {forward_tf32, attention_backward_mma<tf32>};
 GPTCORE_CUDA_BODIES(AttentionBodies, attention_bf16_bodies) = {forward<bf16>, backward<bf16>};
 GPTCORE_CUDA_BODIES(AttentionBodies, attention_f16_bodies) = {forward<f16>, backward<f16>};
 

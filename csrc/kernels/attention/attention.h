@@ -38,7 +38,8 @@
 // Strides  any, but the last dimension contiguous: views into a fused projection work, gradients included.
 //          lse, dlse, dbias, sinks and dsinks contiguous.
 // Aliasing outputs overlap neither each other nor inputs; they may interleave within one buffer.
-// Sums     f32. bf16: P and dS are rounded to bf16 before their products where the processor multiplies bf16.
+// Sums     f32. bf16: P and dS are rounded to bf16 before their products where the processor multiplies bf16. f32 on
+//          CUDA with fp32_precision() tf32: operands of the products are rounded to 11 significant bits.
 // Bits     Equal for every thread count; each sequence depends on itself only. Forward: every row depends on
 //          its own keys. dk and dv sum over query blocks in order, dq over key blocks in order, dbias over
 //          sequences and heads in order. What is dropped depends on seed, offset and place alone, the place

@@ -117,6 +117,10 @@ void attention_backward_mma<float>(const AttentionProblem& p) {
   backward_of_few<float, true>(p);  // one kernel for all options
 }
 template <>
+void attention_backward_mma<tf32>(const AttentionProblem& p) {
+  backward_of_few<tf32, true>(p);
+}
+template <>
 void attention_backward_mma<bf16>(const AttentionProblem& p) {
   plain(p) ? backward_plain(p) : backward_of_few<bf16, true>(p);
 }

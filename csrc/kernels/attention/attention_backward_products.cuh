@@ -1,10 +1,9 @@
-// A warp's products of tiles in shared memory, in 16-bit types and in f32. f32 is split in two tf32 numbers, and three
-// of their four products are added: what is lost is below f32's own rounding.
+// A warp's products of tiles in shared memory, in 16-bit types and in f32, split or as plain tf32.
 #pragma once
 
 #include "core/cuda/launch.cuh"
 #include "core/cuda/mma.cuh"
-#include "kernels/attention/attention_products.cuh"
+#include "kernels/attention/attention_operands.cuh"
 
 namespace gptcore::cuda::backward_mma {
 
@@ -81,38 +80,35 @@ __device__ __forceinline__ void multiply_16(Sums<kRows, kColumns>& sums, const T
   }
 }
 
-// --- f32 -------------------------------------------------------------------------------------------------------
+// --- f32 and tf32 ----------------------------------------------------------------------------------------------
 
 // Element (place, depth) of an operand's fragment.
-template <Depth depth, int kPitch>
-__device__ __forceinline__ SplitFloat load_split(const float* tile, int place, int k) {
-  return split_float(depth == Depth::along_rows ? tile[place * kPitch + k] : tile[k * kPitch + place]);
+template <Depth depth, int kPitch, class T>
+__device__ __forceinline__ uint32_t bits_at(const T* tile, int place, int k) {
+  return __float_as_uint(
+      to_float(depth == Depth::along_rows ? tile[place * kPitch + k] : tile[k * kPitch + place]));
 }
 
-template <int kDepth, Depth a_depth, int kPitchA, Depth b_depth, int kPitchB, int kRows, int kColumns>
-__device__ __forceinline__ void multiply_32(Sums<kRows, kColumns>& sums, const float* a, const float* b) {
+template <int kDepth, Depth a_depth, int kPitchA, Depth b_depth, int kPitchB, class T, int kRows,
+          int kColumns>
+__device__ __forceinline__ void multiply_32(Sums<kRows, kColumns>& sums, const T* a, const T* b) {
   const int g = lane() / 4, t = lane() % 4;
 #pragma unroll 2
   for (int k = 0; k < kDepth; k += 8) {
-    uint32_t high[kRows][4], low[kRows][4];
+    Operands<T, 4> rows[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const SplitFloat x = load_split<a_depth, kPitchA>(a, 16 * i + g + e % 2 * 8, k + t + e / 2 * 4);
-        high[i][e] = x.high, low[i][e] = x.low;
-      }
+      for (int e = 0; e < 4; ++e)
+        rows[i].set(e, bits_at<a_depth, kPitchA>(a, 16 * i + g + e % 2 * 8, k + t + e / 2 * 4));
     }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const SplitFloat first = load_split<b_depth, kPitchB>(b, 8 * j + g, k + t);
-      const SplitFloat second = load_split<b_depth, kPitchB>(b, 8 * j + g, k + t + 4);
+      Operands<T, 2> column;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        mma_16x8x8_tf32(sums.at[i][j], low[i], first.high, second.high);
-        mma_16x8x8_tf32(sums.at[i][j], high[i], first.low, second.low);
-        mma_16x8x8_tf32(sums.at[i][j], high[i], first.high, second.high);
-      }
+      for (int e = 0; e < 2; ++e) column.set(e, bits_at<b_depth, kPitchB>(b, 8 * j + g, k + t + 4 * e));
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) multiply_add(sums.at[i][j], rows[i], column, 0);
     }
   }
 }

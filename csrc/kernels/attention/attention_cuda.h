@@ -1,4 +1,4 @@
-// The launchers of attention on CUDA, and which takes what. T is float, bf16 or f16.
+// The launchers of attention on CUDA, and which takes what. T is float, tf32 (attention_operands.cuh), bf16 or f16.
 //
 //   attention_forward_mma.cu, attention_backward_mma.cu    mma.sync, from sm_80 on: every option
 //   attention_forward_sm90.cu, attention_backward_sm90.cu  wgmma and the bulk copy engine, for sm_90 alone
@@ -10,6 +10,8 @@
 #include "kernels/attention/attention_body.h"
 
 namespace gptcore::cuda {
+
+struct tf32;
 
 template <class T>
 void attention_forward_mma(const AttentionProblem& p);

@@ -1,8 +1,10 @@
-// Attention's forward by mma.sync, from sm_80 on: every option, f32, bf16 and f16.
+// Attention's forward by mma.sync, from sm_80 on: every option, f32, tf32, bf16 and f16.
 //
 // A block takes one tile of queries of one head and walks over the tiles of keys that any of them sees, as in
 // FlashAttention-2 (Dao 2023): keys and values come by asynchronous copies, each while the other is computed with,
 // scores and probabilities stay in registers. Packed documents are found on the device.
+#include <type_traits>
+
 #include "core/cuda/launch.cuh"
 #include "kernels/attention/attention_cuda.h"
 #include "kernels/attention/attention_forward_tiles.h"
@@ -31,7 +33,7 @@ __device__ __forceinline__ TileOfBatch block_tile(const AttentionProblem& p, con
 
 template <class T, int kDim, bool kPlain>
 struct ForwardBlock {
-  static constexpr ForwardShape kTile = forward_shape(sizeof(T), kDim, kPlain);
+  static constexpr ForwardShape kTile = forward_shape(sizeof(T), kDim, kPlain, std::is_same_v<T, tf32>);
   static constexpr int kRows = kTile.rows(), kKeys = kTile.keys, kRowTiles = kTile.row_tiles;
   static constexpr int kThreads = kTile.threads(), kRowBytes = kDim * static_cast<int>(sizeof(T));
   using Products = AttentionProducts<T, kDim>;
@@ -204,7 +206,7 @@ bool modified_scores(const AttentionProblem& p) { return p.modified || !(p.scale
 
 template <class T, int kDim, bool kPlain>
 void launch_forward(const AttentionProblem& p) {
-  constexpr ForwardShape kTile = forward_shape(sizeof(T), kDim, kPlain);
+  constexpr ForwardShape kTile = ForwardBlock<T, kDim, kPlain>::kTile;
   const int64_t tiles = attention_tiles(p.cu_q, p.total_q, p.cu_q ? p.batch : 1, p.queries, kTile.rows());
   ForwardPlan plan{};
   plan.tiles = static_cast<int>(tiles);
@@ -241,6 +243,7 @@ void attention_forward_mma(const AttentionProblem& p) {
   launch_forward<T, 256>(p);
 }
 template void attention_forward_mma<float>(const AttentionProblem& p);
+template void attention_forward_mma<tf32>(const AttentionProblem& p);
 template void attention_forward_mma<bf16>(const AttentionProblem& p);
 template void attention_forward_mma<f16>(const AttentionProblem& p);
 

@@ -2,7 +2,7 @@
 //
 // A warp computes 16 or 32 rows of queries. With 32 every fragment of keys and values read from shared memory serves
 // two products, which halves what limits mma.sync there; the sums of 32 rows fit a thread's registers up to a head size
-// of 128. f32 needs three products for each fragment, so that 16 rows keep shared memory waiting anyway.
+// of 128. f32 needs three products for each fragment, so that 16 rows keep shared memory waiting anyway; tf32 does not.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,9 @@ struct ForwardShape {
 constexpr bool has_plain_forward(int element_bytes, int dim) {
   return element_bytes == 2 && (dim == 64 || dim == 128);
 }
-constexpr ForwardShape forward_shape(int element_bytes, int dim, bool plain) {
+constexpr ForwardShape forward_shape(int element_bytes, int dim, bool plain, bool is_tf32 = false) {
+  if (is_tf32 && dim <= 64) return {4, 2, 32};
+  if (is_tf32 && dim == 128) return {4, 1, 32};
   if (element_bytes == 4) return {4, 1, dim > 64 ? 16 : 32};
   if (dim > 128) return {8, 1, dim > 192 ? 16 : 32};
   if (dim == 96) return {8, 1, 64};
