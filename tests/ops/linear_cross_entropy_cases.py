@@ -45,9 +45,8 @@ def step(function, x, weight, targets, options):
         options = {**options, "bias": leaves[-1]}
     out = function(*leaves[:2], targets, **options)
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.rand(out.loss.shape, generator=generator) + 0.5 for _ in range(2)]
-    kind = out.loss.dtype
-    gradients = torch.autograd.grad([out.loss, out.z_loss], leaves, [g.to(kind) for g in grads])
+    grads = [torch.rand(out.loss.shape, generator=generator, device="cpu") + 0.5 for _ in range(2)]
+    gradients = torch.autograd.grad([out.loss, out.z_loss], leaves, [g.to(out.loss) for g in grads])
     return [o.detach() for o in out if o is not None], list(gradients)
 
 
