@@ -15,9 +15,7 @@ bool attached[2] = {false, false};
 
 }  // namespace
 
-DeviceSlot::DeviceSlot(const char* name, size_t size) : name(name), size(size), next(slots()) {
-  slots() = this;
-}
+DeviceSlot::DeviceSlot(const char* name) : name(name), next(slots()) { slots() = this; }
 
 DeviceCall& device_call() {
   static thread_local DeviceCall call;
@@ -27,19 +25,13 @@ DeviceCall& device_call() {
 const DeviceMemory& device_memory() { return memory_functions; }
 void set_device_memory(const DeviceMemory& memory) { memory_functions = memory; }
 
-const char* attach_bodies(Device device, const DeviceBodies* first) {
-  for (const DeviceBodies* b = first; b; b = b->next) {
-    for (const DeviceSlot* slot = slots(); slot; slot = slot->next) {
-      if (std::strcmp(slot->name, b->name) == 0 && slot->size != b->size) return b->name;
-    }
-  }
+void attach_bodies(Device device, const DeviceBodies* first) {
   for (const DeviceBodies* b = first; b; b = b->next) {
     for (DeviceSlot* slot = slots(); slot; slot = slot->next) {
       if (std::strcmp(slot->name, b->name) == 0) slot->bodies = b->bodies;
     }
   }
   attached[static_cast<int>(device)] = true;
-  return nullptr;
 }
 
 bool has_bodies(Device device) { return attached[static_cast<int>(device)]; }

@@ -3,7 +3,6 @@
 // bodies, and there is one set of checks, bindings and Python for all devices.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "core/tensor_view.h"
@@ -13,17 +12,15 @@ namespace gptcore {
 // One table's entry for the other device: null until its module is loaded, and for ops without a kernel there.
 struct DeviceSlot {
   const char* name;  // of the bodies, such as "layer_norm_bodies"
-  size_t size;       // of their struct: both modules must have been compiled from the same one
   const void* bodies = nullptr;
   DeviceSlot* next;
 
-  DeviceSlot(const char* name, size_t size);
+  DeviceSlot(const char* name);
 };
 
 // What the other module says of its bodies.
 struct DeviceBodies {
   const char* name;
-  size_t size;
   const void* bodies;
   const DeviceBodies* next;
 };
@@ -57,9 +54,9 @@ struct DeviceModule {
   void (*connect)(const DeviceLink& link);
 };
 
-// Puts bodies into the slots of their names. `device` is where their tensors live: cuda, or cpu for bodies that stand
-// in for an instruction set. Returns why not (a struct that differs), or null.
-const char* attach_bodies(Device device, const DeviceBodies* first);
+// Puts bodies of a module of this layout into the slots of their names. `device` is where their tensors live: cuda, or
+// cpu for bodies that stand in for an instruction set.
+void attach_bodies(Device device, const DeviceBodies* first);
 
 // Whether bodies for tensors on this device are attached.
 bool has_bodies(Device device);

@@ -105,13 +105,12 @@ struct IsaTable {
               name##_table{{GPTCORE_IF_v2(&v2::name, nullptr), GPTCORE_IF_v3(&v3::name, nullptr),           \
                             GPTCORE_IF_v4(&v4::name, nullptr), GPTCORE_IF_v4_bf16(&v4_bf16::name, nullptr), \
                             amx_entry},                                                                     \
-                           {#name, sizeof(Bodies)}};
+                           {#name}};
 #define GPTCORE_BODIES(Bodies, name) GPTCORE_BODIES_OF(Bodies, name, nullptr)
 #define GPTCORE_BODIES_AMX(Bodies, name)            \
   GPTCORE_IF_amx(GPTCORE_BODY(amx, Bodies, name), ) \
       GPTCORE_BODIES_OF(Bodies, name, GPTCORE_IF_amx(&amx::name, nullptr))
 // A table with nothing for the processor: types that only the other device computes with.
-#define GPTCORE_DEVICE_BODIES(Bodies, name) \
-  static const IsaTable<Bodies> name##_table{{}, {#name, sizeof(Bodies)}};
+#define GPTCORE_DEVICE_BODIES(Bodies, name) static const IsaTable<Bodies> name##_table{{}, {#name}};
 
 }  // namespace gptcore

@@ -1,6 +1,6 @@
 // Losses over class targets on a device that the host does not wait for: each row's sums and gradient from its logits
-// by one block, nothing decided from data. Plain C++; the kernels are in cuda/loss_rows.cuh. cross_entropy and
-// linear_cross_entropy say in their contracts what is computed.
+// by one block, nothing decided from data. Plain C++; the kernels are in cuda/loss_rows.cuh and cuda/loss_totals.cuh.
+// cross_entropy and linear_cross_entropy say in their contracts what is computed.
 #pragma once
 
 #include <cstdint>

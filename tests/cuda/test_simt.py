@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 
+from gptcore import backend
+
 THREADS = 64
 
 
@@ -35,3 +37,8 @@ def test_a_fault_ends_the_launch_with_a_sentence(simt: ModuleType, kernel: str, 
     with pytest.raises(RuntimeError, match=sentence):
         simt.fault_check(kernel)
     assert simt.fault_check("barrier")[0] == 1  # and the next one is not the worse for it
+
+
+def test_kernels_of_other_sources_are_refused(simt: ModuleType) -> None:
+    with pytest.raises(ImportError, match="built from different sources; rebuild both"):
+        backend.extension().attach_kernels(simt.kernels_of_other_sources())

@@ -52,6 +52,9 @@ PYBIND11_MODULE(_C_simt, m) {
   static const gptcore::DeviceModule kernels{GPTCORE_LAYOUT, gptcore::Device::cpu,
                                              gptcore::cuda::all_bodies(), &gptcore::cuda::connect};
   m.def("kernels", [] { return py::capsule(&kernels, "gptcore.kernels"); });
+  static const gptcore::DeviceModule of_other_sources{"another layout", kernels.device, kernels.bodies,
+                                                      kernels.connect};
+  m.def("kernels_of_other_sources", [] { return py::capsule(&of_other_sources, "gptcore.kernels"); });
   gptcore::cuda::define_fault_check(m);
   gptcore::cuda::define_mma_check(m);
   gptcore::cuda::define_hopper_check(m);

@@ -14,8 +14,8 @@ DeviceLink link{nullptr, nullptr};
 
 const DeviceBodies* all_bodies() { return first(); }
 
-RegisteredBodies::RegisteredBodies(const char* name, size_t size, const void* bodies)
-    : DeviceBodies{name, size, bodies, first()} {
+RegisteredBodies::RegisteredBodies(const char* name, const void* bodies)
+    : DeviceBodies{name, bodies, first()} {
   first() = this;
 }
 

@@ -14,7 +14,7 @@ namespace gptcore::cuda {
 const DeviceBodies* all_bodies();
 
 struct RegisteredBodies : DeviceBodies {
-  RegisteredBodies(const char* name, size_t size, const void* bodies);
+  RegisteredBodies(const char* name, const void* bodies);
 };
 
 // Where the call at hand runs, and memory for it; empty until _C has connected itself.
@@ -24,7 +24,7 @@ void connect(const DeviceLink& link);
 
 }  // namespace gptcore::cuda
 
-#define GPTCORE_CUDA_BODIES(Bodies, name)                                        \
-  extern const Bodies name;                                                      \
-  static const RegisteredBodies registered_##name{#name, sizeof(Bodies), &name}; \
+#define GPTCORE_CUDA_BODIES(Bodies, name)                        \
+  extern const Bodies name;                                      \
+  static const RegisteredBodies registered_##name{#name, &name}; \
   const Bodies name

@@ -1,10 +1,10 @@
-// The kernels of core/loss_rows.h: a block a row. The row's maximum, sum of exponentials and what else is asked for come
+// The row kernels of core/loss_rows.h: a block a row. Its maximum, sum of exponentials and what else is asked for come
 // from one pass over its logits, the gradient from a second, which finds most of them in the caches.
 #pragma once
 
-#include "core/cuda/pack.cuh"
+#include "core/cuda/logits.cuh"
 #include "core/cuda/reduce.cuh"
-#include "core/loss_rows.h"
+#include "core/cuda/softmax_sums.cuh"
 
 namespace gptcore::cuda {
 namespace {
@@ -15,117 +15,6 @@ inline int loss_threads(int64_t classes) {
   int threads = 32;
   while (threads < 512 && threads * 32 < classes) threads *= 2;
   return threads;
-}
-
-__device__ __forceinline__ float at(const ClassVector& v, int64_t i) {
-  return v.bf16 ? to_float(static_cast<const bf16*>(v.data)[i]) : static_cast<const float*>(v.data)[i];
-}
-
-// exp sums relative to the largest logit so far, and for the entropy the same of (l - max) exp(l - max).
-struct SoftmaxSums {
-  float max = -INFINITY, sum = 0.0f, weighted = 0.0f;
-  int64_t place = INT64_MAX;  // the first class of the largest logit
-
-  __device__ void rescale(float to) {
-    if (max == to || sum == 0.0f) {
-      max = to;
-      return;
-    }
-    const float factor = expf(max - to);
-    weighted = factor * (weighted + sum * (max - to));
-    sum *= factor;
-    max = to;
-  }
-  __device__ void add(float l) {
-    if (l == -INFINITY) return;
-    const float d = l - max, e = expf(d);
-    sum += e;
-    weighted += d == 0.0f ? 0.0f : d * e;
-  }
-  __device__ void join(const SoftmaxSums& other) {
-    const bool no_number = max != max || other.max != other.max;
-    if (other.place < place && !(other.max < max)) place = other.place;
-    if (other.max > max) place = other.place;
-    const float to = fmaxf(max, other.max);
-    SoftmaxSums scaled = other;
-    scaled.rescale(to);
-    rescale(to);
-    sum += scaled.sum, weighted += scaled.weighted;
-    if (no_number) sum = NAN;
-  }
-};
-
-__device__ __forceinline__ SoftmaxSums from_lane(const SoftmaxSums& s, int step) {
-  SoftmaxSums other;
-  other.max = __shfl_xor_sync(kFullMask, s.max, step);
-  other.sum = __shfl_xor_sync(kFullMask, s.sum, step);
-  other.weighted = __shfl_xor_sync(kFullMask, s.weighted, step);
-  other.place = __shfl_xor_sync(kFullMask, s.place, step);
-  return other;
-}
-
-// The block's sums, in every thread. Lower lanes' and warps' come first, so that all agree to the bit.
-__device__ __forceinline__ SoftmaxSums block_sums(SoftmaxSums s, SoftmaxSums* room) {
-  for (int step = 1; step < kWarp; step *= 2) {
-    SoftmaxSums other = from_lane(s, step);
-    if (lane() & step) {
-      other.join(s);
-      s = other;
-    } else {
-      s.join(other);
-    }
-  }
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  if (lane() == 0) room[warp()] = s;
-  __syncthreads();
-  s = room[0];
-  for (int w = 1; w < warps; ++w) s.join(room[w]);
-  __syncthreads();
-  return s;
-}
-
-// What lies between products and logits.
-struct Logit {
-  float scale, soft_cap;
-  ClassVector bias;
-  bool plain;
-
-  __device__ explicit Logit(const LossRows& a)
-      : scale(a.scale),
-        soft_cap(a.soft_cap),
-        bias(a.bias),
-        plain(a.scale == 1.0f && a.soft_cap == 0.0f && !a.bias.data) {}
-  __device__ float operator()(float product, int64_t c) const {
-    if (plain) return product;
-    float l = scale * (bias.data ? product + at(bias, c) : product);
-    return soft_cap != 0.0f ? soft_cap * tanhf(l / soft_cap) : l;
-  }
-  // The derivative by the product, at the logit l.
-  __device__ float slope(float l) const {
-    if (plain) return 1.0f;
-    const float share = soft_cap != 0.0f ? l / soft_cap : 0.0f;
-    return scale * (1.0f - share * share);
-  }
-};
-
-// body(c, products, count) over the row's packs, then over what is left of it one by one.
-template <class T, class Body>
-__device__ __forceinline__ void for_row(const T* row, int64_t classes, const Body& body) {
-  constexpr int n = kPackElements<T>;
-  int64_t done = 0;
-  if (can_pack<T>(row, 0)) {
-    done = classes / n * n;
-    for (int64_t c = int64_t{threadIdx.x} * n; c < done; c += int64_t{blockDim.x} * n) {
-      float values[n];
-      load_pack(row + c, values);
-      body(c, values, n);
-    }
-  }
-  for (int64_t c = done + threadIdx.x; c < classes; c += blockDim.x) {
-    float values[n];
-    values[0] = to_float(row[c]);
-    body(c, values, 1);
-  }
 }
 
 struct RowSums {
@@ -282,83 +171,6 @@ template <class T, class G>
 void run_loss_rows(const LossRows& a) {
   const auto threads = static_cast<unsigned>(loss_threads(a.classes));
   launch<&loss_rows<T, G>>({dim3(static_cast<unsigned>(a.rows)), dim3(threads), kLossShared}, a);
-}
-
-// --- sums over rows: one block, in a fixed order ----------------------------------------------------------------
-
-constexpr int kSumThreads = 512;
-
-// The sum of what `value` says of 0 to count - 1, in thread 0.
-template <class Value>
-__device__ __forceinline__ double block_total(int64_t count, double* room, const Value& value) {
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += value(i);
-  room[threadIdx.x] = sum;
-  for (int half = kSumThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < half) room[threadIdx.x] += room[threadIdx.x + half];
-  }
-  __syncthreads();
-  const double total = room[0];
-  __syncthreads();
-  return total;
-}
-
-__global__ void __launch_bounds__(kSumThreads, 1) loss_divisors(const LossDivisors a) {
-  double* room = shared_memory<double>();
-  const auto weight = [&](int64_t n) { return a.token_weight ? a.token_weight[n] : 1.0f; };
-  const auto counts = [&](int64_t n) { return a.targets[n] != a.ignore_index; };
-  double loss = 1.0, z = 1.0;
-  if (a.mean) {
-    loss = block_total(a.rows, room, [&](int64_t n) {
-      if (!counts(n)) return 0.0;
-      const int64_t t = a.targets[n];
-      const bool known = t >= 0 && t < a.classes;
-      return static_cast<double>(weight(n)) * (a.class_weight.data && known ? at(a.class_weight, t) : 1.0f);
-    });
-    z = block_total(a.rows, room,
-                    [&](int64_t n) { return counts(n) ? static_cast<double>(weight(n)) : 0.0; });
-  }
-  double classes = static_cast<double>(a.classes);
-  if (a.class_weight.data) {
-    classes =
-        block_total(a.classes, room, [&](int64_t c) { return static_cast<double>(at(a.class_weight, c)); });
-  }
-  if (threadIdx.x == 0) a.divisors[0] = loss, a.divisors[1] = z, a.divisors[2] = classes;
-}
-
-__device__ __forceinline__ void store_loss(const LossTotals& a, int64_t place, double value) {
-  if (a.bf16_loss) {
-    static_cast<bf16*>(a.loss)[place] = from_float<bf16>(static_cast<float>(value));
-  } else {
-    static_cast<float*>(a.loss)[place] = static_cast<float>(value);
-  }
-}
-
-__global__ void __launch_bounds__(kSumThreads, 1) loss_totals(const LossTotals a) {
-  double* room = shared_memory<double>();
-  if (a.per_row) {
-    const int64_t n = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-    if (n >= a.rows) return;
-    store_loss(a, n * a.loss_stride, a.row_loss[n]);
-    if (a.z) static_cast<float*>(a.z)[n * a.z_stride] = static_cast<float>(a.row_z[n]);
-    return;
-  }
-  const double loss = block_total(a.rows, room, [&](int64_t n) { return a.row_loss[n]; });
-  if (threadIdx.x == 0) store_loss(a, 0, loss / a.divisors[0]);
-  if (!a.z) return;
-  const double z = block_total(a.rows, room, [&](int64_t n) { return a.row_z[n]; });
-  if (threadIdx.x == 0) *static_cast<float*>(a.z) = static_cast<float>(z / a.divisors[1]);
-}
-
-inline void run_loss_divisors(const LossDivisors& a) {
-  launch<&loss_divisors>({dim3(1), dim3(kSumThreads), kSumThreads * sizeof(double)}, a);
-}
-
-inline void run_loss_totals(const LossTotals& a) {
-  const int64_t blocks = a.per_row ? (a.rows + kSumThreads - 1) / kSumThreads : 1;
-  launch<&loss_totals>({dim3(static_cast<unsigned>(blocks)), dim3(kSumThreads), kSumThreads * sizeof(double)},
-                       a);
 }
 
 }  // namespace

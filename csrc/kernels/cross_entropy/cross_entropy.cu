@@ -1,5 +1,6 @@
 // Cross-entropy on CUDA: see core/cuda/loss_rows.cuh.
 #include "core/cuda/loss_rows.cuh"
+#include "core/cuda/loss_totals.cuh"
 #include "core/cuda/scratch.h"
 #include "kernels/cross_entropy/cross_entropy_body.h"
 

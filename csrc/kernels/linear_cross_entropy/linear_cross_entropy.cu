@@ -1,5 +1,6 @@
 // What lies between linear_cross_entropy's products on CUDA: see core/cuda/loss_rows.cuh.
 #include "core/cuda/loss_rows.cuh"
+#include "core/cuda/loss_totals.cuh"
 #include "kernels/linear_cross_entropy/linear_cross_entropy_rows_body.h"
 
 namespace gptcore::cuda {
