@@ -151,18 +151,22 @@ def test_swizzles_are_those_of_the_page(swizzle):
     assert torch.equal(back, x)
 
 
-def test_addresses_wrap():
-    """A dimension that ends where the rows asked for end: past them lie zeros, not the rows behind."""
+def test_a_box_ends_where_its_rows_do():
+    """A dimension one box long that begins a box before the tensor: behind the rows asked for lie zeros, not others."""
     x = torch.randn(30, 64).bfloat16()
-    last, stride = 1 << 30, 64
-    first, rows = 7, 11
     back = torch.full_like(x, -1)
     seen = torch.empty(16, 64, dtype=x.dtype)
-    sizes = [64, last, 0x7FFF0000, 0x7FFF0000]
-    strides = [1, stride, stride, (1 << 34) - stride]
-    at = [0, last - rows, first + rows, last]
+    first, rows, before = 7, 11, 16 * 64 * 2
     simt_module().copy_boxes(
-        "bfloat16", x.data_ptr(), back.data_ptr(), sizes, strides, [64, 16, 1, 1], at, 0, seen.data_ptr()
+        "bfloat16",
+        x.data_ptr() - before,
+        back.data_ptr() - before,
+        [64, 16, 31],
+        [1, 64, 64],
+        [64, 16, 1],
+        [0, 16 - rows, first + rows],
+        0,
+        seen.data_ptr(),
     )
     assert torch.equal(seen, torch.cat([x[first : first + rows], torch.zeros(5, 64).bfloat16()]))
     assert torch.equal(back[first : first + rows], x[first : first + rows])

@@ -12,32 +12,30 @@
 namespace gptcore::cuda {
 namespace {
 
-using backward_sm90::Schedule;
-
-Schedule schedule(int queries, int keys, int left, int right, int query_tile) {
-  Schedule s{};
-  s.queries = queries, s.keys = keys, s.left = left, s.right = right;
-  s.query_tile = query_tile, s.key_tile = 128, s.group = 1, s.members = s.members_abreast = 1;
-  return s;
-}
+using backward_sm90::BlockOrder;
 
 // Of every tile of keys the range of tiles of queries, and of every tile of queries the first tile of keys.
-auto ranges(int queries, int keys, int left, int right, int query_tile) {
-  const Schedule s = schedule(queries, keys, left, right, query_tile);
+auto ranges(int queries, int keys, int left, int right, int prefix, int query_tile) {
+  AttentionSequence s{};
+  s.queries = queries, s.keys = keys, s.left = left, s.right = right, s.prefix = prefix;
+  constexpr int kKeys = backward_sm90::TileShape<64>::kKeys;
   std::vector<std::pair<int, int>> of_keys;
   std::vector<int> first;
-  for (int k = 0; k < s.key_tiles(); ++k) of_keys.emplace_back(s.queries_of(k).begin, s.queries_of(k).end);
-  for (int q = 0; q < s.query_tiles(); ++q) first.push_back(s.first_key_tile(q));
+  for (int k = 0; k * kKeys < keys; ++k) {
+    const auto range = backward_sm90::queries_of(s, k, kKeys, query_tile);
+    of_keys.emplace_back(range.begin, range.end);
+  }
+  for (int q = 0; q * query_tile < queries; ++q)
+    first.push_back(backward_sm90::first_key_tile(s, q, kKeys, query_tile));
   return std::make_pair(of_keys, first);
 }
 
 // Member and tile of keys of every block.
-auto order(int keys, int members, int abreast) {
-  Schedule s = schedule(1, keys, -1, -1, 64);
-  s.members = members, s.members_abreast = abreast;
+auto order(int tiles, int members, int abreast) {
+  const BlockOrder order{members, abreast, tiles};
   std::vector<std::pair<int, int>> places;
-  for (int block = 0; block < s.blocks(); ++block)
-    places.emplace_back(s.place_of(block).member, s.place_of(block).tile);
+  for (int block = 0; block < order.blocks(); ++block)
+    places.emplace_back(order.place_of(block).member, order.place_of(block).tile);
   return places;
 }
 
@@ -51,7 +49,7 @@ bool takes(int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads, int64
   p.left = p.right = -1, p.keep = kKeepAll;
   p.q = p.out = p.dout = p.dq = {data, queries * heads * size, heads * size, size};
   p.k = p.v = p.dk = p.dv = {data, keys * kv_heads * size, kv_heads * size, size};
-  if (change == "packed") p.cu_q = p.cu_k = lengths;
+  if (change == "packed") p.cu_q = p.cu_k = lengths, p.total_q = queries, p.total_k = keys;
   if (change == "prefix") p.prefix = lengths;
   if (change == "pattern") p.stride = 8;
   if (change == "mask") p.mask.data = data;

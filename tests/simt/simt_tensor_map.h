@@ -34,7 +34,7 @@ struct SimtBoxes {
   }
 
   // Calls with the place in shared memory of each 16 bytes of the box at `at` which begins at `offset` there, where
-  // they lie in the tensor, and how many of them do. Addresses wrap at 2^64, as the engine's do.
+  // they lie in the tensor, and how many of them do.
   template <class Call>
   void each_chunk(const std::array<int, 5>& at, int64_t offset, const Call& call) const {
     const int64_t row_bytes = int64_t{box[0]} * element;

@@ -86,7 +86,7 @@ class KeyTile {
     return after == 0 ? -1 - before : before;
   }
   __device__ __forceinline__ int64_t place_of(int step) const {
-    return tile_and_head(c_, plan_.s, kTiles.queries, tile_of(step), head_of(step));
+    return tile_and_head(c_.p, plan_.s, kTiles.queries, tile_of(step), head_of(step));
   }
   // By the first thread of warp `by`, behind a barrier after the step's last store.
   __device__ __forceinline__ void signal_turn(int step, int by) const {

@@ -61,7 +61,8 @@ void bias_gradient(const BackwardCall& c) {
 template <class T, int kHead, bool kModified>
 void backward(const AttentionProblem& p) {
   constexpr BackwardTiles kTiles = backward_tiles(sizeof(T), kHead, kModified);
-  BackwardCall c{p};
+  BackwardCall c{};
+  c.p = p;
   const auto tiles = [&](const int32_t* cu, int64_t total, int64_t length, int tile) {
     return static_cast<int>(attention_tiles(cu, total, p.batch, length, tile));
   };
@@ -73,11 +74,9 @@ void backward(const AttentionProblem& p) {
       aligned<T>(p.dq, 2 * sizeof(T)) && aligned<T>(p.dk, 2 * sizeof(T)) && aligned<T>(p.dv, 2 * sizeof(T));
   const DeviceScratch scratch(place_scratch(&c, kTiles, nullptr));
   place_scratch(&c, kTiles, scratch.as<char>());
-  const auto heads = static_cast<unsigned>(p.heads), query_tiles = static_cast<unsigned>(c.query_tiles);
   set_bytes(c.turns, 0, c.query_tiles * p.heads * 4);
-  launch<&backward_rows<T>>({dim3(query_tiles, heads), dim3(kBackwardThreads), 32 * sizeof(float)}, c,
-                            kTiles.queries, aligned<T>(p.dout, 16) && aligned<T>(p.out, 16));
-  if (p.dsinks) launch<&backward_sinks>({dim3(heads), dim3(kWarp)}, c);
+  prepare_rows<T>({p, c.query_tiles, kTiles.queries, aligned<T>(p.dout, 16) && aligned<T>(p.out, 16), c.lse,
+                   c.delta, c.sinks});
   const dim3 grid(static_cast<unsigned>(c.key_tiles), static_cast<unsigned>(p.kv_heads));
   launch<&backward_keys<T, kHead, kModified>>(
       {grid, dim3(kBackwardThreads), kTiles.shared_bytes(c.stages), 1, true}, c);

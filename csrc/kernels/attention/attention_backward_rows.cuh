@@ -1,12 +1,22 @@
 // What the backward pass needs of each row before it: lse in powers of two, delta = dout . out - dlse, zeros in dq where
-// no key is seen, and the gradients of sinks.
+// a tile sees no key, and the gradients of sinks.
 #pragma once
 
+#include "core/cuda/pack.cuh"
 #include "core/cuda/reduce.cuh"
-#include "kernels/attention/attention_backward_tile.cuh"
+#include "kernels/attention/attention_backward_tiles.h"
 #include "kernels/attention/attention_scores.cuh"
 
-namespace gptcore::cuda::backward_mma {
+namespace gptcore::cuda {
+
+// By tile_and_head().
+struct BackwardRows {
+  AttentionProblem p;
+  int tiles, queries;  // of all sequences; of a tile
+  bool packed;         // rows of dout and out begin at multiples of 16 bytes
+  float *lse, *delta;  // of each row of each tile: lse is infinite where probabilities shall be 0
+  float* sinks;        // sums of each tile, where dsinks is wanted
+};
 
 // Eight lanes a row: 128 bytes of it in each access.
 constexpr int kRowLanes = 8;
@@ -29,9 +39,9 @@ __device__ __forceinline__ float row_product(const T* x, const T* y, int size, b
 
 // A block a tile of queries and a head, as many blocks as there are tiles in all.
 template <class T>
-__global__ void __launch_bounds__(kBackwardThreads)
-    backward_rows(const BackwardCall c, int queries, bool packed) {
+__global__ void __launch_bounds__(kBackwardThreads) backward_rows(const __grid_constant__ BackwardRows c) {
   const AttentionProblem& p = c.p;
+  const int queries = c.queries;
   const TileOfBatch tile = tile_of_batch(p.cu_q, p.batch, p.queries, queries, static_cast<int>(blockIdx.x));
   const AttentionSequence s = sequence_of(p, tile.index, static_cast<int>(blockIdx.y));
   const int size = static_cast<int>(p.head_dim), end = min(tile.first + queries, s.queries);
@@ -39,12 +49,12 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const bool unseen = !idle && s.keys_of_queries(tile.first, end).empty();
   const T *dout = query_rows<const T>(p.dout, s), *out = query_rows<const T>(p.out, s);
   const float sink = p.dsinks ? p.sinks[s.head] * kLog2e : 0.0f;
-  const int64_t place = idle ? 0 : tile_and_head(c, s, queries, tile.first / queries, s.head) * queries;
+  const int64_t place = idle ? 0 : tile_and_head(p, s, queries, tile.first / queries, s.head) * queries;
   float sinks = 0.0f;
   for (int r = static_cast<int>(threadIdx.x) / kRowLanes; r < queries && !idle;
        r += kBackwardThreads / kRowLanes) {
     const int query = tile.first + r, real = min(query, end - 1);
-    float delta = row_product(dout + real * p.dout.token, out + real * p.out.token, size, packed);
+    float delta = row_product(dout + real * p.dout.token, out + real * p.out.token, size, c.packed);
     const float lse = lse_rows<const float>(p.lse, p, s)[real];
     const bool sees = query < end && lse != -INFINITY;
     if (p.dlse && sees) delta -= lse_rows<const float>(p.dlse, p, s)[real];
@@ -66,12 +76,20 @@ __global__ void __launch_bounds__(kBackwardThreads)
 }
 
 // A warp a head: over its tiles, in an order that their number gives.
-__global__ void __launch_bounds__(kWarp) backward_sinks(const BackwardCall c) {
-  double sum = 0.0;
-  for (int tile = lane(); tile < c.query_tiles; tile += kWarp)
-    sum += static_cast<double>(c.sinks[tile * c.p.heads + blockIdx.x]);
+template <class Sum>
+__global__ void __launch_bounds__(kWarp) backward_sinks(const __grid_constant__ BackwardRows c) {
+  Sum sum = 0;
+  for (int tile = lane(); tile < c.tiles; tile += kWarp)
+    sum += static_cast<Sum>(c.sinks[tile * c.p.heads + blockIdx.x]);
   for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullMask, sum, step);
   if (lane() == 0) c.p.dsinks[blockIdx.x] = static_cast<float>(sum);
 }
 
-}  // namespace gptcore::cuda::backward_mma
+template <class T>
+void prepare_rows(const BackwardRows& c) {
+  const auto tiles = static_cast<unsigned>(c.tiles), heads = static_cast<unsigned>(c.p.heads);
+  launch<&backward_rows<T>>({dim3(tiles, heads), dim3(kBackwardThreads), kWarp * sizeof(float)}, c);
+  if (c.p.dsinks) launch<&backward_sinks<double>>({dim3(heads), dim3(kWarp)}, c);
+}
+
+}  // namespace gptcore::cuda

@@ -2,51 +2,31 @@
 #include "kernels/attention/attention_backward_sm90.cuh"
 
 #include "core/cuda/scratch.h"
-#include "kernels/attention/attention_backward_sm90_rows.cuh"
+#include "kernels/attention/attention_backward_rows.cuh"
+#include "kernels/attention/attention_backward_sm90_dq.cuh"
 #include "kernels/attention/attention_cuda.h"
 
 namespace gptcore::cuda {
 namespace backward_sm90 {
 namespace {
 
-// A tensor as boxes of 64 columns by `rows` tokens.
-template <class T>
-TensorBoxes boxes_of(const AttentionProblem& p, const AttentionTensor& t, int64_t tokens, int64_t heads,
-                     int rows) {
-  return {t.data,
-          dtype_of<T>(),
-          4,
-          {p.head_dim, tokens, heads, p.batch},
-          {1, t.token, t.head, t.batch},
-          {64, rows, 1, 1},
-          128};
-}
-
 bool in_packs(const AttentionProblem& p, const AttentionTensor& t) {
   return can_pack<uint16_t>(t.data, t.token | t.head | (p.batch > 1 ? t.batch : 0));
 }
 
-int bound_of(int64_t window, const AttentionProblem& p) {
-  return window < 0 || window >= p.queries + p.keys ? -1 : static_cast<int>(window);
-}
-
 template <int D>
-Schedule schedule_of(const AttentionProblem& p) {
-  using Tiles = TileShape<D>;
-  Schedule s;
-  s.queries = static_cast<int>(p.queries), s.keys = static_cast<int>(p.keys);
-  s.left = bound_of(p.left, p), s.right = bound_of(p.right, p);
-  s.query_tile = Tiles::kQueries, s.key_tile = Tiles::kKeys;
-  s.group = static_cast<int>(p.heads / p.kv_heads);
-  s.members = static_cast<int>(p.batch * p.kv_heads);
-  s.members_abreast = members_abreast(p.queries, s.group, D, s.members);
-  return s;
+BlockOrder order_of(const AttentionProblem& p) {
+  const int64_t members = p.cu_q ? p.kv_heads : p.batch * p.kv_heads;
+  const int64_t tiles = attention_tiles(p.cu_k, p.total_k, p.batch, p.keys, TileShape<D>::kKeys);
+  const int64_t queries = p.cu_q ? (p.total_q + p.batch - 1) / p.batch : p.queries;
+  return {static_cast<int>(members), members_abreast(queries, p.heads / p.kv_heads, D, members),
+          static_cast<int>(p.cu_q ? tiles : tiles / p.batch)};
 }
 
 template <class T, int D, bool kModified>
 void compute_tiles(const Arguments& a) {
   launch<&attention_backward_tiles<T, D, kModified>>(
-      {dim3(static_cast<unsigned>(a.schedule.blocks())), dim3(TileShape<D>::kThreads),
+      {dim3(static_cast<unsigned>(a.order.blocks())), dim3(TileShape<D>::kThreads),
        TileShape<D>::kSharedBytes, 1, true},
       a);
 }
@@ -54,41 +34,33 @@ void compute_tiles(const Arguments& a) {
 template <class T, int D>
 void backward(const AttentionProblem& p) {
   using Tiles = TileShape<D>;
-  const Schedule s = schedule_of<D>(p);
-  const int64_t rows = p.batch * p.heads, padded = int64_t{s.query_tiles()} * Tiles::kQueries;
-  const int64_t parts = rows * s.query_tiles() * Tiles::kConsumers;
-  const DeviceScratch constants(2 * rows * padded * 4), sums(parts * Tiles::kDqElements * 4),
-      turns(parts * 4);
+  const auto tiles =
+      static_cast<int>(attention_tiles(p.cu_q, p.total_q, p.batch, p.queries, Tiles::kQueries));
+  const int64_t places = tiles * p.heads, rows = places * Tiles::kQueries,
+                turn_bytes = places * Tiles::kConsumers * 4;
+  const DeviceScratch constants((2 * rows + (p.dsinks ? places : 0)) * 4), sums(rows * D * 4),
+      turns(turn_bytes);
   float* lse = constants.as<float>();
-  const RowArguments r{p, s, lse, lse + rows * padded, sums.as<float>(), turns.as<int>()};
-  set_bytes(turns.as<int>(), 0, parts * 4);
-
-  constexpr int kRowsOfBlock = kRowThreads / (D / kPackElements<T>);
-  const auto row_blocks = static_cast<unsigned>(padded / kRowsOfBlock);
-  launch<&prepare_rows<T, D>>({dim3(row_blocks, static_cast<unsigned>(rows)), dim3(kRowThreads)}, r);
-  if (p.dsinks) launch<&sum_sinks>({dim3(static_cast<unsigned>(p.heads)), dim3(kRowThreads), 32 * 4}, r);
-  const Arguments a{tensor_map(boxes_of<T>(p, p.q, p.queries, p.heads, Tiles::kQueries)),
-                    tensor_map(boxes_of<T>(p, p.dout, p.queries, p.heads, Tiles::kQueries)),
-                    tensor_map(boxes_of<T>(p, p.k, p.keys, p.kv_heads, Tiles::kKeys)),
-                    tensor_map(boxes_of<T>(p, p.v, p.keys, p.kv_heads, Tiles::kKeys)),
-                    s,
-                    r.lse,
-                    r.delta,
+  prepare_rows<T>({p, tiles, Tiles::kQueries, true, lse, lse + rows, lse + 2 * rows});
+  set_bytes(turns.as<int>(), 0, turn_bytes);
+  const DType dtype = dtype_of<T>();
+  const Arguments a{tensor_map(query_boxes(p.q, dtype, p, Tiles::kQueries)),
+                    tensor_map(query_boxes(p.dout, dtype, p, Tiles::kQueries)),
+                    tensor_map(key_boxes(p.k, dtype, p, Tiles::kKeys)),
+                    tensor_map(key_boxes(p.v, dtype, p, Tiles::kKeys)),
+                    p,
+                    order_of<D>(p),
+                    lse,
+                    lse + rows,
                     sums.as<float>(),
-                    turns.as<int>(),
-                    p.dk,
-                    p.dv,
-                    static_cast<int>(p.kv_heads),
-                    p.scale,
-                    {p.soft_cap, p.slopes, p.slopes_batch, p.slopes_head, p.keep, p.keep_scale, p.seed,
-                     p.seed_at, p.offset}};
+                    turns.as<int>()};
   if (p.soft_cap > 0 || p.slopes || p.keep < kKeepAll) {
     compute_tiles<T, D, true>(a);
   } else {
     compute_tiles<T, D, false>(a);
   }
   launch<&write_dq<T, D>>(
-      {dim3(static_cast<unsigned>(s.query_tiles()), static_cast<unsigned>(rows)), dim3(kRowThreads)}, r);
+      {dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.heads)), dim3(kDqThreads)}, a);
 }
 
 }  // namespace
@@ -99,16 +71,18 @@ bool attention_backward_sm90_takes(const AttentionProblem& p) {
   using namespace backward_sm90;
   constexpr int64_t kMost = int64_t{1} << 24;  // tokens: sums of places stay in 32 bits
   if (limits().arch != 90 || (p.head_dim != 64 && p.head_dim != 128)) return false;
-  if (p.cu_q || p.prefix || p.stride || p.mask.data || p.bias.data) return false;
-  if (p.queries < 1 || p.queries > kMost || p.keys < 1 || p.keys > kMost || p.batch * p.heads > 65535)
+  if (p.stride || p.mask.data || p.bias.data) return false;
+  if (p.batch < 1 || p.queries < 1 || p.queries > kMost || p.keys < 1 || p.keys > kMost || p.heads > 65535)
     return false;
-  if (schedule_of<64>(p).blocks() > INT32_MAX) return false;
-  const int rows = TileShape<64>::kKeys;
-  return !unfit_for_tensor_map(boxes_of<T>(p, p.q, p.queries, p.heads, rows)) &&
-         !unfit_for_tensor_map(boxes_of<T>(p, p.dout, p.queries, p.heads, rows)) &&
-         !unfit_for_tensor_map(boxes_of<T>(p, p.k, p.keys, p.kv_heads, rows)) &&
-         !unfit_for_tensor_map(boxes_of<T>(p, p.v, p.keys, p.kv_heads, rows)) && in_packs(p, p.dout) &&
-         in_packs(p, p.out) && in_packs(p, p.dq) && in_packs(p, p.dk) && in_packs(p, p.dv);
+  const int64_t tiles = attention_tiles(p.cu_k, p.total_k, p.batch, p.keys, TileShape<64>::kKeys);
+  if (tiles * p.kv_heads > INT32_MAX) return false;
+  const auto fit = [](const TensorBoxes& b) { return !unfit_for_tensor_map(b); };
+  constexpr int kRows = TileShape<64>::kKeys;
+  constexpr DType kType = dtype_of<T>();
+  return fit(query_boxes(p.q, kType, p, kRows)) && fit(query_boxes(p.dout, kType, p, kRows)) &&
+         fit(key_boxes(p.k, kType, p, kRows)) && fit(key_boxes(p.v, kType, p, kRows)) &&
+         in_packs(p, p.dout) && in_packs(p, p.out) && in_packs(p, p.dq) && in_packs(p, p.dk) &&
+         in_packs(p, p.dv);
 }
 
 template <class T>

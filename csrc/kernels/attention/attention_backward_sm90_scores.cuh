@@ -9,34 +9,27 @@
 
 namespace gptcore::cuda::backward_sm90 {
 
-// Options that act on scores, as the kernel wants them.
-struct Modifiers {
-  float soft_cap;       // 0: none
-  const float* slopes;  // ALiBi, or null
-  int64_t slopes_batch, slopes_head;
-  int keep;  // of 65536 probabilities; all: no dropout
-  float keep_scale;
-  uint64_t seed;
-  const int64_t* seed_at;  // where it is read from instead, or null
-  uint32_t offset;
-};
-
 // The scores of one warpgroup's keys with one tile of queries, as a thread of it sees them.
 struct ScoreTile {
-  int distance;            // its first key less its first query's own place
-  int lowest, highest[2];  // distances that are seen; its keys may lie behind the last
-  bool whole;              // all that the warpgroup has is seen
+  int distance;  // its first key less its first query's own place
+  int lowest,
+      highest[2];  // distances that are seen by its keys, which may lie in the prefix or behind the last
+  bool whole;      // all that the warpgroup has is seen
 
   // keys, queries: the first of the warpgroup's 64 and of the tile's `count`.
-  __device__ ScoreTile(int keys, int queries, int count, int key_count, int shift, int left, int right) {
-    const int row = keys + static_cast<int>(threadIdx.x) / kWarp % 4 * 16 + lane() / 4;
-    distance = row - queries - lane() % 4 * 2 - shift;
-    lowest = left < 0 ? INT32_MIN : -left;
-    const int most = right < 0 ? INT32_MAX : right;
-    highest[0] = row < key_count ? most : INT32_MIN;
-    highest[1] = row + 8 < key_count ? most : INT32_MIN;
-    whole = keys + 64 <= key_count && keys + 63 - queries - shift <= most &&
-            keys - (queries + count - 1) - shift >= lowest;
+  __device__ ScoreTile(const AttentionSequence& s, int keys, int queries, int count) {
+    const int row = keys + static_cast<int>(threadIdx.x) / kWarp % 4 * 16 + lane() / 4,
+              place = s.place_of(queries);
+    distance = row - place - lane() % 4 * 2;
+    lowest = s.left < 0 ? INT32_MIN : -s.left;
+    const int most = s.right < 0 ? INT32_MAX : s.right;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key = row + 8 * h;
+      highest[h] = key >= s.keys ? INT32_MIN : key < s.prefix ? INT32_MAX : most;
+    }
+    whole = keys + 64 <= s.keys && (keys + 64 <= s.prefix || keys + 63 - place <= most) &&
+            keys - (place + count - 1) >= lowest;
   }
 
   template <int j, int h, int e>
@@ -62,13 +55,13 @@ struct KeptElements {
 // lanes fetch each other's bits.
 // keys, queries: the first of the warpgroup's and of the tile's. head: over all sequences.
 template <int kQueries, bool kModified>
-__device__ __forceinline__ KeptElements<kQueries> draw_kept(const Modifiers& m, int keys, int queries,
+__device__ __forceinline__ KeptElements<kQueries> draw_kept(const AttentionProblem& p, int keys, int queries,
                                                             int head) {
   KeptElements<kQueries> kept;
 #pragma unroll
   for (uint32_t& bits : kept.bits) bits = ~0u;
-  if (!kModified || m.keep >= 65536) return kept;
-  const uint64_t seed = m.seed_at ? static_cast<uint64_t>(*m.seed_at) : m.seed;
+  if (!kModified || p.keep >= 65536) return kept;
+  const uint64_t seed = p.seed_at ? static_cast<uint64_t>(*p.seed_at) : p.seed;
   const int group = lane() / 4;
   const uint32_t first_eight =
       static_cast<uint32_t>(keys / 8 + static_cast<int>(threadIdx.x) / kWarp % 4 * 2);
@@ -79,12 +72,12 @@ __device__ __forceinline__ KeptElements<kQueries> draw_kept(const Modifiers& m, 
 #pragma unroll 1
     for (uint32_t call = 0; call < 4; ++call) {  // 2 e + h
       const PhiloxWords words =
-          philox(seed, {{first_eight + call % 2, query + call / 2, static_cast<uint32_t>(head), m.offset}});
+          philox(seed, {{first_eight + call % 2, query + call / 2, static_cast<uint32_t>(head), p.offset}});
       uint32_t eight = 0;
 #pragma unroll
       for (int key = 0; key < 8; ++key) {
         const uint32_t value = words.at[key / 2] >> (key % 2 * 16) & 0xffffu;
-        eight |= static_cast<uint32_t>(static_cast<int>(value) < m.keep) << key;
+        eight |= static_cast<uint32_t>(static_cast<int>(value) < p.keep) << key;
       }
       mine |= eight << (8 * call);
     }
@@ -104,8 +97,7 @@ template <class T, int kQueries, bool kModified, bool kMasked>
 struct Probabilities {
   static constexpr int kCount = kQueries / 2;
 
-  float scale;  // of the softmax
-  const Modifiers& m;
+  const AttentionProblem& problem;
   float slope;  // of the head, in powers of two
   const ScoreTile& tile;
   const KeptElements<kQueries>& kept;
@@ -113,8 +105,8 @@ struct Probabilities {
   // The four elements of queries 8 j + ...: scores in powers of two, and derivatives by the scaled products.
   template <int j>
   __device__ __forceinline__ void modify(const float* scores, float (&x)[4], float (&derivatives)[4]) const {
-    if (m.soft_cap > 0) {
-      const float inner = scale / m.soft_cap, cap = m.soft_cap * kLog2e;
+    if (problem.soft_cap > 0) {
+      const float inner = problem.scale / problem.soft_cap, cap = problem.soft_cap * kLog2e;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float t = cap_tanh<T>(scores[i] * inner);
@@ -122,7 +114,7 @@ struct Probabilities {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = scores[i] * (scale * kLog2e), derivatives[i] = 1.0f;
+      for (int i = 0; i < 4; ++i) x[i] = scores[i] * (problem.scale * kLog2e), derivatives[i] = 1.0f;
     }
     // A slope of 0 where there are none.
     const float distance = static_cast<float>(tile.distance - 8 * j);
@@ -140,7 +132,7 @@ struct Probabilities {
         modify<j>(scores + 4 * j, p, derivatives);
       } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[i] = scores[4 * j + i] * (scale * kLog2e);
+        for (int i = 0; i < 4; ++i) p[i] = scores[4 * j + i] * (problem.scale * kLog2e);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[i] = exp2_approximate(p[i] - (i % 2 ? l.y : l.x));

@@ -9,7 +9,7 @@
 
 namespace gptcore::cuda::backward_mma {
 
-// Scratch of one call. Tiles of queries are numbered through all sequences and, within one number, by heads.
+// Scratch of one call, by tile_and_head().
 struct BackwardCall {
   AttentionProblem p;
   int query_tiles, key_tiles;  // of all sequences
@@ -21,19 +21,6 @@ struct BackwardCall {
   int* turns;          // how many tiles of keys have added theirs
   float* sinks;        // sums of each tile
 };
-
-// The number of the first tile of queries of a sequence.
-__device__ __forceinline__ int first_query_tile(const BackwardCall& c, const AttentionSequence& s,
-                                                int queries) {
-  return c.p.cu_q ? static_cast<int>(s.q_begin) / queries + s.index
-                  : s.index * ((s.queries + queries - 1) / queries);
-}
-
-// The number of a tile of a sequence and a head.
-__device__ __forceinline__ int64_t tile_and_head(const BackwardCall& c, const AttentionSequence& s,
-                                                 int queries, int tile, int head) {
-  return (first_query_tile(c, s, queries) + int64_t{tile}) * c.p.heads + head;
-}
 
 // The first row of a tensor of queries in a tile of theirs.
 template <class T>
@@ -113,7 +100,7 @@ __device__ __forceinline__ void load_stage(const BackwardCall& c, const Attentio
   load_tile<kTiles.queries, kHead, kTiles.head_pitch()>(shared.dout(stage),
                                                         query_tile<const T>(c.p.dout, s, first, head),
                                                         c.p.dout.token, rows, size, c.packed_rows);
-  const int64_t at = tile_and_head(c, s, kTiles.queries, tile, head) * kTiles.queries;
+  const int64_t at = tile_and_head(c.p, s, kTiles.queries, tile, head) * kTiles.queries;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kTiles.queries / 4) {
     copy_async(shared.lse(stage) + 4 * thread, c.lse + at + 4 * thread);

@@ -70,13 +70,13 @@ __device__ ForwardJob forward_job(const ForwardTask& task, int i) {
 
 // A tile's panels, of kTokens tokens each. One thread's business.
 template <int kDim, int kTokens>
-__device__ void load_tokens(unsigned char* to, const TensorMap& map, uint64_t* full,
-                            const ForwardPlace& place, int token, int head) {
+__device__ void load_tokens(unsigned char* to, const TensorMap& map, uint64_t* full, BoxPlace place,
+                            int head) {
   constexpr int kColumns = ForwardSizes<kDim>::kColumns;
   mbarrier_arrive_expecting(full, kTokens * kColumns * 2);
 #pragma unroll
-  for (int c = 0; c < kColumns; c += kForwardPanel)
-    tma_load(to + c * 2 * kTokens, map, full, c, place.token + token, head, place.at[0], place.at[1]);
+  for (int c = 0; c < kColumns; c += kPanelColumns)
+    tma_load(to + c * 2 * kTokens, map, full, c, place.token, head, place.sequence);
 }
 
 template <int kDim>
@@ -86,11 +86,13 @@ __device__ void load_tiles(const ForwardTask& task, ForwardShared<kDim>& shared)
   Ring<Sizes::kStages> k_ring, v_ring;
   unsigned tiles = 0;
   const auto load = [&](auto& ring, auto& buffers, uint64_t* full, uint64_t* empty, const TensorMap& map,
-                        const ForwardPlace& place, int block, int head) {
+                        const AttentionSequence& s, int block) {
     mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
-    if (leader)
-      load_tokens<kDim, Sizes::kKeys>(buffers[ring.stage], map, full + ring.stage, place,
-                                      block * Sizes::kKeys, head);
+    if (leader) {
+      load_tokens<kDim, Sizes::kKeys>(
+          buffers[ring.stage], map, full + ring.stage,
+          box_place(packed, s.index, s.k_begin, s.keys, block * Sizes::kKeys, Sizes::kKeys), s.kv_head);
+    }
     ring.next();
   };
   const auto publish = [&](const ForwardJob& job) {  // once the tile before is done with Q
@@ -103,20 +105,20 @@ __device__ void load_tiles(const ForwardTask& task, ForwardShared<kDim>& shared)
     if (task.taken && leader) next = static_cast<int>(gridDim.x) + atomicAdd(task.taken, 1);
     const ForwardJob job = forward_job<kDim>(task, i);
     if (job.first < job.s.queries) {  // tiles behind a document's end are nobody's
-      const ForwardPlace keys = forward_place(packed, job.s.index, job.s.k_begin, job.s.keys);
       const auto load_k = [&](int block) {
-        load(k_ring, shared.k, shared.k_full, shared.k_empty, task.k, keys, block, job.s.kv_head);
+        load(k_ring, shared.k, shared.k_full, shared.k_empty, task.k, job.s, block);
       };
       if (job.begin < job.end) load_k(job.end - 1);
       publish(job);
       if (leader) {
-        load_tokens<kDim, kForwardQueries>(shared.q, task.q, &shared.q_full,
-                                           forward_place(packed, job.s.index, job.s.q_begin, job.s.queries),
-                                           job.first, job.s.head);
+        load_tokens<kDim, kForwardQueries>(
+            shared.q, task.q, &shared.q_full,
+            box_place(packed, job.s.index, job.s.q_begin, job.s.queries, job.first, kForwardQueries),
+            job.s.head);
       }
       for (int block = job.end - 1; block >= job.begin; --block) {
         if (block > job.begin) load_k(block - 1);
-        load(v_ring, shared.v, shared.v_full, shared.v_empty, task.v, keys, block, job.s.kv_head);
+        load(v_ring, shared.v, shared.v_full, shared.v_empty, task.v, job.s, block);
       }
     }
     i = __shfl_sync(kFullMask, next, 0);
@@ -275,9 +277,9 @@ template <class T, int kDim, bool kPlain>
 void forward(const AttentionProblem& p) {
   constexpr int kKeys = ForwardSizes<kDim>::kKeys;
   const DType dtype = dtype_of<T>();
-  ForwardTask task{tensor_map(forward_boxes(p.q, dtype, p.queries, p.heads, p, kForwardQueries)),
-                   tensor_map(forward_boxes(p.k, dtype, p.keys, p.kv_heads, p, kKeys)),
-                   tensor_map(forward_boxes(p.v, dtype, p.keys, p.kv_heads, p, kKeys)),
+  ForwardTask task{tensor_map(query_boxes(p.q, dtype, p, kForwardQueries)),
+                   tensor_map(key_boxes(p.k, dtype, p, kKeys)),
+                   tensor_map(key_boxes(p.v, dtype, p, kKeys)),
                    p,
                    forward_tiles(p),
                    nullptr};
@@ -307,11 +309,10 @@ bool attention_forward_sm90_takes(const AttentionProblem& p) {
   if (tiles * p.heads > kMaxTokens) return false;
   if (!can_pack<T>(p.out.data, p.out.token) || !can_pack<T>(p.out.data, p.out.head | p.out.batch))
     return false;
-  const auto fits = [&](const AttentionTensor& t, int64_t tokens, int64_t heads) {
-    return !unfit_for_tensor_map(forward_boxes(t, dtype_of<T>(), tokens, heads, p, kForwardQueries));
-  };
-  return p.head_dim % 8 == 0 && fits(p.q, p.queries, p.heads) && fits(p.k, p.keys, p.kv_heads) &&
-         fits(p.v, p.keys, p.kv_heads);
+  const auto fit = [](const TensorBoxes& b) { return !unfit_for_tensor_map(b); };
+  return p.head_dim % 8 == 0 && fit(query_boxes(p.q, dtype_of<T>(), p, kForwardQueries)) &&
+         fit(key_boxes(p.k, dtype_of<T>(), p, kForwardQueries)) &&
+         fit(key_boxes(p.v, dtype_of<T>(), p, kForwardQueries));
 }
 
 template <class T>

@@ -1,9 +1,8 @@
-// What surrounds the forward kernel for sm_90: its sizes, the order of its tiles, and how the copy engine is told of q,
-// k and v. A tile is kQueries queries of one head.
+// What surrounds the forward kernel for sm_90: its sizes and the order of its tiles. A tile is kQueries queries of one
+// head.
 #pragma once
 
-#include "core/cuda/tensor_map.h"
-#include "kernels/attention/attention_masks.cuh"
+#include "kernels/attention/attention_boxes.cuh"
 
 namespace gptcore::cuda {
 
@@ -11,7 +10,6 @@ namespace gptcore::cuda {
 
 constexpr int kForwardQueries = 128;  // of a tile: 64 for each of two warpgroups
 constexpr int kForwardThreads = 384;  // and a third warpgroup that loads
-constexpr int kForwardPanel = 64;     // columns of a tile's panels: 128 bytes
 
 // Head sizes are padded with zeros to kDim: 64, 96, 128, 192 or 256; in shared memory to whole panels.
 template <int kDim>
@@ -19,7 +17,7 @@ struct ForwardSizes {
   // Of a block: S, P and O fit a thread's 240 registers.
   static constexpr int kKeys = kDim > 192 ? 64 : kDim > 128 ? 96 : 128;
   static constexpr int kStages = kDim > 128 ? 2 : kDim > 64 ? 3 : 4;
-  static constexpr int kColumns = (kDim + kForwardPanel - 1) / kForwardPanel * kForwardPanel;
+  static constexpr int kColumns = (kDim + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
   static constexpr int kQueryBytes = kForwardQueries * kColumns * 2;
   static constexpr int kKeyBytes = kKeys * kColumns * 2;
 };
@@ -75,35 +73,6 @@ __device__ inline ForwardTile forward_tile_of(const AttentionProblem& p, const F
   const int heads = static_cast<int>(p.heads);
   const TileOfBatch tile = tile_of_batch(p.cu_q, p.batch, p.queries, kForwardQueries, i / heads);
   return {tile.index, i % heads, tile.first};
-}
-
-// --- q, k and v for the copy engine ----------------------------------------------------------------------------
-//
-// Five dimensions: column, token, head and two that say which sequence. Of packed documents the engine must not bring
-// the next one's tokens behind the last, which would multiply zero probabilities and may be infinite. So tokens end at
-// kRaggedEnd, wherever that is: token t of a document of n from `begin` on is at (kRaggedEnd - n + t, begin + n,
-// kRaggedEnd) of dimensions with strides s, s and 2^34 - s, whose sum is (begin + t) s + 2^64, and addresses wrap.
-
-constexpr int kRaggedEnd = 1 << 30;
-
-inline TensorBoxes forward_boxes(const AttentionTensor& t, DType dtype, int64_t tokens, int64_t heads,
-                                 const AttentionProblem& p, int box_tokens) {
-  TensorBoxes b{t.data, dtype, 5, {}, {}, {kForwardPanel, box_tokens, 1, 1, 1}, 2 * kForwardPanel};
-  b.sizes[0] = p.head_dim, b.sizes[2] = heads;
-  b.strides[0] = 1, b.strides[1] = t.token, b.strides[2] = t.head;
-  b.sizes[1] = p.cu_q ? kRaggedEnd : tokens;
-  b.sizes[3] = p.cu_q ? 0x7fff0000 : p.batch, b.strides[3] = p.cu_q ? t.token : t.batch;
-  b.sizes[4] = p.cu_q ? 0x7fff0000 : 1, b.strides[4] = p.cu_q ? (int64_t{1} << 34) - t.token : 0;
-  return b;
-}
-
-// Coordinates of a sequence's first token, the column and the head left out.
-struct ForwardPlace {
-  int token, at[2];
-};
-__device__ inline ForwardPlace forward_place(bool packed, int index, int64_t begin, int tokens) {
-  if (!packed) return {0, {index, 0}};
-  return {kRaggedEnd - tokens, {static_cast<int>(begin) + tokens, kRaggedEnd}};
 }
 
 }  // namespace gptcore::cuda

@@ -135,6 +135,15 @@ inline int64_t attention_tiles(const int32_t* cu, int64_t total, int64_t batch, 
   return cu ? total / tile + batch : batch * ((length + tile - 1) / tile);
 }
 
+// The number of a tile of queries and a head: tiles through all sequences, as many of each as attention_tiles() leaves
+// it, and the heads of one number after each other. `nth`: in the sequence.
+__device__ inline int64_t tile_and_head(const AttentionProblem& p, const AttentionSequence& s, int tile,
+                                        int nth, int head) {
+  const int first =
+      p.cu_q ? static_cast<int>(s.q_begin) / tile + s.index : s.index * ((s.queries + tile - 1) / tile);
+  return (first + int64_t{nth}) * p.heads + head;
+}
+
 struct TileOfBatch {
   int index, first;  // the sequence, and the tile's first token in it: beyond the last where the tile is idle
 };
