@@ -37,20 +37,23 @@ void adafactor_blocks(int phase, const TensorList& params, const TensorList& gra
                       const TensorList& row_vars, const TensorList& col_vars, const TensorList& variances,
                       const TensorList& exp_avgs, const TensorList& copies,
                       const std::vector<SliceNumbers>& slices, const std::vector<double>& weight_decay,
-                      double step_size, double beta2, double beta1, double eps1, double eps2, bool eps_added,
-                      std::optional<double> clip_threshold, bool scale_parameter, bool scaled_decay,
-                      bool maximize, std::optional<double> max_norm, double grad_scale,
-                      std::optional<double> grad_norm, const TensorList& statistics, const TensorList& totals,
+                      const StepNumber& step_size, const StepNumber& beta2, double beta1, double eps1,
+                      double eps2, bool eps_added, std::optional<double> clip_threshold, bool scale_parameter,
+                      bool scaled_decay, bool maximize, std::optional<double> max_norm,
+                      const StepNumber& grad_scale, const std::optional<StepNumber>& grad_norm,
+                      const StepNumber& decay_factor, const TensorList& statistics, const TensorList& totals,
                       const TensorList& sums) {
   std::vector<gptcore::AdafactorSlice> places;
   for (const SliceNumbers& s : slices) places.push_back({s[0], s[1], s[2], s[3], s[4]});
-  const gptcore::AdafactorSlices call = {{params.views, grads.views, row_vars.views, col_vars.views,
-                                          variances.views, exp_avgs.views, copies.views},
-                                         places,
-                                         weight_decay};
+  const gptcore::AdafactorSlices call = {
+      {params.views, grads.views, row_vars.views, col_vars.views, variances.views, exp_avgs.views,
+       copies.views},
+      places,
+      weight_decay,
+      gptcore::AdafactorGiven{step_size, beta2, decay_factor, grad_scale, grad_norm, {}, {}}};
   const gptcore::AdafactorOptions options = {
-      step_size,       beta2,        beta1,    eps1,     eps2,       eps_added, clip_threshold,
-      scale_parameter, scaled_decay, maximize, max_norm, grad_scale, grad_norm};
+      0.0,          0.0,      beta1,    eps1, eps2,        eps_added, clip_threshold, scale_parameter,
+      scaled_decay, maximize, max_norm, 1.0,  std::nullopt};
   if (phase == 1) gptcore::adafactor_statistics(call, options, statistics.views);
   if (phase == 2) gptcore::adafactor_updates(call, options, statistics.views, totals.views, sums.views);
   if (phase == 3) gptcore::adafactor_apply(call, options, totals.views, sums.views);
@@ -72,7 +75,7 @@ void register_adafactor(py::module_& m) {
         py::arg("copies"), py::arg("slices"), py::arg("weight_decay"), py::arg("step_size"), py::arg("beta2"),
         py::arg("beta1"), py::arg("eps1"), py::arg("eps2"), py::arg("eps_added"), py::arg("clip_threshold"),
         py::arg("scale_parameter"), py::arg("scaled_decay"), py::arg("maximize"), py::arg("max_norm"),
-        py::arg("grad_scale"), py::arg("grad_norm"), py::arg("statistics"), py::arg("totals"),
-        py::arg("sums"), py::call_guard<py::gil_scoped_release_simple>(),
+        py::arg("grad_scale"), py::arg("grad_norm"), py::arg("decay_factor"), py::arg("statistics"),
+        py::arg("totals"), py::arg("sums"), py::call_guard<py::gil_scoped_release_simple>(),
         "One phase of an Adafactor step over slices of tensors.");
 }

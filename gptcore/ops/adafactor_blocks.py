@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 
 from gptcore import backend
 from gptcore.ops.arrays import Array, empty
-from gptcore.ops.grad_norm import per_parameter
+from gptcore.ops.grad_norm import Number, per_parameter
 
 FLAT_BLOCK = 1024
 """Elements of a block of what is not factored, and a divisor of those of a block of rows."""
@@ -51,9 +51,9 @@ def adafactor_blocks_(
     variances: Sequence[Array | None],
     wholes: Sequence[tuple[Sequence[int], int]],
     *,
-    grad_norm: float,
-    step_size: float,
-    beta2: float,
+    grad_norm: Number,
+    step_size: Number,
+    beta2: Number,
     eps: tuple[float, float] = (1e-30, 1e-3),
     eps_added: bool = True,
     clip_threshold: float | None = 1.0,
@@ -65,7 +65,8 @@ def adafactor_blocks_(
     maximize: bool = False,
     copies: Sequence[Array] | None = None,
     max_norm: float | None = None,
-    grad_scale: float = 1.0,
+    grad_scale: Number = 1.0,
+    decay_factor: Number = 1.0,
 ) -> Generator[list[Array], list[Array], None]:
     """The step of :func:`gptcore.ops.adafactor_` on slices, with the bits of any other cut.
 
@@ -90,7 +91,9 @@ def adafactor_blocks_(
         wholes: of each slice the shape of the parameter that it is cut from, and its first element there, flattened.
             Slices begin and end with blocks.
         grad_norm: the norm of all owners' gradients, which :func:`gptcore.ops.square_sums` gives and has found finite.
-        step_size, beta2, ...: as for :func:`gptcore.ops.adafactor_`; the same for all owners of a parameter.
+            An array of one element may hold one that is not: nothing is written then, and what is yielded is void.
+        step_size, beta2, ...: as for :func:`gptcore.ops.adafactor_`; the same for all owners of a parameter. On a GPU
+            nothing waits for numbers in arrays; what owners exchange stays there.
 
     Raises:
         ValueError, TypeError: what does not fit; nothing is written then.
@@ -102,6 +105,7 @@ def adafactor_blocks_(
         params, grads, row_vars, col_vars, variances, () if exp_avgs is None else exp_avgs,
         () if copies is None else copies, slices, per_parameter(weight_decay, len(params)), step_size, beta2, beta1,
         *eps, eps_added, clip_threshold, scale_parameter, scaled_decay, maximize, max_norm, grad_scale, grad_norm,
+        decay_factor,
     )  # fmt: skip
     own = [
         blocks_before(shape, start + math.prod(p.shape), f) - blocks_before(shape, start, f)

@@ -54,7 +54,7 @@ class Adafactor(FusedOptimizer):
 
     After ``step``: ``last_grad_norm`` is that norm before clipping (nan or inf if a gradient was), and
     ``found_inf`` tells whether a gradient was not finite, in which case nothing was written. On a GPU both are tensors
-    of one element, and steps of whole parameters wait for nothing; slices are refused there.
+    of one element, and steps wait for nothing but what owners of slices tell each other.
 
     Raises:
         ValueError: a setting out of its range, or one that the variant does not have.
@@ -159,14 +159,23 @@ class Adafactor(FusedOptimizer):
                 steps=call.list_of("step"),
             )
         check_complete(call)
-        scale = float(grad_scale)  # owners agree on numbers of the host
-        found_inf = False
         if grad_norm is None:
-            grad_norm, found_inf = norm_of(call.grads, scale)
-        if not found_inf:
-            drive(in_step([call], [self._phases(call, scale, float(grad_norm))]))
-            torch._foreach_add_(call.list_of("step"), 1.0)
+            grad_norm, found_inf = norm_of(call.grads, grad_scale)
+        else:
+            found_inf = False
+        if found_inf is not True:
+            drive(in_step([call], [self._phases(call, grad_scale, grad_norm)]))
+            self._count(call, grad_norm)
         return grad_norm, found_inf
+
+    @staticmethod
+    def _count(call: Call, grad_norm: Number) -> None:
+        """One update more, where its norm was finite."""
+        steps = call.list_of("step")
+        if isinstance(grad_norm, torch.Tensor):
+            torch._foreach_add_(steps, [grad_norm.isfinite().float()] * len(steps))
+        else:
+            torch._foreach_add_(steps, 1.0)
 
     def _arguments(self, call: Call) -> dict[str, Any]:
         """The kernel's tensors and numbers but for the clip's."""
@@ -201,12 +210,10 @@ class Adafactor(FusedOptimizer):
         )
 
     def _phases(
-        self, call: Call, grad_scale: float, grad_norm: float
+        self, call: Call, grad_scale: Number, grad_norm: Number
     ) -> Generator[list[torch.Tensor], list[torch.Tensor], None]:
         from gptcore.ops.adafactor_blocks import adafactor_blocks_
 
-        if call.on_device:
-            raise self._bad("params", "slices on a GPU", "whole parameters there, or slices on the CPU")
         wholes = [(whole.shape, whole.start) for whole in call.wholes]
         return adafactor_blocks_(
             **self._arguments(call),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 import torch.distributed as c10d
 from torch import Tensor
 
@@ -53,13 +54,33 @@ def step_in_phases(optimizer: Adafactor, norm: float, scale: float, member: Memb
 
 def _blocks_of_all(own: list[BlockSums], member: Member) -> list[Tensor]:
     """For each entry the sums of all blocks of its parameter."""
-    told = [(block.whole.number, block.first, block.count, block.values) for block in own]
+    told = [(b.whole.number, b.first, b.count, tuple(b.values.shape), b.values.device.type) for b in own]
     of_ranks: list[Any] = [None] * member.ranks
     c10d.all_gather_object(of_ranks, told, group=member.group)
-    everyone = [
-        BlockSums(Whole(0, (), 0, number), first, count, values)
-        for rank in of_ranks
-        for number, first, count, values in rank
-    ]
+    sizes = [[math.prod(shape) for *_, shape, _ in rank] for rank in of_ranks]
+    kinds = {kind for rank in of_ranks for *_, kind in rank}
+    everyone = []
+    for rank, counts, sums in zip(
+        of_ranks, sizes, _gathered(own, max(map(sum, sizes)), kinds, member), strict=True
+    ):
+        for (number, first, count, shape, _), values in zip(
+            rank, sums[: sum(counts)].split(counts), strict=True
+        ):
+            everyone.append(BlockSums(Whole(0, (), 0, number), first, count, values.view(shape)))
     before = sum(len(rank) for rank in of_ranks[: member.rank])
     return join_blocks(everyone)[before : before + len(own)]
+
+
+def _gathered(own: list[BlockSums], size: int, kinds: set[str], member: Member) -> list[Tensor]:
+    """Each rank's numbers, one after the other and filled up to ``size``, on the device where ranks have theirs."""
+    device = own[0].values.device if own else torch.device("cpu")
+    if not own and "cuda" in kinds:
+        device = torch.device("cuda", torch.cuda.current_device())
+    numbers = torch.zeros(size, dtype=torch.float64, device=device)
+    if own:
+        flat = torch.cat([block.values.reshape(-1) for block in own])
+        numbers[: len(flat)] = flat
+    everyone = [torch.empty_like(numbers) for _ in range(member.ranks)]
+    if size:
+        c10d.all_gather(everyone, numbers, group=member.group)
+    return everyone

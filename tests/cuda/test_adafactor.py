@@ -1,13 +1,18 @@
-"""Adafactor where RMS(U) comes from sums over columns: rows held by a warp, by several, and too wide for that."""
+"""Adafactor where RMS(U) comes from sums over columns: rows held by a warp, by several, and too wide for that; and its
+phases over slices, by numbers in tensors."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from gptcore import backend
+from gptcore.ops.adafactor_blocks import adafactor_blocks_
 from gptcore.ops.grad_norm import grad_norm
-from tests.ops.test_adafactor import State, _check
+from tests.ops.test_adafactor import SETTINGS, State, _check
+from tests.ops.test_adafactor_blocks import run
 from tests.tolerance import same_bits
 
 # Threads to a row double at 512, 1,024 and 2,048 columns; wider ones than 4,096 are read again. Chunks have up to 512
@@ -77,3 +82,49 @@ def test_the_same_bits_again_and_without_alignment(on_simt: None) -> None:
         state.step(clip_threshold=0.3)
     for other in (again, shifted):
         assert all(same_bits(a, b) for a, b in zip(whole.written(), other.written(), strict=True))
+
+
+# --- slices ---------------------------------------------------------------------------------------------------------
+
+
+def _in_phases(state: State, **options) -> None:
+    lists = (state.params, state.grads, state.row_vars, state.col_vars, state.variances)
+    wholes = [(tuple(p.shape), 0) for p in state.params]
+    run(adafactor_blocks_(*lists, wholes, copies=state.copies, **{**SETTINGS, **options}), lambda sums: sums)
+
+
+BLOCKED = [(70, 300), (5,), (3, 40, 32), (0, 4), (3, 4100), (2050,)]
+
+
+@pytest.mark.parametrize("eps_added", [True, False])
+def test_phases_of_slices_take_numbers_in_tensors(isa: str, eps_added: bool) -> None:
+    plain = State(BLOCKED, torch.bfloat16, copies=True)
+    held = plain.clone()
+    norm, _ = grad_norm(plain.grads, 4.0)
+    options = {"eps": (1e-30, 1e-3) if eps_added else (0.3, 1e-3), "eps_added": eps_added, "max_norm": 0.5}
+    _in_phases(plain, grad_norm=norm, grad_scale=4.0, weight_decay=0.2, **options)
+    shape = (len(BLOCKED),) if isa == "simt" else ()  # one for each is a device's
+    wide = {"dtype": torch.float64}
+    numbers = {"step_size": torch.full(shape, 0.02, **wide), "beta2": torch.full(shape, 0.9, **wide)}
+    numbers |= {"grad_scale": torch.tensor(4.0), "grad_norm": torch.tensor(norm, **wide)}
+    _in_phases(held, weight_decay=0.1, decay_factor=torch.tensor(2.0), **numbers, **options)
+    assert all(same_bits(a, b) for a, b in zip(plain.written(), held.written(), strict=True))
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_phases_of_slices_write_nothing_where_the_norm_is_not_finite(isa: str, norm: float) -> None:
+    state = State(BLOCKED, copies=True)
+    before = [t.clone() for t in state.written()]
+    _in_phases(state, grad_norm=torch.tensor(norm, dtype=torch.float64), max_norm=1.0)
+    assert all(same_bits(a, b) for a, b in zip(state.written(), before, strict=True))
+
+
+def test_a_whole_step_and_its_phases_agree(isa: str) -> None:
+    """Sums in other orders: by chunks, and by blocks of rows."""
+    one = State(BLOCKED, torch.bfloat16)
+    two = one.clone()
+    norm, _ = grad_norm(one.grads)
+    one.step(grad_norm=norm, clip_threshold=0.3)
+    _in_phases(two, grad_norm=norm, clip_threshold=0.3)
+    for a, b in zip(one.written(), two.written(), strict=True):
+        assert torch.allclose(a, b, rtol=128 * 2.0**-24, atol=1e-6)

@@ -16,6 +16,7 @@ from gptcore.ops.adamw import adamw_
 from gptcore.ops.adamw_8bit import BLOCK, adamw_8bit_
 from gptcore.ops.grad_norm import grad_norm, square_sums
 from gptcore.ops.sgd import sgd_
+from gptcore.optim.slices import Whole
 from tests.tolerance import same_bits
 
 # Around four elements, a block of 256 and chunks of 8,192, with nothing in between.
@@ -305,6 +306,27 @@ def test_steps_wait_for_nothing(recorder: Recorder, kind: Any, options: dict, dt
             assert "step" not in state or state["step"].is_cuda
             assert all(t.is_cuda for t in state.values())
         assert recorder.calls and any(argument is rate for argument in recorder.calls[-1][1])
+
+
+@pytest.mark.parametrize("variant", ["torch", "palm"])
+def test_steps_of_slices_wait_for_nothing(recorder: Recorder, variant: str) -> None:
+    """Matrices cut between blocks of rows, whose sums stay on the device."""
+    with FakeTensorMode():
+        params = []
+        for start, stop in ((0, 48), (48, 70)):
+            params.append(torch.nn.Parameter(torch.empty((stop - start) * 64, device="cuda")))
+            params[-1].whole = Whole(70 * 64, (70, 64), start * 64, 0)
+        optimizer = optim.Adafactor(params, lr=1e-2, variant=variant, max_norm=1.0)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.empty_like(p)
+            optimizer.step()
+        assert optimizer.last_grad_norm.is_cuda and optimizer.found_inf.is_cuda
+        for p in params:
+            assert all(t.is_cuda for t in optimizer.state[p].values())
+    phases = [call for name, call in recorder.calls if name == "adafactor_blocks"]
+    assert [call[0] for call in phases] == [1, 2, 3] * 2
+    assert all(t.is_cuda for call in phases for lists in call[-3:] for t in lists)
 
 
 def test_a_scale_on_a_device_goes_the_way_of_the_hosts() -> None:

@@ -4,51 +4,13 @@
 
 #include "core/arena.h"
 #include "core/parallel.h"
-#include "kernels/adafactor/adafactor_slices.h"
+#include "kernels/adafactor/adafactor_phase.h"
 
 namespace gptcore {
 
 namespace {
 
-using Views = std::vector<TensorView>;
-
 constexpr double kLeastMean = 1e-37;  // as in adafactor_cpu.cpp
-
-// What every phase begins with.
-struct Phase {
-  const Checker check{"adafactor_blocks_"};
-  const AdafactorOptions& o;
-  const AdafactorBodies& bodies = adafactor_bodies_table.pick();
-  SlicePlan plan;
-  double k = 1;
-  AdafactorNumbers numbers;
-
-  Phase(const AdafactorSlices& call, const AdafactorOptions& options) : o(options) {
-    check_options(check, o);
-    if (!o.grad_norm) check.fail("grad_norm", "None", "the norm of all owners' gradients");
-    plan = slice_plan(check, call);
-    k = factor_of(o, *o.grad_norm);
-    numbers = numbers_of(o, k);
-  }
-
-  // A list of f64 (rows, width), or (width) where `rows` is null.
-  template <class Rows>
-  void take(const Views& list, const char* name, const Rows& rows, bool written) const {
-    check.length(list.size(), name, plan.slices.size());
-    for (size_t i = 0; i < list.size(); ++i) {
-      const auto [count, width] = rows(plan.slices[i]);
-      check_size(check, list, name, i, DType::f64, count * (width ? width : 1), width, written);
-    }
-  }
-  void take_totals(const Views& list, bool written) const {
-    take(list, "totals", [](const SliceOf& s) { return std::pair(s.matrices() + 2, int64_t{0}); }, written);
-  }
-
-  int64_t chunks() const { return static_cast<int64_t>(plan.chunks.size()); }
-  const SliceOf& slice_of(const SliceBlock& block) const {
-    return plan.slices[plan.parts[static_cast<size_t>(block.part)].slice];
-  }
-};
 
 double* row_of(const Views& list, size_t slice, int64_t row, int64_t width) {
   return list[slice].as<double>() + row * width;
@@ -111,10 +73,14 @@ int64_t sum_floats(const SlicePlan& plan) {
 
 }  // namespace
 
-void adafactor_statistics(const AdafactorSlices& call, const AdafactorOptions& o, const Views& statistics) {
-  Phase phase(call, o);
+void adafactor_statistics(const AdafactorSlices& call, const AdafactorOptions& options,
+                          const Views& statistics) {
+  Phase phase(call, options);
+  const AdafactorOptions& o = phase.o;
   phase.take(
       statistics, "statistics", [](const SliceOf& s) { return std::pair(s.own_blocks(), s.width()); }, true);
+  if (phase.is_done(&AdafactorBlocksBodies::statistics, &statistics, nullptr, nullptr)) return;
+  phase.cut_slices();
   SlicePlan& plan = phase.plan;
   const Scratch scratch(static_cast<size_t>(sum_floats(plan)) * sizeof(float));
   place_sums(&plan, scratch.as<float>());
@@ -276,13 +242,15 @@ void move_all_columns(const Phase& phase, const AdafactorSlices& call, const Vie
 
 }  // namespace
 
-void adafactor_updates(const AdafactorSlices& call, const AdafactorOptions& o, const Views& statistics,
+void adafactor_updates(const AdafactorSlices& call, const AdafactorOptions& options, const Views& statistics,
                        const Views& totals, const Views& sums) {
-  Phase phase(call, o);
+  Phase phase(call, options);
   phase.take(
       statistics, "statistics", [](const SliceOf& s) { return std::pair(s.all_blocks(), s.width()); }, false);
   phase.take_totals(totals, true);
   phase.take(sums, "sums", [](const SliceOf& s) { return std::pair(s.own_blocks(), int64_t{1}); }, true);
+  if (phase.is_done(&AdafactorBlocksBodies::updates, &statistics, &totals, &sums)) return;
+  phase.cut_slices();
   move_all_columns(phase, call, statistics, totals);
   SlicePlan& plan = phase.plan;
   const auto by_elements = [&](size_t slice) {
@@ -304,11 +272,13 @@ void adafactor_updates(const AdafactorSlices& call, const AdafactorOptions& o, c
 
 // --- 3: the parameters -------------------------------------------------------------------------------------
 
-void adafactor_apply(const AdafactorSlices& call, const AdafactorOptions& o, const Views& totals,
+void adafactor_apply(const AdafactorSlices& call, const AdafactorOptions& options, const Views& totals,
                      const Views& sums) {
-  Phase phase(call, o);
+  Phase phase(call, options);
   phase.take_totals(totals, false);
   phase.take(sums, "sums", [](const SliceOf& s) { return std::pair(s.all_blocks(), int64_t{1}); }, false);
+  if (phase.is_done(&AdafactorBlocksBodies::apply, nullptr, &totals, &sums)) return;
+  phase.cut_slices();
   SlicePlan& plan = phase.plan;
   const Scratch scratch(factor_bytes(plan));
   set_factors(&plan, totals, scratch.as<float>(), [](size_t) { return true; });
@@ -321,7 +291,7 @@ void adafactor_apply(const AdafactorSlices& call, const AdafactorOptions& o, con
       update_sum = 0;
       for (int64_t b = 0; b < s.all_blocks(); ++b) update_sum += *row_of(sums, slice, b, 1);
     }
-    set_scale(o, phase.k, call.weight_decay[slice], static_cast<double>(s.at.numel), total[0], update_sum,
+    set_scale(phase.o, phase.k, phase.decays[slice], static_cast<double>(s.at.numel), total[0], update_sum,
               &plan.tensors[i]);
   }
   phase.bodies.update(plan.tensors.data(), plan.chunks.data(), phase.chunks(), phase.numbers);

@@ -17,9 +17,11 @@
 //          row of the slice, col_vars m for each matrix of the whole, any shapes; statistics and sums (blocks, width),
 //          own or all; totals (matrices + 2), 2 where unfactored. All contiguous.
 // Types    as in adafactor.h; statistics, totals and sums f64.
-// None     as in adafactor.h; grad_norm is of all owners' gradients, which are finite: there must be one.
+// None     as in adafactor.h; grad_norm is of all owners' gradients: there must be one. It may be not finite where it comes
+//          in a tensor, and then nothing is written, sums neither.
 // Sums     within a block as in adafactor.h, f64 over blocks in order.
 // Bits     equal for any thread count and any cut.
+// CUDA     numbers may be tensors there, as in adafactor.h. Chunks of its own, which blocks fix: the same bits for any cut.
 // Cost     reads g twice and p twice, writes p; g once more where adafactor.h says so.
 // Errors   ValueError or TypeError on any violated line above, before anything of a phase is written.
 #pragma once
@@ -28,19 +30,16 @@
 #include <vector>
 
 #include "kernels/adafactor/adafactor.h"
+#include "kernels/adafactor/adafactor_blocks_body.h"
 
 namespace gptcore {
-
-struct AdafactorSlice {
-  int64_t numel;              // of the whole
-  int64_t rows, cols, block;  // of each of its matrices, where factored
-  int64_t start;
-};
 
 struct AdafactorSlices {
   AdafactorLists lists;
   const std::vector<AdafactorSlice>& slices;
   const std::vector<double>& weight_decay;
+  // In place of the options of its names, as in adafactor.h; counts and result are not asked for.
+  std::optional<AdafactorGiven> given = std::nullopt;
 };
 
 void adafactor_statistics(const AdafactorSlices& slices, const AdafactorOptions& options,

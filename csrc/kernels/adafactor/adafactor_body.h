@@ -8,6 +8,8 @@
 
 namespace gptcore {
 
+inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
 struct AdafactorTensor {
   float* param = nullptr;
   const void* grad = nullptr;

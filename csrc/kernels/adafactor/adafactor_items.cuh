@@ -22,7 +22,7 @@ struct AdafactorItem {
   AdafactorPartial* partials;       // (slices, factor_rows + factor_cols)
   double* means;                    // mean R of each matrix, or of the one that is cut into blocks
   double* update_sum;               // of squares of g / sqrt(V); NaN where it has to be summed by elements
-  double* statistics;               // of its first block, where it has blocks
+  double* own;                      // what its owner tells of blocks goes there, first that of its first
   int64_t last_rows;                // of its last matrix
   int64_t first_chunk, first_task;  // of all tensors'
   int32_t number;                   // in the caller's lists
@@ -61,6 +61,8 @@ struct AdafactorRates {
 __device__ __forceinline__ double read_each(const DeviceNumber& n, bool each, int i) {
   return each ? static_cast<const double*>(n.at)[i] : read_number(n);
 }
+
+__device__ __forceinline__ int64_t ceil_div(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
 // The item of chunk (or task) `which`: the last that begins there or before.
 template <int64_t AdafactorItem::* first>

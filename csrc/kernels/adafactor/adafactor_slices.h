@@ -5,40 +5,11 @@
 #include <vector>
 
 #include "core/tensor_lists.h"
-#include "kernels/adafactor/adafactor_blocks.h"
+#include "kernels/adafactor/adafactor_blocks_body.h"
 #include "kernels/adafactor/adafactor_step.h"
 
 namespace gptcore {
 namespace {
-
-constexpr int64_t kFlatBlock = 1024;
-
-// One whole, and what of it is here.
-struct SliceOf {
-  AdafactorSlice at;
-  int64_t size = 0;  // elements here
-  bool factored = false;
-
-  int64_t matrices() const { return factored && at.numel ? at.numel / (at.rows * at.cols) : 0; }
-  int64_t matrix_blocks() const { return blocks(at.rows, at.block); }
-  int64_t width() const { return factored ? 2 * at.cols + 3 : 2; }
-  int64_t all_blocks() const {
-    return factored ? matrices() * matrix_blocks() : blocks(at.numel, kFlatBlock);
-  }
-  // Of this element, counted over the whole.
-  int64_t block_of(int64_t element) const {
-    if (!factored) return blocks(element, kFlatBlock);
-    const int64_t row = element / at.cols;
-    return row / at.rows * matrix_blocks() + blocks(row % at.rows, at.block);
-  }
-  int64_t own_blocks() const { return size ? block_of(at.start + size) - block_of(at.start) : 0; }
-  // Whether a block begins here, or nothing follows.
-  bool is_border(int64_t element) const {
-    if (element == at.numel) return true;
-    if (!factored) return element % kFlatBlock == 0;
-    return element % at.cols == 0 && element / at.cols % at.rows % at.block == 0;
-  }
-};
 
 // Rows of one matrix (or elements of a flat tensor) of slice `slice`; kernels see it as a tensor of its own.
 struct SlicePart {
@@ -72,14 +43,16 @@ inline void check_size(const Checker& check, const std::vector<TensorView>& list
                        DType dtype, int64_t count, int64_t width, bool written) {
   const TensorView& tensor = list[i];
   const bool shaped = !width || (tensor.ndim == 2 && tensor.size(1) == width);
-  const bool fine = tensor.defined && tensor.device == Device::cpu && tensor.dtype == dtype && shaped;
-  if (fine && tensor.numel() == count && tensor.is_contiguous() && !(written && tensor.readonly)) return;
+  const bool sized = tensor.defined && shaped && tensor.numel() == count;
+  const bool here = tensor.device == Device::cpu && check.device() == Device::cpu;
+  if (sized && here && tensor.dtype == dtype && tensor.is_contiguous() && !(written && tensor.readonly))
+    return;
   const std::string full = item_name(name, i);
   check.input(tensor, full.c_str(), {dtype});
   check.contiguous(tensor, full.c_str());
   if (written) check.writable(tensor, full.c_str());
   if (width) check.shape(tensor, full.c_str(), {count / width, width});
-  check.fail(full.c_str(), describe(tensor), std::to_string(count) + " elements");
+  if (!sized) check.fail(full.c_str(), describe(tensor), std::to_string(count) + " elements");
 }
 
 inline void check_slice(const Checker& check, size_t i, const SliceOf& s) {
@@ -135,17 +108,6 @@ inline std::vector<AdafactorTensor> checked_slices(const Checker& check, const A
   return tensors;
 }
 
-// The part of `whole` that begins with this element of the slice.
-inline AdafactorTensor part_of(const AdafactorTensor& whole, int64_t element) {
-  AdafactorTensor t = whole;
-  t.param += element;
-  t.grad = static_cast<const char*>(t.grad) + element * (t.bf16_grad ? 2 : 4);
-  if (t.variance) t.variance += element;
-  if (t.exp_avg) t.exp_avg += element;
-  if (t.copy) t.copy += element;
-  return t;
-}
-
 inline void cut_flat(const AdafactorTensor& whole, size_t slice, SlicePlan* plan) {
   const SliceOf& s = plan->slices[slice];
   const int64_t part = static_cast<int64_t>(plan->parts.size());
@@ -198,19 +160,17 @@ inline void cut_rows(const AdafactorTensor& whole, size_t slice, SlicePlan* plan
   }
 }
 
-inline SlicePlan slice_plan(const Checker& check, const AdafactorSlices& call) {
-  SlicePlan plan;
-  const std::vector<AdafactorTensor> tensors = checked_slices(check, call, &plan.slices);
+// Cuts `tensors`, one for each of the plan's slices.
+inline void cut(const std::vector<AdafactorTensor>& tensors, SlicePlan* plan) {
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (plan.slices[i].factored && plan.slices[i].size) cut_rows(tensors[i], i, &plan);
+    if (plan->slices[i].factored && plan->slices[i].size) cut_rows(tensors[i], i, plan);
   }
-  plan.factored_chunks = plan.chunks.size();
-  plan.factored_blocks = plan.blocks.size();
-  plan.factored_parts = plan.parts.size();
+  plan->factored_chunks = plan->chunks.size();
+  plan->factored_blocks = plan->blocks.size();
+  plan->factored_parts = plan->parts.size();
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!plan.slices[i].factored) cut_flat(tensors[i], i, &plan);
+    if (!plan->slices[i].factored) cut_flat(tensors[i], i, plan);
   }
-  return plan;
 }
 
 }  // namespace

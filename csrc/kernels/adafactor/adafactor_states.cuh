@@ -27,18 +27,19 @@ __device__ __forceinline__ double block_least(double x, double* room) {
 // Shared memory of kernels that make both of a block.
 constexpr int64_t kStateBytes = 2 * 32 * 8;
 
+// What moves states on: of sums of `size` squares.
 struct StateRule {
   double beta2, square_factor, added;
 };
 __device__ __forceinline__ StateRule state_rule(const AdafactorSums& a, const AdafactorRates& rates,
-                                                int number) {
+                                                int number, int64_t size) {
   const double k = a.control->factor;
-  return {read_each(rates.beta2, rates.each_beta2, number), k * k, rates.added};
+  return {read_each(rates.beta2, rates.each_beta2, number), k * k / static_cast<double>(size), rates.added};
 }
 
-// One row's or column's state moved on by `sum` of `size` squares; in f64: what follows from it enters every element.
-__device__ __forceinline__ double move_state(float* state, double sum, int64_t size, const StateRule& rule) {
-  const double mean = sum * (rule.square_factor / static_cast<double>(size));
+// One row's or column's state moved on; in f64: what follows from it enters every element.
+__device__ __forceinline__ double move_state(float* state, double sum, const StateRule& rule) {
+  const double mean = sum * rule.square_factor;
   const double value = static_cast<double>(*state) * rule.beta2 + (mean + rule.added) * (1.0 - rule.beta2);
   *state = static_cast<float>(value);
   return value;
@@ -67,8 +68,8 @@ static __global__ void __launch_bounds__(kFactorThreads)
   if (i < size) {
     float* const state = (by_rows ? t.row_var : t.col_var) + slice * size + i;
     const double squares = sum_of_blocks((by_rows ? t.row_sums : t.col_sums) + at, blocks, size);
-    const double value =
-        move_state(state, squares, by_rows ? t.cols : t.rows, state_rule(a, rates, item.number));
+    const StateRule rule = state_rule(a, rates, item.number, by_rows ? t.cols : t.rows);
+    const double value = move_state(state, squares, rule);
     if (squares > 0) least = value;
     if (by_rows) sum = value;
     if (!by_rows && item.held && value > kLeastMean)

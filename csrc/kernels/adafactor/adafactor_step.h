@@ -22,8 +22,6 @@ constexpr int64_t kMatrixElements = 131072, kMatrixRows = 128, kMatrixCols = 409
 // Columns of one task that turns sums into factors.
 constexpr int64_t kFactorColumns = 1024;
 
-inline int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-
 // Columns and rows of a chunk of a matrix of so many columns.
 inline int64_t chunk_cols(int64_t cols) { return std::max<int64_t>(1, std::min(cols, kMatrixCols)); }
 inline int64_t chunk_rows(int64_t cols) { return std::min(kMatrixRows, kMatrixElements / chunk_cols(cols)); }

@@ -10,6 +10,14 @@ struct UpdateNumbers {
   float beta2, rest2, square_factor, added, root_limit, beta1;
 };
 
+__device__ __forceinline__ UpdateNumbers update_numbers(const AdafactorSums& a, const AdafactorRates& rates,
+                                                        int number) {
+  const double k = a.control->factor, beta2 = read_each(rates.beta2, rates.each_beta2, number);
+  return {static_cast<float>(beta2), static_cast<float>(1.0 - beta2),
+          static_cast<float>(k * k), static_cast<float>(rates.added),
+          rates.root_limit,          rates.beta1};
+}
+
 // Four elements as they come from memory.
 struct UpdateFour {
   GradFour grad;
@@ -152,10 +160,7 @@ static __global__ void __launch_bounds__(kTileThreads, 3)
   auto* const row_factors = reinterpret_cast<float*>(room + 32);
   float* const col_factors = row_factors + kTileRows;
   const ChunkPlace p = place_of(item, blockIdx.x);
-  const double k = a.control->factor, beta2 = read_each(rates.beta2, rates.each_beta2, item.number);
-  const UpdateNumbers numbers = {static_cast<float>(beta2), static_cast<float>(1.0 - beta2),
-                                 static_cast<float>(k * k), static_cast<float>(rates.added),
-                                 rates.root_limit,          rates.beta1};
+  const UpdateNumbers numbers = update_numbers(a, rates, item.number);
   if (p.factored) {
     fill_factors(item, p, row_factors, col_factors);
     __syncthreads();
