@@ -141,6 +141,16 @@ def attention_forward(
     out: Tensor | None,
     lse: Tensor | None,
 ) -> None: ...
+def attention_paged(
+    q: Tensor | None,
+    k_pages: Tensor | None,
+    v_pages: Tensor | None,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor | None,
+    options: tuple[Any, ...],
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> None: ...
 def available_isas() -> list[str]: ...
 def backward_method(
     direct: Callable[..., Any],

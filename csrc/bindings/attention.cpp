@@ -39,6 +39,13 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                              out, lse);
 }
 
+void attention_paged(const TensorView& q, const TensorView& k_pages, const TensorView& v_pages,
+                     const TensorView& block_table, const TensorView& cache_seqlens,
+                     const AttentionFields& options, const TensorView& out, const TensorView& lse) {
+  gptcore::attention_paged(q, k_pages, v_pages, block_table, cache_seqlens,
+                           std::make_from_tuple<gptcore::AttentionOptions>(options), out, lse);
+}
+
 void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
                         const TensorView& out, const TensorView& lse, const TensorView& cu_q,
                         const TensorView& cu_k, const AttentionFields& options, const TensorView& dq,
@@ -131,6 +138,11 @@ void register_attention(py::module_& m) {
         py::call_guard<py::gil_scoped_release_simple>(),
         "out = softmax(softmax_scale q k') v over the visible keys; writes lse where given. options: "
         "AttentionOptions, field by field.");
+  m.def("attention_paged", &attention_paged, py::arg("q"), py::arg("k_pages"), py::arg("v_pages"),
+        py::arg("block_table"), py::arg("cache_seqlens"), py::arg("options"), py::arg("out"), py::arg("lse"),
+        py::call_guard<py::gil_scoped_release_simple>(),
+        "attention_forward over a cache in pages: key s of sequence b lies in page block_table[b, s div "
+        "page_size].");
   m.def("attention_backward", &attention_backward, py::arg("dout"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("out"), py::arg("lse"), py::arg("cu_seqlens_q"), py::arg("cu_seqlens_k"), py::arg("options"),
         py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dlse"), py::arg("dbias"), py::arg("dsinks"),

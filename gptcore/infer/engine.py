@@ -19,6 +19,7 @@ from torch import Tensor
 from gptcore.errors import UserError, unknown_name
 from gptcore.infer import device_sampling
 from gptcore.infer.kv_cache import KVCache
+from gptcore.infer.paged_cache import PagedKVCache, PagePool
 from gptcore.infer.sampling import SamplingParams, sample
 from gptcore.infer.stop_strings import StopStrings
 
@@ -273,12 +274,26 @@ def new_cache(model: GPT, batch: int, capacity: int) -> KVCache:
     )
 
 
-def prefill(model: GPT, ids: Sequence[int], cache: KVCache) -> Tensor:
+def new_pool(model: GPT, num_pages: int, page_size: int = 16) -> PagePool:
+    """Pages of the shape, dtype and device that ``model`` works with, for any number of ``PagedKVCache``."""
+    config, weight = model.config, next(model.parameters())
+    return PagePool(
+        config.num_layers,
+        model.num_kv_heads,
+        config.head_dim,
+        num_pages,
+        page_size=page_size,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+
+
+def prefill(model: GPT, ids: Sequence[int], cache: KVCache | PagedKVCache) -> Tensor:
     """Run the prompt ``ids`` through ``model`` into ``cache`` (batch 1); logits (1, V) of the next token."""
     return model(torch.tensor([ids], dtype=torch.int64, device=_device(model)), cache=cache)
 
 
-def decode_step(model: GPT, tokens: Sequence[int], cache: KVCache) -> Tensor:
+def decode_step(model: GPT, tokens: Sequence[int], cache: KVCache | PagedKVCache) -> Tensor:
     """Append one token to each of the B sequences of ``cache``; logits (B, V) of the next ones."""
     return model(torch.tensor(tokens, dtype=torch.int64, device=_device(model))[:, None], cache=cache)
 

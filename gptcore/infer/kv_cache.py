@@ -2,8 +2,9 @@
 
 A model sees three things: ``cache.length``, ``cache.update(layer, k, v)`` and ``cache.advance(T)``. Behind
 them one contiguous block per layer, (B, capacity, Hkv, D), is allocated once; no step allocates. The same
-storage read as pages of ``block_size`` tokens is what ``block_table`` and ``pages`` describe, so an
-attention kernel that follows a table, and a cache whose pages lie anywhere, fit behind this interface.
+storage read as pages of ``block_size`` tokens is what ``block_table`` and ``pages`` describe, as
+``gptcore.ops.attention_paged`` takes them. Sequences of different lengths, in pages that lie anywhere, are
+those of ``PagedKVCache``.
 
 Sharing. ``fork()`` copies nothing: both caches read the same storage. The first to append past everything
 the others hold goes on in place, which they cannot see, since each reads only its own length. Any other

@@ -44,6 +44,17 @@ class KeyValueCache(Protocol):
         """Counts ``tokens`` more as stored; called once per forward, after every layer's ``update``."""
 
 
+class PagedCache(KeyValueCache, Protocol):
+    """A cache that attends to its keys where they lie; its sequences may differ in length, of which ``length`` is the
+    longest. What has an ``attend`` is taken for one."""
+
+    def positions(self, count: int) -> int | Tensor:
+        """Where the next ``count`` tokens of each sequence stand: the first one's place, or (B, count) int32."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Appends k and v and returns the attention of q (B, T, H, D) to all of them; options as models have them."""
+
+
 class Context(NamedTuple):
     """What every layer of one forward shares.
 
@@ -109,9 +120,14 @@ class Attention(nn.Module):
         return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v)
         options = self._options(q, context)
+        cache = context.cache
+        if cache is not None and context.prefix is None and hasattr(cache, "attend"):
+            del options["cu_seqlens_q"]
+            attended: Tensor = cache.attend(self.layer, q, k, v, **options)
+            return attended
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
         if context.prefix is None:
             return _attention(q, k, v, **options)
         own = _attention(q, k, v, return_lse=True, **options)

@@ -308,7 +308,7 @@ class GPT(nn.Module):
         table: TiedTable | None = None,
         routing: RoutingStatistics | None = None,
     ) -> Tensor:
-        positions: int | Tensor = 0 if cache is None else cache.length
+        positions: int | Tensor = 0 if cache is None else _next_positions(cache, tokens.shape[1])
         if cu_seqlens is not None:
             tokens = tokens.reshape(-1)
             positions = document_positions(cu_seqlens, tokens.shape[0])
@@ -542,6 +542,12 @@ def _shaped(out: Sequence[Tensor], shape: torch.Size) -> GPTLoss:
     """Loss and z-loss, each () or (B·T,), and logprobs, those of tokens as (B, T)."""
     loss, z, logprobs = (one.view(shape) if one.dim() else one for one in out)
     return GPTLoss(loss, z, logprobs)
+
+
+def _next_positions(cache: KeyValueCache, count: int) -> int | Tensor:
+    """Where the next ``count`` tokens stand; those of sequences of different lengths each for itself."""
+    places: int | Tensor = cache.positions(count) if hasattr(cache, "positions") else cache.length
+    return places
 
 
 class _ShrinkGradient(torch.autograd.Function):

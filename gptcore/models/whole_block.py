@@ -54,6 +54,7 @@ def serves(block: Block, x: Tensor, delta: Tensor | None, context: Context) -> b
         and (delta is None or (delta.is_contiguous() and delta.dtype == x.dtype))
         and (type(block.dropout) is nn.Identity or not block.training)
         and context.tensor is context.prefix is context.seed is context.rotary is None
+        and not hasattr(context.cache, "attend")
         and _unseen()
         and _plain(block, x)
         and (not _learns(block, x, delta) or (context.cache is None and block.norm1.weight.requires_grad))

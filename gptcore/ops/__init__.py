@@ -14,6 +14,7 @@ from gptcore.ops.adafactor import adafactor_
 from gptcore.ops.adamw import adamw_
 from gptcore.ops.adamw_8bit import adamw_8bit_
 from gptcore.ops.attention import attention, attention_backward, attention_qkv, attention_qkv_backward
+from gptcore.ops.attention_paged import attention_paged
 from gptcore.ops.crc32c import crc32c
 from gptcore.ops.cross_entropy import cross_entropy, cross_entropy_backward
 from gptcore.ops.embedding import embedding, embedding_backward
@@ -62,6 +63,7 @@ __all__ = [
     "adamw_8bit_",
     "attention",
     "attention_backward",
+    "attention_paged",
     "attention_qkv",
     "attention_qkv_backward",
     "crc32c",

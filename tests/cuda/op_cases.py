@@ -53,6 +53,12 @@ def _attention(name: str, shape: tuple[int, int, int, int, int, int], **options:
     return _case(f"attention_{name}", lambda q, k, v: ops.attention(q, k, v, **options), shapes, max(s, d))
 
 
+def _paged_inputs(dtype: torch.dtype) -> list[Tensor]:
+    pages = [torch.randn(40, 16, 2, 64).to(dtype) for _ in range(2)]
+    table = torch.randperm(40).int()[:36].view(2, 18)
+    return [torch.randn(2, 2, 4, 64).to(dtype), *pages, table, torch.tensor([270, 33], dtype=torch.int32)]
+
+
 def _rotary(x: Tensor) -> Tensor:
     cos, sin = ops.rotary_tables(x.shape[1], x.shape[3], like=x)
     return ops.rotary(x, cos, sin)
@@ -135,6 +141,10 @@ CASES = [
     _attention("full_odd", (1, 33, 95, 2, 2, 40)),
     _attention("window_soft_cap", (1, 80, 80, 2, 1, 128), causal=True, window_size=(16, 0), soft_cap=5.0),
     _attention("dropout", (2, 40, 40, 2, 2, 64), causal=True, dropout_p=0.2, seed=7),
+    OpCase(
+        "attention_paged", _paged_inputs,
+        lambda inputs: ops.attention_paged(*inputs, causal=True, return_lse=True), 270,
+    ),
     _case("mixture", _routed, [(60, 6), (60, 32), (6, 40, 32)], 60),
     _optimizer("adamw", _adamw, 2),
     _optimizer("sgd", _sgd, 1),

@@ -27,19 +27,32 @@ def test_tiles_fit_head_sizes_and_shared_memory(
 def test_decoding_fits_shared_memory(simt: ModuleType) -> None:
     for dim in (64, 128, 256):
         for element_bytes in (2, 4):
-            assert simt.decode_shared_bytes(dim, element_bytes) <= SHARED
+            for paged in (False, True):
+                assert simt.decode_shared_bytes(dim, element_bytes, paged) <= SHARED
 
 
 @pytest.mark.parametrize("keys", [0, 1, 63, 256, 257, 4096, 16384, 16385, 100_001, 1 << 20])
 @pytest.mark.parametrize("left", [-1, 0, 100, 5000])
 def test_parts_cover_what_is_seen(simt: ModuleType, keys: int, left: int) -> None:
-    begin, part_keys, parts, row_blocks = simt.decode_plan(3, 4, keys, 12, 2, left)
+    begin, part_keys, parts, row_blocks, grid = simt.decode_plan(3, 4, keys, 12, 2, left)
     assert begin == (0 if left < 0 else min(max(keys - 4 - left, 0), keys))
     assert part_keys % 64 == 0 and part_keys >= 256 and 1 <= parts <= 64
     assert begin + parts * part_keys >= keys
     assert parts == 1 or begin + (parts - 1) * part_keys < keys
-    assert row_blocks == 2
+    assert row_blocks == 2 and grid == parts
     assert simt.decode_plan(1, 4, keys, 12, 2, left)[:3] == (begin, part_keys, parts)
+
+
+@pytest.mark.parametrize("queries", [1, 16, 700])
+@pytest.mark.parametrize("left", [-1, 0, 300, 5000, 1 << 40])
+def test_the_grid_over_pages_has_the_parts_of_every_length(simt: ModuleType, queries: int, left: int) -> None:
+    for room in (0, 16, 256, 272, 5000, 16400, 100_000):
+        grid, max_parts = simt.paged_parts(queries, room, 8, 1, left)
+        assert 1 <= grid <= max_parts <= 64 and (queries < 700 or max_parts == 1)
+        near = [room - 1, room // 2, room // 3, 16384, 16385, 257, 256, 1, 0]
+        for length in (room, *(n for n in near if 0 <= n <= room)):
+            begin, part_keys, parts = simt.split_keys(queries, length, min(left, 1 << 29), max_parts)
+            assert parts <= grid and begin + parts * part_keys >= length
 
 
 def test_many_queries_are_not_decoding(simt: ModuleType) -> None:

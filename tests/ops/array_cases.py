@@ -177,6 +177,15 @@ def attention_packed(ops: Any, a: Inputs) -> Sequence[Any]:
 
 
 @_case
+def attention_paged(ops: Any, a: Inputs) -> Sequence[Any]:
+    q, k, v = a.real(2, 3, 4, 16), a.real(5, 8, 2, 16), a.real(5, 8, 2, 16)
+    cache = k, v, a.of([[4, 1], [0, 2]], "int32"), a.of([13, 7], "int32")
+    options = {"causal": True, "window_size": (6, 0), "soft_cap": 4.0}
+    more = {"alibi_slopes": a.f32(4), "sinks": a.f32(4)}
+    return ops.attention_paged(q, *cache), ops.attention_paged(q, *cache, **options, **more, return_lse=True)
+
+
+@_case
 def attention_qkv(ops: Any, a: Inputs) -> Sequence[Any]:
     qkv, dout, documents = a.real(2, 9, 8 * 16), a.real(2, 9, 4 * 16), a.of([0, 5, 18], "int32")
     out, lse = ops.attention_qkv(qkv, 4, 2, causal=True, return_lse=True)

@@ -38,15 +38,32 @@ py::tuple forward_mma_shape(int element_bytes, int64_t head_dim, bool plain, boo
                         shape.shared_bytes(dim * element_bytes));
 }
 
-// (begin, keys of a part, parts, row blocks), or None where it is no problem for decoding's kernel.
+// (begin, keys of a part, parts, row blocks, the grid's parts), or None where it is no problem for decoding's kernel.
 py::object decode_plan_of(int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t kv_heads,
                           int64_t left) {
   AttentionProblem p{};
   p.batch = batch, p.queries = queries, p.keys = keys, p.heads = heads, p.kv_heads = kv_heads;
   p.left = left, p.right = 0, p.scale = 1, p.keep = kKeepAll;
-  if (!decode_takes(p, 2)) return py::none();
+  if (!decode_takes(p)) return py::none();
   const DecodePlan plan = decode_plan(p);
-  return py::make_tuple(plan.begin, plan.part_keys, plan.parts, plan.row_blocks);
+  const KeySplit split =
+      split_keys(static_cast<int>(queries), static_cast<int>(keys), static_cast<int>(left), plan.max_parts);
+  return py::make_tuple(split.begin, split.part_keys, split.parts, plan.row_blocks, plan.parts);
+}
+
+// (parts that the grid over pages has for each sequence, that a sequence may have) with room for so many keys.
+py::tuple paged_parts(int64_t queries, int64_t room, int64_t heads, int64_t kv_heads, int64_t left) {
+  static const int32_t table = 0;
+  AttentionProblem p{};
+  p.batch = 1, p.queries = queries, p.keys = room, p.heads = heads, p.kv_heads = kv_heads;
+  p.left = left, p.scale = 1, p.keep = kKeepAll, p.pages.table = &table;
+  const DecodePlan plan = decode_plan(p);
+  return py::make_tuple(plan.parts, plan.max_parts);
+}
+
+py::tuple split_keys_of(int queries, int keys, int left, int max_parts) {
+  const KeySplit split = split_keys(queries, keys, left, max_parts);
+  return py::make_tuple(split.begin, split.part_keys, split.parts);
 }
 
 // A kernel's tiles, and what they take of a block's memory, of which `limit` bytes may be had.
@@ -66,6 +83,8 @@ void define_attention_check(py::module_& m) {
   m.def("forward_mma_shape", &forward_mma_shape);
   m.def("decode_shared_bytes", &decode_shared_bytes);
   m.def("decode_plan", &decode_plan_of);
+  m.def("paged_parts", &paged_parts);
+  m.def("split_keys", &split_keys_of);
   m.def("backward_head", &backward_head);
   m.def("backward_tiles", &backward_tiles_of);
 }

@@ -7,6 +7,7 @@
 #include "core/fp32_precision.h"
 #include "core/isa.h"
 #include "kernels/attention/attention_body.h"
+#include "kernels/attention/attention_pages.h"
 
 namespace gptcore {
 
@@ -76,16 +77,16 @@ void check_documents(const Checker& check, const TensorView& cu_q, const TensorV
   p->cu_q = cu_q.as<int32_t>(), p->cu_k = cu_k.as<int32_t>();
 }
 
-void check_heads(const Checker& check, const TensorView& q, const TensorView& k) {
+void check_heads(const Checker& check, const TensorView& q, const TensorView& k, const char* name = "k") {
   const int64_t heads = q.size(-2), kv_heads = k.size(-2), head_dim = q.size(-1);
   if (head_dim < 1 || head_dim > kMaxHeadDim) {
     check.fail("q", "head size " + std::to_string(head_dim), "1 to 256");
   }
   if (k.size(-1) != head_dim) {
-    check.fail("k", "head size " + std::to_string(k.size(-1)), "that of 'q', " + std::to_string(head_dim));
+    check.fail(name, "head size " + std::to_string(k.size(-1)), "that of 'q', " + std::to_string(head_dim));
   }
   if (heads != 0 && (kv_heads == 0 || heads % kv_heads != 0)) {
-    check.fail("k", std::to_string(kv_heads) + " heads",
+    check.fail(name, std::to_string(kv_heads) + " heads",
                "a divisor of the " + std::to_string(heads) + " query heads");
   }
 }
@@ -320,6 +321,33 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                        const AttentionOptions& options, const TensorView& out, const TensorView& lse) {
   const Checker check("attention", attention_f32_bodies_table.device);
   AttentionProblem p = check_inputs(check, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
+  p.out = check_like(check, out, "out", q, "q", true);
+  if (lse) {
+    check_lse(check, lse, q, &p);
+    check.writable(lse, "lse");
+  }
+  if (p.heads == 0) return;
+  bodies(check, q.dtype).forward(p);
+}
+
+void attention_paged(const TensorView& q, const TensorView& k_pages, const TensorView& v_pages,
+                     const TensorView& block_table, const TensorView& cache_seqlens,
+                     const AttentionOptions& options, const TensorView& out, const TensorView& lse) {
+  const Checker check("attention_paged", attention_f32_bodies_table.device);
+  check_type(check, q);
+  check.ndim(q, "q", 4);
+  check.last_contiguous(q, "q");
+  check_tensor(check, k_pages, "k_pages", q);
+  check_tensor(check, v_pages, "v_pages", q);
+  check.same_shape(v_pages, "v_pages", k_pages, "k_pages");
+  check_heads(check, q, k_pages, "k_pages");
+  AttentionProblem p{};
+  p.batch = q.size(0), p.queries = q.size(1);
+  p.heads = q.size(2), p.kv_heads = k_pages.size(2), p.head_dim = q.size(3);
+  p.q = tensor_of(q), p.k = tensor_of(k_pages), p.v = tensor_of(v_pages);
+  check_pages(check, k_pages, block_table, cache_seqlens, elsewhere(check), &p);
+  check_paged_options(check, options);
+  check_options(check, options, q.dtype, &p);
   p.out = check_like(check, out, "out", q, "q", true);
   if (lse) {
     check_lse(check, lse, q, &p);

@@ -5,9 +5,22 @@
 namespace gptcore::cuda {
 namespace {
 
+// Whether the kernels of few queries have done it: they wait for memory, whatever their products.
+template <class T>
+bool decoded(const AttentionProblem& p) {
+  if (p.pages.table) {
+    attention_paged<T>(p);
+  } else if (attention_decode_takes(p)) {
+    attention_decode<T>(p);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 template <class T>
 void forward(const AttentionProblem& p) {
-  if (attention_decode_takes<T>(p)) return attention_decode<T>(p);
+  if (decoded<T>(p)) return;
   if constexpr (sizeof(T) == 2) {
     if (attention_forward_sm90_takes<T>(p)) return attention_forward_sm90<T>(p);
   }
@@ -22,9 +35,8 @@ void backward(const AttentionProblem& p) {
   attention_backward_mma<T>(p);
 }
 
-// Decoding waits for memory, whatever its products.
 void forward_tf32(const AttentionProblem& p) {
-  attention_decode_takes<float>(p) ? attention_decode<float>(p) : attention_forward_mma<tf32>(p);
+  if (!decoded<float>(p)) attention_forward_mma<tf32>(p);
 }
 
 }  // namespace

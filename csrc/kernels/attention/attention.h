@@ -27,16 +27,21 @@
 // that Philox4x32-10 (core/philox.h) with key `seed` makes of the counter (s div 8, t, batch H + head, offset). For
 // packed tokens `batch` is the document's number, and t and s count from its first query and key.
 //
+// Pages: attention_paged reads keys and values from a cache in pages, which sequences of any length share: key s of
+// sequence b stands at place s mod page_size of page block_table[b, s div page_size]. Its q holds the last T queries of
+// every sequence, the queries' own keys being in the cache. There are soft_cap, alibi_slopes and sinks, and no backward.
+//
 // Shapes   q, out, dout, dq (B, T, H, D); k, v, dk, dv (B, S, Hkv, D); Hkv divides H, query head h reads key
 //          head h / (H / Hkv); 1 <= D <= 256; lse (B, H, T). Packed: (total, H, D), (total, Hkv, D), lse (H,
 //          total), with cu_seqlens_q and cu_seqlens_k (documents + 1), int32, from 0 to the totals, not
 //          decreasing. alibi_slopes (H) or (B, H); sinks (H); attn_mask and attn_bias broadcast to (B, H, T,
 //          S), S their own, T too where dbias is wanted, and not packed. seed one element; prefix_lengths (B), or one
-//          for each document, each 0 to its S.
+//          for each document, each 0 to its S. k_pages, v_pages (pages, page_size, Hkv, D); block_table (B, blocks),
+//          of which what a sequence needs must name pages; cache_seqlens (B), each 0 to blocks page_size.
 // Types    q, k, v and their like of one type, f32 or bf16, on CUDA also f16; attn_mask bool; attn_bias of that type or
-//          f32; seed int64; prefix_lengths int32; the rest f32, dbias included.
+//          f32; seed int64; prefix_lengths, block_table and cache_seqlens int32; the rest f32, dbias included.
 // Strides  any, but the last dimension contiguous: views into a fused projection work, gradients included.
-//          lse, dlse, dbias, sinks and dsinks contiguous.
+//          lse, dlse, dbias, sinks, dsinks and cache_seqlens contiguous.
 // Aliasing outputs overlap neither each other nor inputs; they may interleave within one buffer.
 // Sums     f32. bf16: P and dS are rounded to bf16 before their products where the processor multiplies bf16. f32 on
 //          CUDA with fp32_precision() tf32: operands of the products are rounded to 11 significant bits.
@@ -49,8 +54,9 @@
 // Cost     forward 4 D flops and one exponential per visible (t, s); backward 10 D and one; with dropout an eighth
 //          of a Philox call more, both ways. Blocks outside the mask are skipped; a pattern's hidden keys within
 //          a visited step of 32 cost as much as visible ones.
-// Device   On CUDA what lies in cu_seqlens, prefix_lengths and seed is read by the kernels: nothing waits for the device,
-//          and lengths that break the rules give results of no meaning, but touch nothing beyond the tensors. seed may
+// Device   On CUDA what lies in cu_seqlens, prefix_lengths, block_table, cache_seqlens and seed is read by the kernels:
+//          nothing waits for the device, and lengths or pages that break the rules give results of no meaning, but touch
+//          nothing beyond the tensors. seed may
 //          lie on the CPU as well, and is read there when the op is called. At most 2^29 tokens.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
@@ -81,6 +87,11 @@ struct AttentionOptions {
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                        const TensorView& cu_seqlens_q, const TensorView& cu_seqlens_k,
                        const AttentionOptions& options, const TensorView& out, const TensorView& lse);
+
+// Over a cache in pages. Of the options only softmax_scale, causal, the window, soft_cap, alibi_slopes and sinks.
+void attention_paged(const TensorView& q, const TensorView& k_pages, const TensorView& v_pages,
+                     const TensorView& block_table, const TensorView& cache_seqlens,
+                     const AttentionOptions& options, const TensorView& out, const TensorView& lse);
 
 // Gradients, overwritten. dlse: that of lse. dbias and dsinks: those of attn_bias and sinks. Each may be None.
 void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,

@@ -13,7 +13,8 @@ namespace {
 // the second-level cache; a row of them is in the first while its softmax runs.
 struct TileEngine : PairEngine {
   using Scope = TileScope;
-  using Decode = TileDecodeTask<PairEngine>;
+  template <template <class> class Rows>
+  using Decode = TileDecodeTask<PairEngine, Rows>;
   static constexpr int kRowStep = 16;
   static constexpr int kForwardRows = 64, kForwardKeys = 512;
   static constexpr int kBackwardRows = 128, kBackwardKeys = 128;

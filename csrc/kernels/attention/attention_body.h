@@ -14,13 +14,23 @@ struct AttentionTensor {
   int64_t batch, token, head;
 };
 
+// A cache in pages of `size` tokens: key s of sequence b lies in page table[b row + s div size], at place s mod size.
+// k and v are then (pages, size, Hkv, D), and their `batch` leads from page to page.
+struct AttentionPages {
+  const int32_t* table;      // null: keys lie one after the other
+  const int32_t* lengths;    // keys of each sequence
+  int64_t row, size, count;  // entries from one sequence's to the next's; tokens of a page; pages
+};
+
 struct AttentionProblem {
   AttentionTensor q, k, v, out;      // out is read by backward, and null there for nothing else
   AttentionTensor dout, dq, dk, dv;  // backward only
   float* lse;                        // f32, tokens contiguous
   int64_t lse_batch, lse_head;
   const int32_t *cu_q, *cu_k;  // null unless packed; then `batch` counts documents
-  // Per sequence. When packed the longest document's, or the totals where lengths are not read on the host.
+  AttentionPages pages;
+  // Per sequence. When packed the longest document's, or the totals where lengths are not read on the host; keys in
+  // pages: as many as a sequence has room for.
   int64_t batch, queries, keys;
   int64_t total_q, total_k;  // tokens of all documents
   int64_t heads, kv_heads, head_dim;

@@ -1,5 +1,5 @@
 // How attention of few queries is divided on CUDA: which problems are of that kind, and how their keys are split over
-// blocks. A function of the shape alone. Plain C++.
+// blocks. A function of the shape alone. Plain C++ but for the words by which nvcc knows what both sides call.
 #pragma once
 
 #include <algorithm>
@@ -7,32 +7,64 @@
 
 #include "kernels/attention/attention_body.h"
 
+#if defined(__CUDACC__)
+#define GPTCORE_BOTH_SIDES __host__ __device__
+#else
+#define GPTCORE_BOTH_SIDES
+#endif
+
 namespace gptcore::cuda {
 
 constexpr int kDecodeWarps = 4, kDecodeRows = 16, kDecodeKeys = 64, kJoinThreads = 128;
-constexpr int64_t kDecodeQueries = 16;  // a sequence has at most
+constexpr int64_t kDecodeQueries = 16;  // a sequence has at most, unless its keys lie in pages
 // A part has at least so many keys, and there are at most so many parts: a few hundred kilobytes for each block to read
-// hide its start, and joining stays cheap.
-constexpr int64_t kPartKeys = 256, kMaxParts = 64;
+// hide its start, and joining stays cheap. Where rows alone make this many blocks of a key head, keys are split less, so
+// that many queries do not ask for much scratch memory.
+constexpr int kPartKeys = 256, kMaxParts = 64, kSplitBlocks = 512;
 
 struct DecodePlan {
-  int group, rows;       // query heads of a key head; rows of each key head
-  int row_blocks;        // of kDecodeRows
-  int begin, part_keys;  // the first key that any query sees; a multiple of kDecodeKeys
-  int parts;
+  int group, rows;            // query heads of a key head; rows of each key head
+  int row_blocks, max_parts;  // of kDecodeRows; of a sequence
+  int parts;                  // that the grid has for each sequence: those it does not need leave at once
   bool modified, aligned;
 };
 
-// Queries, also the warps' states; a tile of keys and one of values, also the warps' sums in f32.
-constexpr int64_t decode_shared_bytes(int64_t dim, int64_t element_bytes) {
-  const int64_t tiles = 2 * kDecodeKeys * dim * element_bytes, sums = 4 * kDecodeWarps * kDecodeRows * dim;
-  return kDecodeRows * dim * element_bytes + std::max(tiles, sums);
+// The keys of one sequence: parts of part_keys, a multiple of kDecodeKeys, from the first that any query sees. Computed
+// by the blocks, as lengths may lie on the device; the same whatever the grid's size.
+struct KeySplit {
+  int begin, part_keys, parts;
+};
+GPTCORE_BOTH_SIDES constexpr KeySplit split_keys(int queries, int keys, int left, int max_parts) {
+  const int before = keys - queries - left;
+  const int begin = left < 0 || before < 0 ? 0 : before < keys ? before : keys;
+  const int seen = keys - begin, even = (seen + max_parts - 1) / max_parts;
+  const int part = ((even > kPartKeys ? even : kPartKeys) + kDecodeKeys - 1) / kDecodeKeys * kDecodeKeys;
+  return {begin, part, seen > part ? (seen + part - 1) / part : 1};
 }
 
-// Documents' lengths are not known here; a pattern's hidden keys are not skipped, and nobody drops while decoding. Sums of
-// f32 beyond a head size of 128, split as they are, want more registers than there are.
-inline bool decode_takes(const AttentionProblem& p, int64_t element_bytes) {
-  if (element_bytes == 4 && p.head_dim > 128) return false;
+// Parts that a sequence of at most so many keys may have.
+constexpr int most_parts(int64_t keys, int max_parts) {
+  const int64_t parts = (keys + kPartKeys - 1) / kPartKeys;
+  return static_cast<int>(parts < 1 ? 1 : parts < max_parts ? parts : max_parts);
+}
+
+// Columns of the values that a block sums: f32 sums of 256, split as their operands are, want more registers than there
+// are, so two blocks share them, each with scores of its own.
+constexpr int decode_columns(int64_t dim, int64_t element_bytes) {
+  return static_cast<int>(element_bytes == 4 && dim > 128 ? 128 : dim);
+}
+
+// Queries, also the warps' states; a tile of keys and one of values, also the warps' sums in f32; and where the keys of
+// two tiles lie, a page and a place in it each.
+constexpr int64_t decode_shared_bytes(int64_t dim, int64_t element_bytes, bool paged) {
+  const int64_t columns = decode_columns(dim, element_bytes);
+  const int64_t tiles = kDecodeKeys * (dim + columns) * element_bytes,
+                sums = 4 * kDecodeWarps * kDecodeRows * columns;
+  return kDecodeRows * dim * element_bytes + std::max(tiles, sums) + (paged ? 2 * kDecodeKeys * 8 : 0);
+}
+
+// Documents' lengths are not known here; a pattern's hidden keys are not skipped, and nobody drops while decoding.
+inline bool decode_takes(const AttentionProblem& p) {
   return !p.cu_q && p.queries <= kDecodeQueries && p.keep == kKeepAll && p.stride == 0;
 }
 
@@ -41,11 +73,15 @@ inline DecodePlan decode_plan(const AttentionProblem& p) {
   plan.group = static_cast<int>(p.heads / p.kv_heads);
   plan.rows = static_cast<int>(p.queries) * plan.group;
   plan.row_blocks = (plan.rows + kDecodeRows - 1) / kDecodeRows;
-  const int64_t begin = p.left < 0 ? 0 : std::clamp<int64_t>(p.keys - p.queries - p.left, 0, p.keys);
-  const int64_t keys = p.keys - begin, even = (keys + kMaxParts - 1) / kMaxParts;
-  const int64_t part = (std::max(even, kPartKeys) + kDecodeKeys - 1) / kDecodeKeys * kDecodeKeys;
-  plan.begin = static_cast<int>(begin), plan.part_keys = static_cast<int>(part);
-  plan.parts = static_cast<int>(std::max<int64_t>((keys + part - 1) / part, 1));
+  plan.max_parts = std::clamp(kSplitBlocks / std::max(plan.row_blocks, 1), 1, kMaxParts);
+  const bool open = p.left < 0 || p.left >= p.keys;
+  const int64_t seen = open ? p.keys : std::min(p.keys, p.queries + p.left);
+  plan.parts = most_parts(seen, plan.max_parts);
+  if (!p.pages.table) {
+    const int left = static_cast<int>(open ? -1 : p.left);
+    plan.parts =
+        split_keys(static_cast<int>(p.queries), static_cast<int>(p.keys), left, plan.max_parts).parts;
+  }
   plan.modified = p.modified || !(p.scale > 0.0f);
   return plan;
 }

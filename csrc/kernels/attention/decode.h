@@ -17,6 +17,8 @@ namespace gptcore {
 namespace GPTCORE_ISA_NS {
 namespace {
 
+constexpr int kDecodeRows = 4;  // of a key head, at most
+
 struct DecodeEngine {
   using Score = float;
   static constexpr bool kFine = true;
@@ -52,20 +54,21 @@ GPTCORE_INLINE void fetch_row(const T* row, int64_t size) {
     __builtin_prefetch(p + at, 0, 2);
 }
 
-template <class T>
+// Rows: KeyRows or PagedRows.
+template <class T, template <class> class Rows>
 class DecodeTask {
  public:
   // Nothing to set up on a thread.
   struct Scope {
     explicit Scope(int64_t) {}
   };
-  static constexpr int kElementBytes = sizeof(T), kMaxRows = 4, kMaxWidth = 256;
+  static constexpr int kElementBytes = sizeof(T), kMaxRows = kDecodeRows, kMaxWidth = 256;
   static constexpr int kKeys = 64;                        // keys between two softmaxes
   static constexpr int kScoreKeys = 16, kValueKeys = 16;  // of a head before the next head's
 
   // Lives in scratch memory, so set up by a call.
   void begin(const AttentionProblem& p, const Sequence& s, int64_t ahead) {
-    p_ = p, s_ = s, ahead_ = ahead, k_ = KeyRows<const T>(p.k, s), v_ = KeyRows<const T>(p.v, s);
+    p_ = p, s_ = s, ahead_ = ahead, k_ = Rows<const T>(p.k, s), v_ = Rows<const T>(p.v, s);
     const int64_t rows = s_.rows();
     const QueryRows<const T> q(p_.q, s_);
     __builtin_memset(query_, 0, sizeof(query_));
@@ -216,7 +219,7 @@ class DecodeTask {
 
   AttentionProblem p_;
   Sequence s_;
-  KeyRows<const T> k_, v_;
+  Rows<const T> k_, v_;
   int64_t ahead_;
   Range seen_[kMaxRows];
   alignas(64) float query_[kMaxRows][kMaxWidth];
@@ -258,7 +261,9 @@ void decode(const AttentionProblem& p) {
     Task* tasks = scratch.as<Task>();
     // Rows of two heads of a token make no run: one head after the other then keeps more of it in cache.
     const int64_t together = heads > 2 ? heads : 1;
-    const int64_t ahead = keys_ahead(heads * p.head_dim * Task::kElementBytes);
+    // Keys that are asked for together should share a page.
+    const int64_t near = keys_ahead(heads * p.head_dim * Task::kElementBytes);
+    const int64_t ahead = p.pages.table ? round_up(near, Task::kScoreKeys) : near;
     for (int64_t h = 0; h < heads; ++h) tasks[h].begin(p, sequence_of(p, index, first + h), ahead);
     const Sequence s = sequence_of(p, index, first);
     [[maybe_unused]] const typename Task::Scope scope(at_least(s.rows(), 1));

@@ -26,17 +26,17 @@ struct DecodeTiles {
   ~DecodeTiles() { release_tiles(); }
 };
 
-template <class Engine>
+template <class Engine, template <class> class Rows>
 class TileDecodeTask {
  public:
   using Scope = DecodeTiles;
-  static constexpr int kElementBytes = 2, kMaxRows = 4, kKeys = 64, kMaxWidth = 256;
+  static constexpr int kElementBytes = 2, kMaxRows = kDecodeRows, kKeys = 64, kMaxWidth = 256;
   static constexpr int kScoreKeys = kTileRows, kValueKeys = kTileDepth;
 
   static bool serves(const AttentionProblem& p) { return p.head_dim % kTileDepth == 0; }
 
   void begin(const AttentionProblem& p, const Sequence& s, int64_t ahead) {
-    p_ = p, s_ = s, ahead_ = ahead, k_ = KeyRows<const bf16>(p.k, s), v_ = KeyRows<const bf16>(p.v, s);
+    p_ = p, s_ = s, ahead_ = ahead, k_ = Rows<const bf16>(p.k, s), v_ = Rows<const bf16>(p.v, s);
     const int64_t rows = s_.rows();
     const QueryRows<const bf16> q(p_.q, s_);
     // No more than this head size reads: with few keys clearing all of it would be half of the work.
@@ -74,20 +74,21 @@ class TileDecodeTask {
     alignas(64) bf16 edge[kTileRows * kMaxWidth];
     const bf16* keys = k_(first);
     int64_t bytes = k_.token * 2;
-    if (n < kTileRows) {
+    if (n < kTileRows || !k_.even(first, n)) {
       bytes = p_.head_dim * 2;
       const auto row = static_cast<size_t>(bytes);
       for (int64_t i = 0; i < n; ++i) __builtin_memcpy(edge + i * p_.head_dim, k_(first + i), row);
       __builtin_memset(edge + n * p_.head_dim, 0, static_cast<size_t>(kTileRows - n) * row);
       keys = edge;
     }
+    const bf16* later = k_(first + ahead_);
     tile_fence();
     _tile_zero(7);
     for (int64_t d = 0; d < p_.head_dim; d += kTileDepth) {
       _tile_loadd(6, keys + d, bytes);
       _tile_loadd(5, query_[d / kTileDepth], 64);
       _tile_dpbf16ps(7, 6, 5);
-      fetch_next(k_(first) + d, k_.token, n);
+      fetch(later + d, k_.token, n);
     }
     alignas(64) float tile[kTileRows][kTileCols];
     _tile_stored(7, tile, 64);
@@ -105,14 +106,15 @@ class TileDecodeTask {
     const int64_t panels = p_.head_dim / kTileCols;
     for (int64_t i = 0; i < kTileRows; ++i) {
       const int64_t low = 2 * i;
-      const bf16* row = v_(base + key + low);
+      const bf16 *row = v_(base + key + low), *next = v_(base + key + low + 1);
+      const bf16* later = v_(base + key + low + ahead_);
       for (int64_t d = 0; d < panels; ++d) {
         const __m512i a = low < n ? half(row + d * kTileCols) : __m512i{};
-        const __m512i b = low + 1 < n ? half(row + v_.token + d * kTileCols) : __m512i{};
+        const __m512i b = low + 1 < n ? half(next + d * kTileCols) : __m512i{};
         _mm512_store_si512(panel[d][i], _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
       }
       for (int64_t d = 0; d < p_.head_dim && low < n; d += kTileDepth) {
-        fetch_next(row + d, v_.token, 2);
+        fetch(later + d, v_.token, 2);
       }
     }
     tile_fence();
@@ -135,9 +137,9 @@ class TileDecodeTask {
   void write() { write_rows<bf16>(p_, s_, &state_, sum_); }
 
  private:
-  // Asks for the lines of later keys' same depth.
-  void fetch_next(const bf16* rows, int64_t stride, int64_t n) const {
-    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(rows + (ahead_ + i) * stride, 0, 2);
+  // Asks for the lines of later keys at some depth.
+  static void fetch(const bf16* rows, int64_t stride, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) __builtin_prefetch(rows + i * stride, 0, 2);
   }
 
   // 16 values of a key as the lower halves of words.
@@ -147,7 +149,7 @@ class TileDecodeTask {
 
   AttentionProblem p_;
   Sequence s_;
-  KeyRows<const bf16> k_, v_;
+  Rows<const bf16> k_, v_;
   int64_t ahead_;
   alignas(64) uint32_t query_[kMaxWidth / kTileDepth][kTileRows][kTileCols];
   alignas(64) float sum_[kMaxRows][kMaxWidth];

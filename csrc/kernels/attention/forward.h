@@ -71,9 +71,14 @@ class ForwardTask {
     if (keys_.empty()) return;
     origin_ = first;
     const int64_t padded = round_up(count, Engine::kKeyStep);
-    pack_columns<Units, T>(KeyRows<const T>(p_.k, s_), first, count, padded, p_.head_dim, depth_,
-                           packed_keys_);
-    pack_pairs<Units, T>(KeyRows<const T>(p_.v, s_), first, count, padded / kPer, room_ / kPer * kLanes,
+    p_.pages.table ? pack_rows_of<PagedRows>(first, count, padded)
+                   : pack_rows_of<KeyRows>(first, count, padded);
+  }
+
+  template <template <class> class Rows>
+  void pack_rows_of(int64_t first, int64_t count, int64_t padded) {
+    pack_columns<Units, T>(Rows<const T>(p_.k, s_), first, count, padded, p_.head_dim, depth_, packed_keys_);
+    pack_pairs<Units, T>(Rows<const T>(p_.v, s_), first, count, padded / kPer, room_ / kPer * kLanes,
                          p_.head_dim, packed_values_);
   }
 
@@ -233,14 +238,20 @@ class ForwardTask {
   RowStates<kRows> state_;
 };
 
+template <class Engine, class T, template <class> class Rows>
+void decode_by(const AttentionProblem& p) {
+  if constexpr (requires { typename Engine::template Decode<Rows>; }) {
+    using Task = typename Engine::template Decode<Rows>;
+    if (Task::serves(p)) return decode<Task>(p);
+  }
+  decode<DecodeTask<T, Rows>>(p);
+}
+
 template <class Engine, class T>
 void forward(const AttentionProblem& p) {
   const int64_t units = p.batch * p.kv_heads;
-  if (p.queries * (p.heads / p.kv_heads) <= DecodeTask<T>::kMaxRows && p.keep == kKeepAll && p.stride == 0) {
-    if constexpr (requires { typename Engine::Decode; }) {
-      if (Engine::Decode::serves(p)) return decode<typename Engine::Decode>(p);
-    }
-    return decode<DecodeTask<T>>(p);
+  if (p.queries * (p.heads / p.kv_heads) <= kDecodeRows && p.keep == kKeepAll && p.stride == 0) {
+    return p.pages.table ? decode_by<Engine, T, PagedRows>(p) : decode_by<Engine, T, KeyRows>(p);
   }
   const int64_t row_blocks =
       (p.queries * (p.heads / p.kv_heads) + Engine::kForwardRows - 1) / Engine::kForwardRows;

@@ -33,6 +33,7 @@ struct Sequence {
   int64_t kv_head, group;
   int64_t left, right;
   int64_t prefix;  // keys that all queries see; above 0 only without a left bound
+  const AttentionPages* pages;
 
   int64_t rows() const { return queries * group; }
 
@@ -72,7 +73,9 @@ GPTCORE_INLINE Sequence sequence_of(const AttentionProblem& p, int64_t index, in
     s.q_begin = p.cu_q[index], s.queries = p.cu_q[index + 1] - p.cu_q[index];
     s.k_begin = p.cu_k[index], s.keys = p.cu_k[index + 1] - p.cu_k[index];
   }
+  if (p.pages.table) s.keys = p.pages.lengths[index];
   s.left = p.left, s.right = p.right, s.prefix = p.prefix ? p.prefix[index] : 0;
+  s.pages = &p.pages;
   return s;
 }
 
@@ -106,6 +109,33 @@ struct KeyRows {
         token(t.token) {}
 
   T* operator()(int64_t row) const { return base + row * token; }
+  // Whether rows [first, first + count) lie `token` apart.
+  bool even(int64_t, int64_t) const { return true; }
+};
+
+// The same of keys in pages. Rows beyond the sequence's last get an address of no meaning.
+template <class T>
+struct PagedRows {
+  T* base;
+  const int32_t* table;
+  int64_t page, token, size, last_block;
+  int shift;  // of a size that is a power of two, else -1: a division costs as much as a vector of products
+
+  PagedRows(const AttentionTensor& t, const Sequence& s)
+      : base(static_cast<T*>(t.data) + s.kv_head * t.head),
+        table(s.pages->table + s.index * s.pages->row),
+        page(t.batch),
+        token(t.token),
+        size(s.pages->size),
+        last_block(s.keys > 0 ? (s.keys - 1) / size : 0),
+        shift((size & (size - 1)) == 0 ? __builtin_ctzll(static_cast<uint64_t>(size)) : -1) {}
+
+  int64_t block_of(int64_t row) const { return at_most(shift >= 0 ? row >> shift : row / size, last_block); }
+  T* operator()(int64_t row) const {
+    const int64_t block = block_of(row);
+    return base + table[block] * page + (row - block * size) * token;
+  }
+  bool even(int64_t first, int64_t count) const { return block_of(first) == block_of(first + count - 1); }
 };
 
 // Where row r's lse stands, or what has its shape.
