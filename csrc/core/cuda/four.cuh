@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/cuda/convert.cuh"
+#include "core/cuda/vector_store.cuh"
 
 namespace gptcore::cuda {
 
@@ -29,10 +30,27 @@ __device__ __forceinline__ Four<T> load_four(const T* p, int64_t n) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t bits_of(bf16 x) { return x.bits; }
+__device__ __forceinline__ uint32_t bits_of(int16_t x) { return static_cast<uint16_t>(x); }
+
+// All four at once.
+__device__ __forceinline__ void store_whole(float* p, const Four<float>& x) {
+  store_vector(p, make_uint4(__float_as_uint(x.at[0]), __float_as_uint(x.at[1]), __float_as_uint(x.at[2]),
+                             __float_as_uint(x.at[3])));
+}
+__device__ __forceinline__ void store_whole(uint8_t* p, const Four<uint8_t>& x) {
+  *reinterpret_cast<Four<uint8_t>*>(p) = x;
+}
+template <class T>
+__device__ __forceinline__ void store_whole(T* p, const Four<T>& x) {
+  store_vector(
+      p, make_uint2(bits_of(x.at[0]) | bits_of(x.at[1]) << 16, bits_of(x.at[2]) | bits_of(x.at[3]) << 16));
+}
+
 template <bool whole, class T>
 __device__ __forceinline__ void store_four(T* p, const Four<T>& x, int64_t n) {
   if constexpr (whole) {
-    *reinterpret_cast<Four<T>*>(p) = x;
+    store_whole(p, x);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -45,7 +63,10 @@ template <class T>
 __device__ __forceinline__ Four<T> rounded(const Four<float>& x) {
   Four<T> y;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) y.at[i] = from_float<T>(x.at[i]);
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t pair = pack_pair<T>(x.at[i], x.at[i + 1]);
+    y.at[i] = {static_cast<uint16_t>(pair)}, y.at[i + 1] = {static_cast<uint16_t>(pair >> 16)};
+  }
   return y;
 }
 
