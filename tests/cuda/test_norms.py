@@ -54,11 +54,20 @@ def _check(kind: str, dtype: torch.dtype, rows: int, width: int, weight: torch.T
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", NORMS)
-# A lane a row, 2 to 16, a warp with 1, 2 and 4 packs a thread, then blocks of 2 to 16 warps.
+# A lane a row, 2 to 16, a warp with 1, 2, 3 and 4 or 8 packs a thread, then rows of several warps.
 @pytest.mark.parametrize("packs", [1, 2, 5, 16, 31, 40, 65, 100, 128, 129, 500])
 def test_rows_of_every_cut(kind: str, dtype: torch.dtype, packs: int) -> None:
     width = packs * 16 // dtype.itemsize
     _check(kind, dtype, 5, width, torch.randn(width))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", NORMS)
+# More than the emulated device has at a time: lanes of a warp with rows that do not exist, and every kind of block.
+@pytest.mark.parametrize(("rows", "packs"), [(400, 5), (31, 65), (60, 65), (40, 129)])
+def test_blocks_stay_for_many_rows(kind: str, dtype: torch.dtype, rows: int, packs: int) -> None:
+    width = packs * 16 // dtype.itemsize
+    _check(kind, dtype, rows, width, torch.randn(width))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

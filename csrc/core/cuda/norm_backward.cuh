@@ -12,6 +12,7 @@
 #include "core/cuda/norm_plan.h"
 #include "core/cuda/row_packs.cuh"
 #include "core/cuda/row_sums.cuh"
+#include "core/cuda/row_walk.cuh"
 #include "core/cuda/scratch.h"
 
 namespace gptcore::cuda {
@@ -23,6 +24,7 @@ struct NormBackward {
   int64_t rows, width, grad_y_stride, grad_h_stride, h_stride, dx_stride;
   float offset;
   float* parts;  // (blocks, 2, width): null where one block has all rows
+  float share;   // 1 / width
   int cluster;
   bool bf16_weight, bf16_dweight, packed;
 };
@@ -33,22 +35,29 @@ struct NormPack {
   float dy[kCount], g[kCount], xhat[kCount];
 };
 
+// weight + offset from column c on.
 template <int kCount>
-__device__ __forceinline__ NormPack<kCount> norm_pack(const NormBackward& a, const uint4& dy, const uint4& h,
-                                                      int64_t c, int left, float mean, float rstd) {
+__device__ __forceinline__ void load_weight(const NormBackward& a, int64_t c, int left, bool packed,
+                                            float (&w)[kCount]) {
+  load_vector(a.weight, a.bf16_weight, c, left, packed, 1.0f, w);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) w[i] += a.offset;
+}
+
+template <int kCount>
+__device__ __forceinline__ NormPack<kCount> norm_pack(const uint4& dy, const uint4& h,
+                                                      const float (&w)[kCount], float mean, float rstd) {
   NormPack<kCount> p;
-  float w[kCount];
-  load_vector(a.weight, a.bf16_weight, c, left, a.packed, 1.0f, w);
   unpack(dy, p.dy), unpack(h, p.xhat);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    p.g[i] = p.dy[i] * (w[i] + a.offset);
+    p.g[i] = p.dy[i] * w[i];
     p.xhat[i] = (p.xhat[i] - mean) * rstd;
   }
   return p;
 }
 
-// Sums of g and of g xhat.
+// Sums of g xhat and of g.
 template <bool centred, int kCount>
 __device__ __forceinline__ void add_products(const NormPack<kCount>& p, float (&sums)[centred ? 2 : 1]) {
 #pragma unroll
@@ -58,20 +67,26 @@ __device__ __forceinline__ void add_products(const NormPack<kCount>& p, float (&
   }
 }
 
+// `means` times -rstd: what xhat is multiplied by, and what is added.
 template <class T, bool centred, int kCount>
 __device__ __forceinline__ void store_dx(const NormBackward& a, const NormPack<kCount>& p,
                                          const float (&means)[centred ? 2 : 1], float rstd,
-                                         const uint4& grad_h, int64_t row, int64_t c, int left) {
+                                         const uint4& grad_h, int64_t row, int64_t c, int left, bool packed) {
   float v[kCount], dh[kCount];
-  unpack(grad_h, dh);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    float d = p.g[i] - p.xhat[i] * means[0];
-    if constexpr (centred) d -= means[1];
-    v[i] = d * rstd;
-    if (a.grad_h) v[i] += dh[i];
+    if constexpr (centred) {
+      v[i] = fmaf(p.g[i], rstd, fmaf(p.xhat[i], means[0], means[1]));
+    } else {
+      v[i] = fmaf(p.g[i], rstd, p.xhat[i] * means[0]);
+    }
   }
-  store_some(static_cast<T*>(a.dx) + row * a.dx_stride + c, v, left, a.packed);
+  if (a.grad_h) {
+    unpack(grad_h, dh);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) v[i] += dh[i];
+  }
+  store_some(static_cast<T*>(a.dx) + row * a.dx_stride + c, v, left, packed);
 }
 
 // Lanes of a warp with different rows of the same columns: all get the sums over them.
@@ -111,62 +126,66 @@ __device__ __forceinline__ void store_column_sums(const NormBackward& a, float (
   }
 }
 
-template <class T, bool centred, int kPacks>
-__global__ void __launch_bounds__(kNormThreads) norm_backward_rows(const NormBackward a) {
+template <class T, bool centred, int kPacks, bool packed>
+__global__ void __launch_bounds__(norm_backward_threads(kPacks), 1) norm_backward_rows(const NormBackward a) {
   constexpr int kCount = kPackElements<T>, kSums = kPacks * kCount;
   float* room = shared_memory<float>();
-  const int64_t blocks = gridDim.x / static_cast<unsigned>(a.cluster);
-  const int64_t block = blockIdx.x / static_cast<unsigned>(a.cluster);
-  const int rank = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.cluster));
-  const int lanes = static_cast<int>(blockDim.x);
-  const int base = rank * lanes * kCount, first = base + static_cast<int>(threadIdx.x) * kCount;
-  const int step = lanes * a.cluster * kCount, width = static_cast<int>(a.width);
-  uint4 dy[kPacks], h[kPacks], next_dy[kPacks], next_h[kPacks], grad_h[kPacks];
-  float mean = 0.0f, rstd = 0.0f, dweight[kSums] = {}, dbias[kSums] = {};
-  const auto fetch = [&](int64_t row, float* row_mean, float* row_rstd) {
+  const RowWalk walk(a.cluster);
+  const int first = walk.first<kCount>(), step = walk.step<kCount>(), width = static_cast<int>(a.width);
+  uint4 dy[kPacks], h[kPacks], next_dy[kPacks] = {}, next_h[kPacks] = {}, grad_h[kPacks] = {};
+  float next_mean = 0.0f, next_rstd = 0.0f;
+  const auto fetch = [&](int64_t row) {
     const int left = row < a.rows ? width - first : 0;
-    load_packs<T>(static_cast<const T*>(a.grad_y) + row * a.grad_y_stride + first, left, step, a.packed,
+    load_packs<T>(static_cast<const T*>(a.grad_y) + row * a.grad_y_stride + first, left, step, packed,
                   next_dy);
-    load_packs<T>(static_cast<const T*>(a.h) + row * a.h_stride + first, left, step, a.packed, next_h);
-    *row_mean = centred && row < a.rows ? a.mean[row] : 0.0f;
-    *row_rstd = row < a.rows ? a.rstd[row] : 0.0f;
+    load_packs<T>(static_cast<const T*>(a.h) + row * a.h_stride + first, left, step, packed, next_h);
+    if (centred) next_mean = row < a.rows ? a.mean[row] : 0.0f;
+    next_rstd = row < a.rows ? a.rstd[row] : 0.0f;
   };
-  float next_mean, next_rstd;
-  fetch(block * blockDim.y + threadIdx.y, &next_mean, &next_rstd);
-  int turn = 0;
-  for (int64_t row = block * blockDim.y; row < a.rows; row += blocks * blockDim.y, turn ^= 1) {
-    const int64_t mine = row + threadIdx.y;
-    const int left = mine < a.rows ? width - first : 0;
+  if (packed) fetch(walk.mine);
+  float w[kPacks][kCount], dweight[kSums] = {}, dbias[kSums] = {};
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) dy[k] = next_dy[k], h[k] = next_h[k], grad_h[k] = make_uint4(0, 0, 0, 0);
-    mean = next_mean, rstd = next_rstd;
+  for (int k = 0; k < kPacks; ++k) load_weight(a, first + k * step, width - first - k * step, packed, w[k]);
+  int turn = 0;
+  for (int64_t row = walk.mine; row + walk.leader < a.rows; row += walk.stride, turn ^= 1) {
+    const int left = row < a.rows ? width - first : 0;
+    if (!packed) fetch(row);  // one by one, there are no registers for the row after it
+    const float mean = next_mean, rstd = next_rstd;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) dy[k] = next_dy[k], h[k] = next_h[k];
     if (a.grad_h) {
-      load_packs<T>(static_cast<const T*>(a.grad_h) + mine * a.grad_h_stride + first, left, step, a.packed,
+      load_packs<T>(static_cast<const T*>(a.grad_h) + row * a.grad_h_stride + first, left, step, packed,
                     grad_h);
     }
-    fetch(mine + blocks * blockDim.y, &next_mean, &next_rstd);
+    if (packed) fetch(row + walk.stride);
     float sums[centred ? 2 : 1] = {};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      const auto p = norm_pack<kCount>(a, dy[k], h[k], first + k * step, left - k * step, mean, rstd);
+      if (left <= k * step) continue;
+      const auto p = norm_pack<kCount>(dy[k], h[k], w[k], mean, rstd);
       add_products<centred>(p, sums);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         dweight[k * kCount + i] += p.dy[i] * p.xhat[i];
         if constexpr (centred) dbias[k * kCount + i] += p.dy[i];
       }
+      if constexpr (kSums > 16 || !packed) forget_elements(dy[k]), forget_elements(h[k]);
     }
     row_sums(sums, a.cluster, room + turn * kRowSumRoom<2>);
-    for (float& sum : sums) sum /= static_cast<float>(a.width);
+    for (float& sum : sums) sum *= -rstd * a.share;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      const auto p = norm_pack<kCount>(a, dy[k], h[k], first + k * step, left - k * step, mean, rstd);
-      store_dx<T, centred>(a, p, sums, rstd, grad_h[k], mine, first + k * step, left - k * step);
+      if (left <= k * step) continue;
+      const auto p = norm_pack<kCount>(dy[k], h[k], w[k], mean, rstd);
+      store_dx<T, centred>(a, p, sums, rstd, grad_h[k], row, first + k * step, left - k * step, packed);
     }
   }
   if (a.cluster > 1) cluster_sync();  // the others may still read this block's sums
-  if (a.dweight) store_column_sums(a, dweight, kCount, base, step, 0, block, a.dweight, room);
-  if (centred && a.dbias) store_column_sums(a, dbias, kCount, base, step, 1, block, a.dbias, room);
+  if (a.dweight)
+    store_column_sums(a, dweight, kCount, walk.rank * walk.lanes * kCount, step, 0, walk.block, a.dweight,
+                      room);
+  if (centred && a.dbias)
+    store_column_sums(a, dbias, kCount, walk.rank * walk.lanes * kCount, step, 1, walk.block, a.dbias, room);
 }
 
 // Rows of any width: read twice, and the sums over rows kept in the block's part.
@@ -184,8 +203,9 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_wide(const NormBac
     const auto pack_at = [&](int64_t c, int left) {
       const T* dy = static_cast<const T*>(a.grad_y) + row * a.grad_y_stride + c;
       const T* h = static_cast<const T*>(a.h) + row * a.h_stride + c;
-      return norm_pack<kCount>(a, load_raw(dy, left, a.packed), load_raw(h, left, a.packed), c, left, mean,
-                               rstd);
+      float w[kCount];
+      load_weight(a, c, left, a.packed, w);
+      return norm_pack<kCount>(load_raw(dy, left, a.packed), load_raw(h, left, a.packed), w, mean, rstd);
     };
     float sums[centred ? 2 : 1] = {};
     for (int64_t c = first; c < a.width; c += kStep) {
@@ -201,14 +221,26 @@ __global__ void __launch_bounds__(kNormThreads) norm_backward_wide(const NormBac
       }
     }
     row_sums(sums, 1, room + turn * kRowSumRoom<2>);
-    for (float& sum : sums) sum /= static_cast<float>(a.width);
+    for (float& sum : sums) sum *= -rstd * a.share;
     for (int64_t c = first; c < a.width; c += kStep) {
       const int left = left_of<T>(a.width, c);
       uint4 grad_h = make_uint4(0, 0, 0, 0);
       if (a.grad_h)
         grad_h = load_raw(static_cast<const T*>(a.grad_h) + row * a.grad_h_stride + c, left, a.packed);
-      store_dx<T, centred>(a, pack_at(c, left), sums, rstd, grad_h, row, c, left);
+      store_dx<T, centred>(a, pack_at(c, left), sums, rstd, grad_h, row, c, left, a.packed);
     }
+  }
+}
+
+template <class T, bool centred, bool packed>
+void start_norm_backward_rows(const NormPlan& p, const Launch& l, const NormBackward& a) {
+  switch (p.packs) {
+    case 1:
+      return launch<&norm_backward_rows<T, centred, 1, packed>>(l, a);
+    case 2:
+      return launch<&norm_backward_rows<T, centred, 2, packed>>(l, a);
+    default:
+      return launch<&norm_backward_rows<T, centred, 3, packed>>(l, a);
   }
 }
 
@@ -218,14 +250,9 @@ void start_norm_backward(const NormPlan& p, const NormBackward& a) {
   const Launch l{dim3(static_cast<unsigned>(p.blocks)),
                  dim3(static_cast<unsigned>(p.lanes), static_cast<unsigned>(p.groups)),
                  (sums > room ? sums : room) * static_cast<int64_t>(sizeof(float)), p.cluster};
-  switch (p.packs) {
-    case 0:
-      return launch<&norm_backward_wide<T, centred>>(l, a);
-    case 1:
-      return launch<&norm_backward_rows<T, centred, 1>>(l, a);
-    default:
-      return launch<&norm_backward_rows<T, centred, 2>>(l, a);
-  }
+  if (p.packs == 0) return launch<&norm_backward_wide<T, centred>>(l, a);
+  if (a.packed) return start_norm_backward_rows<T, centred, true>(p, l, a);
+  start_norm_backward_rows<T, centred, false>(p, l, a);
 }
 
 template <class T, bool centred>
@@ -234,6 +261,7 @@ void norm_backward(NormBackward a) {
              (!a.grad_h || rows_are_packed<T>(a.width, a.grad_h, a.grad_h_stride)) &&
              can_pack<float>(a.weight, 0);
   if (a.offset == 0.0f) a.offset = -0.0f;  // which leaves -0 as it is
+  a.share = 1.0f / static_cast<float>(a.width);
   const NormPlan p =
       norm_backward_plan(a.rows, a.width, divided_up(a.width, kPackElements<T>), limits().arch);
   a.cluster = p.cluster;

@@ -77,13 +77,16 @@ __device__ __forceinline__ void store_some(T* p, const float (&v)[kPackElements<
   }
 }
 
-// kPacks packs of one row, `step` elements apart; all are asked for before the first is used.
+// kPacks packs of one row, `step` elements apart; all are asked for before the first is used. Packs of which nothing
+// exists keep what they had, which costs nothing.
 template <class T, int kPacks>
 __device__ __forceinline__ void load_packs(const T* p, int left, int step, bool packed,
                                            uint4 (&raw)[kPacks]) {
   if (packed) {
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) raw[k] = load_raw(p + k * step, left - k * step, true);
+    for (int k = 0; k < kPacks; ++k) {
+      if (left > k * step) raw[k] = *reinterpret_cast<const uint4*>(p + k * step);
+    }
   } else {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) raw[k] = load_raw(p + k * step, left - k * step, false);

@@ -10,24 +10,33 @@ namespace gptcore::cuda {
 template <int kSums>
 constexpr int kRowSumRoom = kSums * (kWarp + 1);
 
-// Every thread of the block comes and gets its row's sums. `room` is free again when all have passed another call, so
-// that calls take turns with two rooms.
+// Every thread of the row comes and gets its sums; rows of one block do not wait for each other. `room` is free again
+// when all have passed another call, so that calls take turns with two rooms.
 template <int kSums>
 __device__ __forceinline__ void row_sums(float (&x)[kSums], int cluster, float* room) {
   const int lanes = static_cast<int>(blockDim.x), warps = lanes / kWarp;
-  for (int step = (warps ? kWarp : lanes) / 2; step > 0; step /= 2) {
+  if (!warps) {
+    for (int step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) x[i] += __shfl_xor_sync(kFullMask, x[i], step);
+    }
+    return;
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) x[i] += __shfl_xor_sync(kFullMask, x[i], step);
   }
-  if (warps <= 1) return;
+  if (warps == 1) return;
   const int first = static_cast<int>(threadIdx.y) * warps;
   if (lane() == 0) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) room[i * kWarp + first + warp()] = x[i];
   }
-  __syncthreads();
+  named_barrier(1 + static_cast<int>(threadIdx.y), lanes);
 #pragma unroll
   for (int i = 0; i < kSums; ++i) x[i] = room[i * kWarp + first];
+#pragma unroll 1
   for (int w = 1; w < warps; ++w) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) x[i] += room[i * kWarp + first + w];
