@@ -59,6 +59,11 @@ def _paged_inputs(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(2, 2, 4, 64).to(dtype), *pages, table, torch.tensor([270, 33], dtype=torch.int32)]
 
 
+def _documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    cu = torch.arange(0, len(q) + 1, 70, dtype=torch.int32, device=q.device)
+    return ops.attention(q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
 def _rotary(x: Tensor) -> Tensor:
     cos, sin = ops.rotary_tables(x.shape[1], x.shape[3], like=x)
     return ops.rotary(x, cos, sin)
@@ -145,6 +150,7 @@ CASES = [
         "attention_paged", _paged_inputs,
         lambda inputs: ops.attention_paged(*inputs, causal=True, return_lse=True), 270,
     ),
+    _case("attention_documents", _documents, [(140, 4, 128), (140, 2, 128), (140, 2, 128)], 128),
     _case("mixture", _routed, [(60, 6), (60, 32), (6, 40, 32)], 60),
     _optimizer("adamw", _adamw, 2),
     _optimizer("sgd", _sgd, 1),

@@ -117,6 +117,15 @@ def test_every_gradient_is_written_whoever_sees_it(on_simt: None, dtype: torch.d
             assert not a[:, :none].any() and a[:, none + 1].any()
 
 
+def test_lengths_that_decrease_keep_nobody_waiting(on_simt: None) -> None:
+    # A tile of keys of the last document has no block, and the one before would wait for it.
+    q, k, v = (torch.randn(n, 1, 40).bfloat16() for n in (300, 600, 600))
+    cu_q, cu_k = torch.tensor([0, 100, 200, 300]).int(), torch.tensor([0, 500, 40, 600]).int()
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    out, lse = attention(q, k, v, return_lse=True, **options)
+    attention_backward(out, q, k, v, out, lse, **options)
+
+
 def test_packed_documents_poisoned(on_simt: None) -> None:
     cu_q, cu_k = (
         torch.tensor([0, *np.cumsum(x)], dtype=torch.int32) for x in ([5, 0, 130, 1, 64], [9, 4, 130, 0, 20])

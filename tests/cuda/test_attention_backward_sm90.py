@@ -242,6 +242,14 @@ def test_documents_have_the_same_bits_in_every_run_sm90(sm90: ModuleType, poison
         assert all(same_bits(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_lengths_that_decrease_keep_nobody_waiting_sm90(sm90: ModuleType) -> None:
+    # A tile of keys of the last document has no block, and the next would wait for it.
+    tensors, _ = documents([300], [600], 1, 1, 64)
+    cu_q, cu_k = torch.tensor([0, 100, 200, 300]).int(), torch.tensor([0, 500, 40, 600]).int()
+    gradients(tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    assert "backward_sm90" in sm90.last_kernel()
+
+
 def test_documents_in_a_fused_projection_with_sinks_sm90(sm90: ModuleType, poisoned: None) -> None:
     lengths, sinks = [40, 0, 70], torch.randn(4)
     (q, k, v, dout), cu = documents(lengths, lengths, 4, 2, 64)

@@ -191,6 +191,7 @@ class KeyTile {
 template <class T, int kHead, bool kModified>
 __global__ void __launch_bounds__(kBackwardThreads, 1) backward_keys(const BackwardCall c) {
   constexpr BackwardTiles kTiles = backward_tiles(sizeof(T), kHead, kModified);
+  if (c.p.cu_k && *c.broken) return;
   const BackwardShared<T, kHead, kModified> shared{shared_memory()};
   const TileOfBatch tile =
       tile_of_batch(c.p.cu_k, c.p.batch, c.p.keys, kTiles.keys, static_cast<int>(blockIdx.x));

@@ -42,7 +42,7 @@ int64_t place_scratch(BackwardCall* c, const BackwardTiles& tiles, char* base) {
     piece = reinterpret_cast<std::remove_reference_t<decltype(piece)>>(base + used);
     used += padded(count * 4);
   };
-  take(c->lse, rows), take(c->delta, rows), take(c->dq, rows * tiles.head), take(c->turns, places);
+  take(c->lse, rows), take(c->delta, rows), take(c->dq, rows * tiles.head), take(c->turns, places + 1);
   take(c->sinks, c->p.dsinks ? places : 0);
   return used;
 }
@@ -74,9 +74,10 @@ void backward(const AttentionProblem& p) {
       aligned<T>(p.dq, 2 * sizeof(T)) && aligned<T>(p.dk, 2 * sizeof(T)) && aligned<T>(p.dv, 2 * sizeof(T));
   const DeviceScratch scratch(place_scratch(&c, kTiles, nullptr));
   place_scratch(&c, kTiles, scratch.as<char>());
-  set_bytes(c.turns, 0, c.query_tiles * p.heads * 4);
+  c.broken = c.turns + c.query_tiles * p.heads;
+  set_bytes(c.turns, 0, (c.query_tiles * p.heads + 1) * 4);
   prepare_rows<T>({p, c.query_tiles, kTiles.queries, aligned<T>(p.dout, 16) && aligned<T>(p.out, 16), c.lse,
-                   c.delta, c.sinks});
+                   c.delta, c.sinks, c.broken});
   const dim3 grid(static_cast<unsigned>(c.key_tiles), static_cast<unsigned>(p.kv_heads));
   launch<&backward_keys<T, kHead, kModified>>(
       {grid, dim3(kBackwardThreads), kTiles.shared_bytes(c.stages), 1, true}, c);

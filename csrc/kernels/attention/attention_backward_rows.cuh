@@ -16,6 +16,7 @@ struct BackwardRows {
   bool packed;         // rows of dout and out begin at multiples of 16 bytes
   float *lse, *delta;  // of each row of each tile: lse is infinite where probabilities shall be 0
   float* sinks;        // sums of each tile, where dsinks is wanted
+  int* broken;  // becomes 1 where documents' lengths are none: tiles of them may be missing, and waited for
 };
 
 // Eight lanes a row: 128 bytes of it in each access.
@@ -37,11 +38,19 @@ __device__ __forceinline__ float row_product(const T* x, const T* y, int size, b
   return warp_reduce<Add, kRowLanes>(sum);
 }
 
+// There are as many tiles as documents, or more.
+__device__ __forceinline__ void check_lengths(const BackwardRows& c) {
+  const int i = static_cast<int>(blockIdx.x);
+  if (!c.p.cu_q || threadIdx.x != 0 || blockIdx.y != 0 || i >= c.p.batch) return;
+  if (c.p.cu_q[i] > c.p.cu_q[i + 1] || c.p.cu_k[i] > c.p.cu_k[i + 1]) *c.broken = 1;
+}
+
 // A block a tile of queries and a head, as many blocks as there are tiles in all.
 template <class T>
 __global__ void __launch_bounds__(kBackwardThreads) backward_rows(const __grid_constant__ BackwardRows c) {
   const AttentionProblem& p = c.p;
   const int queries = c.queries;
+  check_lengths(c);
   const TileOfBatch tile = tile_of_batch(p.cu_q, p.batch, p.queries, queries, static_cast<int>(blockIdx.x));
   const AttentionSequence s = sequence_of(p, tile.index, static_cast<int>(blockIdx.y));
   const int size = static_cast<int>(p.head_dim), end = min(tile.first + queries, s.queries);

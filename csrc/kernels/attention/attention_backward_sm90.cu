@@ -36,13 +36,13 @@ void backward(const AttentionProblem& p) {
   using Tiles = TileShape<D>;
   const auto tiles =
       static_cast<int>(attention_tiles(p.cu_q, p.total_q, p.batch, p.queries, Tiles::kQueries));
-  const int64_t places = tiles * p.heads, rows = places * Tiles::kQueries,
-                turn_bytes = places * Tiles::kConsumers * 4;
+  const int64_t places = tiles * p.heads, rows = places * Tiles::kQueries, parts = places * Tiles::kConsumers;
   const DeviceScratch constants((2 * rows + (p.dsinks ? places : 0)) * 4), sums(rows * D * 4),
-      turns(turn_bytes);
+      counters((parts + 1) * 4);
   float* lse = constants.as<float>();
-  prepare_rows<T>({p, tiles, Tiles::kQueries, true, lse, lse + rows, lse + 2 * rows});
-  set_bytes(turns.as<int>(), 0, turn_bytes);
+  int *turns = counters.as<int>(), *broken = turns + parts;
+  set_bytes(turns, 0, (parts + 1) * 4);
+  prepare_rows<T>({p, tiles, Tiles::kQueries, true, lse, lse + rows, lse + 2 * rows, broken});
   const DType dtype = dtype_of<T>();
   const Arguments a{tensor_map(query_boxes(p.q, dtype, p, Tiles::kQueries)),
                     tensor_map(query_boxes(p.dout, dtype, p, Tiles::kQueries)),
@@ -53,7 +53,8 @@ void backward(const AttentionProblem& p) {
                     lse,
                     lse + rows,
                     sums.as<float>(),
-                    turns.as<int>()};
+                    turns,
+                    broken};
   if (p.soft_cap > 0 || p.slopes || p.keep < kKeepAll) {
     compute_tiles<T, D, true>(a);
   } else {

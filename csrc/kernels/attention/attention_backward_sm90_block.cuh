@@ -14,6 +14,7 @@ struct Arguments {
   const float *lse, *delta;  // by tile_and_head(): attention_backward_rows.cuh
   float* dq_sums;            // of the same, for each consumer 64 x 64, as its threads hold them
   int* turns;                // of the same: how many tiles of keys have been added
+  const int* broken;         // not 0: lengths of documents are none
 };
 
 // Of all threads: in shared memory, since registers are for sums.
@@ -37,8 +38,8 @@ __device__ __forceinline__ Work find_work(const Arguments& a) {
   } else {
     const TileOfBatch tile = tile_of_batch(p.cu_k, p.batch, p.total_k, Tiles::kKeys, place.tile);
     w.s = sequence_of(p, tile.index, place.member * group);
-    w.key_tile =
-        (w.s.keys + Tiles::kKeys - 1) / Tiles::kKeys - 1 - tile.first / Tiles::kKeys;  // the first first
+    const int last = (w.s.keys + Tiles::kKeys - 1) / Tiles::kKeys - 1;
+    w.key_tile = *a.broken ? -1 : last - tile.first / Tiles::kKeys;  // the first of a document first
   }
   w.tiles = queries_of(w.s, max(w.key_tile, 0), Tiles::kKeys, Tiles::kQueries);
   return w;

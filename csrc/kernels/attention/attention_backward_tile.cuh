@@ -20,6 +20,7 @@ struct BackwardCall {
   float* dq;           // sums so far, as the threads hold them
   int* turns;          // how many tiles of keys have added theirs
   float* sinks;        // sums of each tile
+  int* broken;         // not 0: lengths of documents are none
 };
 
 // The first row of a tensor of queries in a tile of theirs.
