@@ -20,4 +20,18 @@ __device__ __forceinline__ WideProduct multiply_wide(uint32_t a, uint32_t b) {
   return p;
 }
 
+// By the low five bits of `count`, in one instruction.
+__device__ __forceinline__ uint32_t rotate_left(uint32_t x, uint32_t count) {
+  return __funnelshift_l(x, x, count);
+}
+
+// The upper halves of two words, those of the first below.
+__device__ __forceinline__ uint32_t upper_halves(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x7632);
+}
+
+// The largest of a warp's words, which all lanes get: one instruction where five shuffles are ten. Floats of 0 or more
+// have the order of their words.
+__device__ __forceinline__ uint32_t warp_largest(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
+
 }  // namespace gptcore::cuda

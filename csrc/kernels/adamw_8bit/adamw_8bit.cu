@@ -1,10 +1,12 @@
 // 8-bit AdamW on CUDA: a warp for each block of 256 elements, eight to a lane. Lane l has elements 4 l .. 4 l + 3 and
 // 128 + 4 l .. 128 + 4 l + 3, whose random bits are the lower and upper halves of one counter's four words.
+#include <algorithm>
+#include <type_traits>
+
 #include "core/cuda/adam_numbers.cuh"
 #include "core/cuda/approximate.cuh"
 #include "core/cuda/four.cuh"
 #include "core/cuda/philox.cuh"
-#include "core/cuda/reduce.cuh"
 #include "core/cuda/scratch.h"
 #include "kernels/adamw_8bit/adamw_8bit_body.h"
 #include "kernels/adamw_8bit/dynamic_map_tables.h"
@@ -29,6 +31,9 @@ struct Rates {
   float mean_factor, square_root;  // beside the gradients' factor: 1 - beta1, and the root of 1 - beta2
   uint64_t seed;
 };
+
+// The root of the least normal number, below which roots are 0: no denominator is.
+constexpr float kLeastEps = 1.0842022e-19f;
 
 // Of one block of elements.
 struct Numbers {
@@ -61,67 +66,98 @@ __device__ __forceinline__ void fill(SharedMap* shared, const DynamicMap& map, b
 // Place of the magnitude y, kLeastMagnitude to 1, in the lowest byte.
 __device__ __forceinline__ uint32_t place_of(float y, const SharedMap& map) {
   const float border = map.border[__float_as_uint(y) >> 23 & 31];
-  const uint32_t rotation = __float_as_uint(border) + (y >= border ? 1u : 0u);
+  const uint32_t rotation =
+      __float_as_uint(border) + (__float_as_uint(border - y) >> 31);  // one more above it
   const float mantissa = fminf(y * map.slope[rotation & 15] + 8.0f / 9, 1.9999999f);
   const uint32_t whole = (__float_as_uint(mantissa) & 0x7fffffu) | 0x800000u;
-  return whole << (rotation & 31) | whole >> ((0u - rotation) & 31);
+  return rotate_left(whole, rotation);
 }
 __device__ __forceinline__ uint8_t signed_code(float y, const SharedMap& map) {
   y = fmaxf(y, -0.99f);  // there is no -1
   const uint32_t place = place_of(fmaxf(fabsf(y), kLeastMagnitude), map);
   return static_cast<uint8_t>(y < 0 ? kSignedZero - place : kSignedZero + place);
 }
-__device__ __forceinline__ uint8_t unsigned_code(float y, const SharedMap& map) {
-  return static_cast<uint8_t>(place_of(fmaxf(y, kLeastMagnitude), map) - 1);
+// One more than the code.
+__device__ __forceinline__ uint8_t unsigned_place(float y, const SharedMap& map) {
+  return static_cast<uint8_t>(place_of(fmaxf(y, kLeastMagnitude), map));
 }
 
 // The scale of a block, and what its moments are multiplied by.
 __device__ __forceinline__ float scale_of(float largest, float* inverse) {
-  largest = warp_reduce<Max>(largest);
+  largest = __uint_as_float(warp_largest(__float_as_uint(largest)));
   const bool some = largest >= kLeastScale;
-  *inverse = some ? 1.0f / largest : 0.0f;
+  *inverse = some ? reciprocal_in_range(largest) : 0.0f;
   return some ? largest : 0.0f;
 }
 
 // --- update ------------------------------------------------------------------------------------------------
 
-// p to bf16, up with the odds that its lower half is of the way; NaN stays NaN, infinities stay.
-__device__ __forceinline__ bf16 round_by(float p, uint32_t random) {
-  const uint32_t bits = __float_as_uint(p);
-  return {static_cast<uint16_t>((p == p ? bits + random : bits) >> 16)};
+// p as bf16 in the upper half, up with the odds that its lower half is of the way; NaN stays NaN, infinities stay.
+__device__ __forceinline__ uint32_t round_by(float p, uint32_t random) {
+  return __float_as_uint(p) + (p == p ? random : 0u);
 }
 
-// Four elements from `i` on, of which n exist; m and v are left for the codes.
-template <bool whole>
-__device__ __forceinline__ void update_four(const Entry& e, int64_t i, int64_t n, const Numbers& a, float eps,
-                                            const PhiloxWords& words, int shift, const SharedMap* maps,
-                                            Four<float>* m, Four<float>* v) {
-  const Adamw8bitTensor& t = e.tensor;
-  const GradFour raw = load_grad<whole>(t.grad, t.bf16_grad, i, n);
-  const Four<uint8_t> m_codes = load_four<whole>(t.exp_avg + i, n),
-                      v_codes = load_four<whole>(t.exp_avg_sq + i, n);
-  const GradFour params = load_grad<whole>(t.param, t.bf16_param, i, n);
-  const Four<float> grad = widened(raw, t.bf16_grad), before = widened(params, t.bf16_param);
+// Arrays of f32 and bf16 are known when code is made: picking by a flag costs three instructions an element.
+template <bool half>
+using Held = std::conditional_t<half, bf16, float>;
+
+// Four parameters by their random bits, or with a copy.
+template <bool whole, bool half_param>
+__device__ __forceinline__ void store_params(const Adamw8bitTensor& t, int64_t i, int64_t n,
+                                             const Four<float>& p, const PhiloxWords& words, int shift) {
+  if constexpr (half_param) {
+    uint32_t sums[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[k] = round_by(p.at[k], words.at[k] >> shift & 0xffffu);
+    bf16* const to = static_cast<bf16*>(t.param) + i;
+    if constexpr (whole) {
+      store_vector(to, make_uint2(upper_halves(sums[0], sums[1]), upper_halves(sums[2], sums[3])));
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k < n) to[k] = {static_cast<uint16_t>(sums[k] >> 16)};
+      }
+    }
+  } else {
+    store_four<whole>(static_cast<float*>(t.param) + i, p, n);
+    if (t.copy) store_four<whole>(t.copy + i, rounded<bf16>(p), n);
+  }
+}
+
+// Four elements as they come from memory.
+template <bool half_grad, bool half_param>
+struct Loaded {
+  Four<Held<half_grad>> grad;
+  Four<Held<half_param>> param;
+  Four<uint8_t> m, v;
+};
+
+template <bool whole, bool half_grad, bool half_param>
+__device__ __forceinline__ Loaded<half_grad, half_param> load(const Adamw8bitTensor& t, int64_t i,
+                                                              int64_t n) {
+  return {load_four<whole>(static_cast<const Held<half_grad>*>(t.grad) + i, n),
+          load_four<whole>(static_cast<const Held<half_param>*>(t.param) + i, n),
+          load_four<whole>(t.exp_avg + i, n), load_four<whole>(t.exp_avg_sq + i, n)};
+}
+
+// Four elements, of which n exist; m and v are left for the codes. Returns the parameters.
+template <bool whole, bool half_grad, bool half_param>
+__device__ __forceinline__ Four<float> update_four(const Loaded<half_grad, half_param>& x, int64_t n,
+                                                   const Numbers& a, float eps, const SharedMap* maps,
+                                                   Four<float>* m, Four<float>* v) {
+  const Four<float> grad = widened(x.grad), before = widened(x.param);
   Four<float> p;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const float g = grad.at[k], root = g * a.square_root;
-    const float mean = maps[0].value[m_codes.at[k]] * a.m_scale + g * a.mean_factor;
-    const float square = fminf(maps[1].value[v_codes.at[k]] * a.v_scale + root * root, kLargestMoment);
-    const float denominator = sqrt_approximate(square) * a.root_factor + eps;
+    const float mean = maps[0].value[x.m.at[k]] * a.m_scale + g * a.mean_factor;
+    const float square = fminf(maps[1].value[x.v.at[k]] * a.v_scale + root * root, kLargestMoment);
+    const float denominator = sqrt_flushed(square) * a.root_factor + eps;
     p.at[k] = before.at[k] * a.keep - (mean * a.step_size) * reciprocal_approximate(denominator);
     m->at[k] = whole || k < n ? mean : 0.0f;
     v->at[k] = whole || k < n ? square : 0.0f;
   }
-  if (t.bf16_param) {
-    Four<bf16> low;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) low.at[k] = round_by(p.at[k], words.at[k] >> shift & 0xffffu);
-    store_four<whole>(static_cast<bf16*>(t.param) + i, low, n);
-    return;
-  }
-  store_four<whole>(static_cast<float*>(t.param) + i, p, n);
-  if (t.copy) store_four<whole>(t.copy + i, rounded<bf16>(p), n);
+  return p;
 }
 
 __device__ __forceinline__ float largest_of(const Four<float> (&x)[2]) {
@@ -131,7 +167,7 @@ __device__ __forceinline__ float largest_of(const Four<float> (&x)[2]) {
   return largest;
 }
 
-template <bool whole>
+template <bool whole, bool half_grad, bool half_param>
 __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numbers a, const Rates& rates,
                                              uint32_t step, const SharedMap* maps) {
   const Adamw8bitTensor& t = e.tensor;
@@ -140,16 +176,23 @@ __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numb
   a.m_scale = m_scale > kLargestScale ? kLargestScale : m_scale;
   a.v_scale = t.exp_avg_sq_scale[block] * rates.beta2;
   PhiloxWords words{};
-  if (t.bf16_param) {
+  if (half_param) {
     const uint64_t group = static_cast<uint64_t>(t.start / 8 + block * kWarp + lane());
     words = philox(rates.seed,
                    {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.number, step});
+  }
+  Loaded<half_grad, half_param> x[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = begin + half * (kQuantBlock / 2);
+    x[half] = load<whole, half_grad, half_param>(t, i, e.size - i);
   }
   Four<float> m[2], v[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t i = begin + half * (kQuantBlock / 2);
-    update_four<whole>(e, i, e.size - i, a, rates.eps, words, 16 * half, maps, &m[half], &v[half]);
+    const Four<float> p = update_four<whole>(x[half], e.size - i, a, rates.eps, maps, &m[half], &v[half]);
+    store_params<whole, half_param>(t, i, e.size - i, p, words, 16 * half);
   }
   float m_inverse, v_inverse;
   const float new_m_scale = scale_of(largest_of(m), &m_inverse);
@@ -161,12 +204,23 @@ __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numb
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       m_codes.at[k] = signed_code(m[half].at[k] * m_inverse, maps[0]);
-      v_codes.at[k] = unsigned_code(v[half].at[k] * v_inverse, maps[1]);
+      v_codes.at[k] = static_cast<uint8_t>(unsigned_place(v[half].at[k] * v_inverse, maps[1]) - 1);
     }
     store_four<whole>(t.exp_avg + i, m_codes, e.size - i);
     store_four<whole>(t.exp_avg_sq + i, v_codes, e.size - i);
   }
   if (lane() == 0) t.exp_avg_scale[block] = new_m_scale, t.exp_avg_sq_scale[block] = new_v_scale;
+}
+
+// Blocks begin .. end - 1, a warp each.
+template <bool half_grad, bool half_param>
+__device__ __forceinline__ void update_range(const Entry& e, int64_t begin, int64_t end, const Numbers& a,
+                                             const Rates& rates, uint32_t step, const SharedMap* maps) {
+  for (int64_t b = begin + warp(); b < end; b += kWarps) {
+    e.aligned&& e.size - b* kQuantBlock >= kQuantBlock
+        ? update_block<true, half_grad, half_param>(e, b, a, rates, step, maps)
+        : update_block<false, half_grad, half_param>(e, b, a, rates, step, maps);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 3)
@@ -191,10 +245,13 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t blocks = (e.size + kQuantBlock - 1) / kQuantBlock;
   const int64_t begin = (static_cast<int>(blockIdx.x) - table.first[which]) * kChunkBlocks;
   const int64_t end = blocks - begin < kChunkBlocks ? blocks : begin + kChunkBlocks;
-  for (int64_t b = begin + warp(); b < end; b += kWarps) {
-    e.aligned&& e.size - b* kQuantBlock >= kQuantBlock
-        ? update_block<true>(e, b, a, rates, own.step, shared)
-        : update_block<false>(e, b, a, rates, own.step, shared);
+  const Adamw8bitTensor& t = e.tensor;
+  if (t.bf16_param) {
+    t.bf16_grad ? update_range<true, true>(e, begin, end, a, rates, own.step, shared)
+                : update_range<false, true>(e, begin, end, a, rates, own.step, shared);
+  } else {
+    t.bf16_grad ? update_range<true, false>(e, begin, end, a, rates, own.step, shared)
+                : update_range<false, false>(e, begin, end, a, rates, own.step, shared);
   }
 }
 
@@ -216,7 +273,7 @@ void step(const Adamw8bitTensor* tensors, const int64_t* sizes, const double* we
   start_adam_numbers(a, count, control, factors);
   const Rates rates = {static_cast<float>(a.beta1),
                        static_cast<float>(a.beta2),
-                       static_cast<float>(a.eps),
+                       std::max(static_cast<float>(a.eps), kLeastEps),
                        static_cast<float>(1.0 - a.beta1),
                        static_cast<float>(std::sqrt(1.0 - a.beta2)),
                        seed};
