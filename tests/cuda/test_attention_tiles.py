@@ -58,3 +58,8 @@ def test_the_grid_over_pages_has_the_parts_of_every_length(simt: ModuleType, que
 def test_many_queries_are_not_decoding(simt: ModuleType) -> None:
     assert simt.decode_plan(1, 17, 4096, 8, 8, -1) is None
     assert simt.decode_plan(1, 16, 4096, 8, 8, -1) is not None
+
+
+def test_packed_documents_are_decoding_where_they_are_short_on_the_average(simt: ModuleType) -> None:
+    assert simt.decodes_packed(100, 400) and not simt.decodes_packed(100, 401)
+    assert simt.decodes_packed(1, 1) and simt.decodes_packed(0, 0) and not simt.decodes_packed(0, 1)

@@ -61,6 +61,14 @@ py::tuple paged_parts(int64_t queries, int64_t room, int64_t heads, int64_t kv_h
   return py::make_tuple(plan.parts, plan.max_parts);
 }
 
+bool decodes_packed(int64_t documents, int64_t total) {
+  static const int32_t bounds = 0;
+  AttentionProblem p{};
+  p.batch = documents, p.queries = p.total_q = total, p.heads = p.kv_heads = 8, p.keep = kKeepAll;
+  p.cu_q = &bounds;
+  return decode_takes(p);
+}
+
 py::tuple split_keys_of(int queries, int keys, int left, int max_parts) {
   const KeySplit split = split_keys(queries, keys, left, max_parts);
   return py::make_tuple(split.begin, split.part_keys, split.parts);
@@ -85,6 +93,7 @@ void define_attention_check(py::module_& m) {
   m.def("decode_plan", &decode_plan_of);
   m.def("paged_parts", &paged_parts);
   m.def("split_keys", &split_keys_of);
+  m.def("decodes_packed", &decodes_packed);
   m.def("backward_head", &backward_head);
   m.def("backward_tiles", &backward_tiles_of);
 }

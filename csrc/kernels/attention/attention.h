@@ -56,8 +56,8 @@
 //          a visited step of 32 cost as much as visible ones.
 // Device   On CUDA what lies in cu_seqlens, prefix_lengths, block_table, cache_seqlens and seed is read by the kernels:
 //          nothing waits for the device, and lengths or pages that break the rules give results of no meaning, but touch
-//          nothing beyond the tensors. seed may
-//          lie on the CPU as well, and is read there when the op is called. At most 2^29 tokens.
+//          nothing beyond the tensors. seed may lie on the CPU as well, and is read there when the op is called. At most
+//          2^29 tokens. Packed documents of few queries on the average have a kernel of their own: another sum's order.
 // Errors   ValueError or TypeError on any violated line above, before anything is written.
 #pragma once
 

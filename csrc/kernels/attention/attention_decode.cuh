@@ -4,7 +4,8 @@
 // the 64 keys of a tile and a softmax of its own. Keys are split over blocks (as in Flash-Decoding, Dao et al. 2023), by
 // their number alone, so that results do not depend on the device or the batch; a second kernel joins the parts in order.
 //
-// Keys lie one after the other, or in pages (Kwon et al. 2023): then the pages of the next tile's keys are looked up
+// Packed documents have rows of their own, a block those of one document; how many there are, blocks find out. Keys lie
+// one after the other, or in pages (Kwon et al. 2023): then the pages of the next tile's keys are looked up
 // while this one's are multiplied.
 #pragma once
 
@@ -59,6 +60,7 @@ struct DecodeBlock {
         v_tile(k_tile + kKeys * kRowBytes),
         places(reinterpret_cast<KeyPlace*>(q_tile + kPlaces)) {}
 
+  __device__ int rows() const { return s.queries * plan.group; }
   __device__ int query_of(int row) const { return (first + row) / plan.group; }
   __device__ int head_of(int row) const { return s.head + (first + row) % plan.group; }
 
@@ -67,7 +69,7 @@ struct DecodeBlock {
     copy_rows<T, kRowBytes, kRows, kThreads>(
         q_tile,
         [&](int row) { return base + query_of(row) * p.q.token + (first + row) % plan.group * p.q.head; },
-        base, plan.rows - first, static_cast<int>(p.head_dim), plan.aligned);
+        base, rows() - first, static_cast<int>(p.head_dim), plan.aligned);
   }
   // Keys or values, kBytes of each, of the tile at `key`.
   template <int kBytes>
@@ -130,7 +132,7 @@ struct DecodeBlock {
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kRows * kColumns; i += kThreads) {
       const int row = i / kColumns, d = i % kColumns;
-      if (first + row >= plan.rows || column + d >= p.head_dim) continue;
+      if (first + row >= rows() || column + d >= p.head_dim) continue;
       float top = -INFINITY, sum = 0.0f, value = 0.0f;
       for (int w = 0; w < kDecodeWarps; ++w) top = fmaxf(top, states[2 * (w * kRows + row)]);
       const float shift = top == -INFINITY ? 0.0f : top;
@@ -203,12 +205,27 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp, 1)
   constexpr int kSlices = kDim / Block::kColumns;
   const int block = static_cast<int>(blockIdx.x), part = block % plan.parts, outer = block / plan.parts;
   const int column = outer % kSlices * Block::kColumns, rows = outer / kSlices;
-  const int first = rows % plan.row_blocks * kDecodeRows, unit = rows / plan.row_blocks;
-  const int kv_heads = static_cast<int>(p.kv_heads);
-  const AttentionSequence s = sequence_of(p, unit / kv_heads, unit % kv_heads * plan.group);
+  const int unit = rows / plan.row_blocks, kv_head = unit % static_cast<int>(p.kv_heads);
+  TileOfBatch tile{unit / static_cast<int>(p.kv_heads), rows % plan.row_blocks * kDecodeRows};
+  if (p.cu_q)
+    tile = tile_of_batch(p.cu_q, p.batch, p.total_q, kDecodeRows, rows % plan.row_blocks, plan.group);
+  const AttentionSequence s = sequence_of(p, tile.index, kv_head * plan.group);
   const KeySplit split = split_keys(s.queries, s.keys, s.left, plan.max_parts);
-  if (part >= split.parts) return;
-  Block(p, plan, s, first, column).run(split, int64_t{unit} * plan.rows + first, part, parts);
+  if (part >= split.parts || tile.first >= s.queries * plan.group) return;
+  const int64_t row = int64_t{unit} * plan.rows + s.q_begin * plan.group + tile.first;
+  Block(p, plan, s, tile.first, column).run(split, row, part, parts);
+}
+
+// The document of a packed token: the last that has begun. All lanes of a warp come.
+__device__ inline int document_of(const AttentionProblem& p, int token) {
+  int low = 0, high = static_cast<int>(p.batch);  // it is one of [low, high)
+  while (high - low > 1) {
+    const int step = (high - low + kWarp - 1) / kWarp, probe = low + lane() * step;
+    const bool begun = probe < high && p.cu_q[probe] <= token;
+    low += (max(__popc(__ballot_sync(kFullMask, begun)), 1) - 1) * step;
+    high = min(low + step, high);
+  }
+  return low;
 }
 
 // One block a row.
@@ -219,8 +236,10 @@ __global__ void __launch_bounds__(kJoinThreads)
   const int64_t row = blockIdx.x, unit = row / plan.rows;
   const int kv_heads = static_cast<int>(p.kv_heads), within = static_cast<int>(row % plan.rows);
   const int head = static_cast<int>(unit % kv_heads) * plan.group + within % plan.group,
-            query = within / plan.group;
-  const AttentionSequence s = sequence_of(p, static_cast<int>(unit / kv_heads), head);
+            token = within / plan.group;
+  const int index = p.cu_q ? document_of(p, token) : static_cast<int>(unit / kv_heads);
+  const AttentionSequence s = sequence_of(p, index, head);
+  const int query = token - static_cast<int>(s.q_begin);
   const int count = split_keys(s.queries, s.keys, s.left, plan.max_parts).parts;
   const float* lse = parts.lse + row * plan.parts;
   const float sink = p.sinks ? p.sinks[head] * kLog2e : -INFINITY;
@@ -244,11 +263,10 @@ __global__ void __launch_bounds__(kJoinThreads)
 template <class T, int kDim, bool kPaged>
 void launch_decode(const AttentionProblem& p, const DecodePlan& plan) {
   constexpr int64_t kBytes = sizeof(T);
-  const int64_t rows = p.batch * p.kv_heads * plan.rows;
+  const int64_t units = p.kv_heads * (p.cu_q ? 1 : p.batch), rows = units * plan.rows;
   const DeviceScratch scratch(rows * plan.parts * (p.head_dim + 1) * static_cast<int64_t>(sizeof(float)));
   const DecodeParts parts{scratch.as<float>(), scratch.as<float>() + rows * plan.parts * p.head_dim};
-  const int64_t blocks =
-      p.batch * p.kv_heads * plan.row_blocks * (kDim / decode_columns(kDim, kBytes)) * plan.parts;
+  const int64_t blocks = units * plan.row_blocks * (kDim / decode_columns(kDim, kBytes)) * plan.parts;
   launch<&decode_parts<T, kDim, kPaged>>({dim3(static_cast<unsigned>(blocks)), dim3(kDecodeWarps * kWarp),
                                           decode_shared_bytes(kDim, kBytes, kPaged)},
                                          p, plan, parts);

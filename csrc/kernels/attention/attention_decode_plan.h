@@ -17,13 +17,16 @@ namespace gptcore::cuda {
 
 constexpr int kDecodeWarps = 4, kDecodeRows = 16, kDecodeKeys = 64, kJoinThreads = 128;
 constexpr int64_t kDecodeQueries = 16;  // a sequence has at most, unless its keys lie in pages
+// Of packed documents on the average: how many one has is known to the device alone, and any number is computed right.
+constexpr int64_t kDecodePacked = 4;
 // A part has at least so many keys, and there are at most so many parts: a few hundred kilobytes for each block to read
 // hide its start, and joining stays cheap. Where rows alone make this many blocks of a key head, keys are split less, so
 // that many queries do not ask for much scratch memory.
 constexpr int kPartKeys = 256, kMaxParts = 64, kSplitBlocks = 512;
+constexpr int kPackedParts = 16;  // at most of a document, which has others beside it
 
 struct DecodePlan {
-  int group, rows;            // query heads of a key head; rows of each key head
+  int group, rows;  // query heads of a key head; rows of each key head, packed those of all documents
   int row_blocks, max_parts;  // of kDecodeRows; of a sequence
   int parts;                  // that the grid has for each sequence: those it does not need leave at once
   bool modified, aligned;
@@ -63,21 +66,27 @@ constexpr int64_t decode_shared_bytes(int64_t dim, int64_t element_bytes, bool p
   return kDecodeRows * dim * element_bytes + std::max(tiles, sums) + (paged ? 2 * kDecodeKeys * 8 : 0);
 }
 
-// Documents' lengths are not known here; a pattern's hidden keys are not skipped, and nobody drops while decoding.
+// A pattern's hidden keys are not skipped, and nobody drops while decoding.
 inline bool decode_takes(const AttentionProblem& p) {
-  return !p.cu_q && p.queries <= kDecodeQueries && p.keep == kKeepAll && p.stride == 0;
+  if (p.keep != kKeepAll || p.stride != 0) return false;
+  if (!p.cu_q) return p.queries <= kDecodeQueries;
+  return p.total_q <= kDecodePacked * p.batch && p.total_q * (p.heads / p.kv_heads) <= kMaxDeviceTokens;
 }
 
 inline DecodePlan decode_plan(const AttentionProblem& p) {
   DecodePlan plan{};
   plan.group = static_cast<int>(p.heads / p.kv_heads);
-  plan.rows = static_cast<int>(p.queries) * plan.group;
+  plan.rows = static_cast<int>(p.cu_q ? p.total_q : p.queries) * plan.group;
   plan.row_blocks = (plan.rows + kDecodeRows - 1) / kDecodeRows;
   plan.max_parts = std::clamp(kSplitBlocks / std::max(plan.row_blocks, 1), 1, kMaxParts);
+  if (p.cu_q) {  // block cu[i] group / kDecodeRows + i is the first of document i
+    plan.row_blocks = plan.rows / kDecodeRows + static_cast<int>(p.batch);
+    plan.max_parts = kPackedParts;
+  }
   const bool open = p.left < 0 || p.left >= p.keys;
   const int64_t seen = open ? p.keys : std::min(p.keys, p.queries + p.left);
   plan.parts = most_parts(seen, plan.max_parts);
-  if (!p.pages.table) {
+  if (!p.pages.table && !p.cu_q) {
     const int left = static_cast<int>(open ? -1 : p.left);
     plan.parts =
         split_keys(static_cast<int>(p.queries), static_cast<int>(p.keys), left, plan.max_parts).parts;

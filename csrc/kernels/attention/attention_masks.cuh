@@ -150,14 +150,14 @@ struct TileOfBatch {
 };
 
 // What tile number `tile_index` is. `length` is `total` when packed. All lanes of a warp come. Later tiles of a
-// sequence come first: causal makes them longer.
+// sequence come first: causal makes them longer. Where a token of packed ones is `rows` rows, tiles are of rows.
 __device__ inline TileOfBatch tile_of_batch(const int32_t* cu, int64_t batch, int64_t length, int tile,
-                                            int tile_index) {
+                                            int tile_index, int rows = 1) {
   if (!cu) {
     const int tiles = static_cast<int>((length + tile - 1) / tile);
     return {tile_index / tiles, (tiles - 1 - tile_index % tiles) * tile};
   }
-  const auto bound = [&](int i) { return min(max(cu[i], 0), static_cast<int>(length)); };
+  const auto bound = [&](int i) { return min(max(cu[i], 0), static_cast<int>(length)) * rows; };
   int low = 0, high = static_cast<int>(batch);  // the document is one of [low, high)
   while (high - low > 1) {
     const int step = (high - low + kWarp - 1) / kWarp, probe = low + lane() * step;
