@@ -14,6 +14,7 @@ PROGRAM = """
 #include <cstdio>
 #include <initializer_list>
 #include "core/cuda/norm_plan.h"
+#include "kernels/adafactor/adafactor_tiles.h"
 #include "kernels/embedding/embedding_plan.h"
 using namespace gptcore::cuda;
 void print(const char* pass, long rows, long packs, int arch, const NormPlan& p) {
@@ -29,6 +30,17 @@ int main() {
         const DeviceLimits device{arch, 132, arch == 80 ? 163 << 10 : 227 << 10};
         print("forward", rows, packs, arch, norm_forward_plan(rows, packs, device));
         print("backward", rows, packs, arch, norm_backward_plan(rows, 8 * packs, packs, arch));
+      }
+    }
+  }
+  for (long rows : {1L, 33L, 3072L, 50257L}) {
+    for (long cols : {1L, 8L, 64L, 511L, 512L, 513L, 768L, 1024L, 1600L, 2048L, 3072L, 4095L, 4096L, 4097L, 14336L}) {
+      for (bool held : {true, false}) {
+        if (held && cols > gptcore::kHeldCols) continue;
+        const auto t = held ? gptcore::held_tiling_of(rows, cols) : gptcore::tiling_of(rows, cols, true);
+        std::printf("adafactor %ld %ld %d %d %d %ld %ld %ld %ld\\n", rows, cols, held, t.threads, t.fours,
+                    static_cast<long>(t.rows), static_cast<long>(t.cols), static_cast<long>(t.row_blocks),
+                    static_cast<long>(t.col_blocks));
       }
     }
   }
@@ -60,7 +72,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 def test_norms_cut_every_shape_into_what_a_device_has(plans: list[list[str]]) -> None:
     layouts: dict[tuple[str, int, int], set[tuple[int, ...]]] = {}
     for name, *numbers in plans:
-        if name == "sort":
+        if name not in ("forward", "backward"):
             continue
         rows, packs, arch, held, lanes, groups, cluster, blocks = map(int, numbers)
         case = f"{name}: {rows} rows of {packs} packs on {arch}"
@@ -108,3 +120,23 @@ def test_ids_are_sorted_by_as_many_digits_as_they_have(plans: list[list[str]]) -
     for tokens, vocabulary, tiles, passes in found:
         assert (tiles - 1) * 4096 < tokens <= tiles * 4096
         assert 512**passes > vocabulary and (passes == 1 or 512 ** (passes - 1) <= vocabulary)
+
+
+def test_adafactor_cuts_matrices_into_what_a_block_of_threads_has(plans: list[list[str]]) -> None:
+    found = [tuple(map(int, numbers)) for name, *numbers in plans if name == "adafactor"]
+    assert found
+    for rows, cols, held, threads, fours, tile_rows, tile_cols, row_blocks, col_blocks in found:
+        case = f"{rows} x {cols}, held: {held}"
+        groups = 256 // threads
+        assert threads in (32, 64, 128, 256) and 1 <= fours <= (4 if held else 1), case
+        assert (row_blocks - 1) * tile_rows < rows <= row_blocks * tile_rows, case
+        assert (col_blocks - 1) * tile_cols < cols <= col_blocks * tile_cols, case
+        assert tile_rows % groups == 0 and tile_rows // groups <= 64, (
+            f"{case}: sums in f32 of more than 64 rows"
+        )
+        if held:  # whole rows, and sums of columns that shared memory holds and that are few beside the rows
+            assert col_blocks == 1 and 4 * threads * (fours - 1) < cols <= 4 * threads * fours, case
+            assert groups * 4 * threads * fours <= 4096 and tile_rows >= 32, case
+            assert tile_rows * cols <= 65536 or tile_rows == 32, case
+        else:
+            assert tile_rows * tile_cols == 65536, case
