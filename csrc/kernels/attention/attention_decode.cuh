@@ -197,6 +197,13 @@ struct DecodeBlock {
   }
 };
 
+// As sequence_of, keys in pages included.
+__device__ inline AttentionSequence decode_sequence(const AttentionProblem& p, int index, int head) {
+  AttentionSequence s = sequence_of(p, index, head);
+  if (p.pages.table) s.keys = min(max(p.pages.lengths[index], 0), s.keys);
+  return s;
+}
+
 template <class T, int kDim, bool kPaged>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp, 1)
     decode_parts(const __grid_constant__ AttentionProblem p, const __grid_constant__ DecodePlan plan,
@@ -209,7 +216,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp, 1)
   TileOfBatch tile{unit / static_cast<int>(p.kv_heads), rows % plan.row_blocks * kDecodeRows};
   if (p.cu_q)
     tile = tile_of_batch(p.cu_q, p.batch, p.total_q, kDecodeRows, rows % plan.row_blocks, plan.group);
-  const AttentionSequence s = sequence_of(p, tile.index, kv_head * plan.group);
+  const AttentionSequence s = decode_sequence(p, tile.index, kv_head * plan.group);
   const KeySplit split = split_keys(s.queries, s.keys, s.left, plan.max_parts);
   if (part >= split.parts || tile.first >= s.queries * plan.group) return;
   const int64_t row = int64_t{unit} * plan.rows + s.q_begin * plan.group + tile.first;
@@ -238,7 +245,7 @@ __global__ void __launch_bounds__(kJoinThreads)
   const int head = static_cast<int>(unit % kv_heads) * plan.group + within % plan.group,
             token = within / plan.group;
   const int index = p.cu_q ? document_of(p, token) : static_cast<int>(unit / kv_heads);
-  const AttentionSequence s = sequence_of(p, index, head);
+  const AttentionSequence s = decode_sequence(p, index, head);
   const int query = token - static_cast<int>(s.q_begin);
   const int count = split_keys(s.queries, s.keys, s.left, plan.max_parts).parts;
   const float* lse = parts.lse + row * plan.parts;

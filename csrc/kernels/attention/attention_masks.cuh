@@ -105,7 +105,6 @@ __device__ inline AttentionSequence sequence_of(const AttentionProblem& p, int i
     s.q_begin = q, s.queries = min(max(p.cu_q[index + 1], q), total_q) - q;
     s.k_begin = k, s.keys = min(max(p.cu_k[index + 1], k), total_k) - k;
   }
-  if (p.pages.table) s.keys = min(max(p.pages.lengths[index], 0), s.keys);
   s.left = attention_bound(p.left), s.right = attention_bound(p.right);
   s.prefix = p.prefix ? min(max(p.prefix[index], 0), s.keys) : 0;
   s.stride = static_cast<int>(p.stride < kMaxTokens ? p.stride : kMaxTokens);
