@@ -117,6 +117,17 @@ def test_extreme_logits(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_of_the_least_number_wherever_rows_begin(isa: str, dtype: torch.dtype) -> None:
+    classes, least = 301, torch.finfo(dtype).min
+    logits = torch.full((9, classes), least, dtype=dtype)
+    gradient = _step(cross_entropy, logits, torch.arange(9), reduction="sum")[1]
+    assert gradient.isfinite().all()  # lse is the least number itself, which has no place for log(classes)
+    logits[:, 260] = 1
+    loss, gradient = _step(cross_entropy, logits, torch.full((9,), 260), reduction="none")
+    assert (loss == 0).all() and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_threads_runs_and_batches(isa: str, threads: None, dtype: torch.dtype) -> None:
     logits, targets = _inputs(200, 333, dtype)
     assert_same_for_threads(lambda: _step(cross_entropy, logits, targets, label_smoothing=0.1))

@@ -413,6 +413,15 @@ def test_only_wanted_gradients_are_made(dtype: torch.dtype) -> None:
             assert all(same_bits(g, whole[i]) for g, i in zip(got, wanted, strict=True))
 
 
+def test_the_first_of_equal_logits_is_predicted_wherever_rows_begin(isa: str) -> None:
+    x, targets = torch.ones(5, 1), torch.zeros(5, dtype=torch.int64)
+    for first in (0, 1, 2, 3, 5, 127, 130, 131, 257, 299, 300):
+        weight = torch.zeros(301, 1)
+        weight[first:] = torch.tensor([1.0, 0.5]).repeat(151)[: 301 - first, None]
+        got = linear_cross_entropy(x, weight, targets, return_predicted=True).predicted
+        assert (got == first).all(), (first, got)
+
+
 def test_entropy_and_predicted_change_no_other_bit(isa: str) -> None:
     for dtype in DTYPES:
         x, weight, targets = inputs(*MANY, dtype)

@@ -28,6 +28,13 @@ struct Logit {
     float l = scale * (bias.data ? product + at(bias, c) : product);
     return soft_cap != 0.0f ? soft_cap * tanhf(l / soft_cap) : l;
   }
+  // `count` products from class c on become logits.
+  template <int n>
+  __device__ __forceinline__ void replace(float (&products)[n], int64_t c, int count) const {
+    if (plain) return;
+#pragma unroll
+    for (int i = 0; i < count; ++i) products[i] = (*this)(products[i], c + i);
+  }
   // The derivative by the product, at the logit l.
   __device__ float slope(float l) const {
     if (plain) return 1.0f;
@@ -36,23 +43,28 @@ struct Logit {
   }
 };
 
-// body(c, products, count) over the row's packs, then over what is left of it one by one.
+// body(c, products, count) over the row: first what lies before and behind its packs, one by one, then the packs, of
+// which a thread asks for two before it looks at the first. Rows of odd widths begin anywhere.
 template <class T, class Body>
 __device__ __forceinline__ void for_row(const T* row, int64_t classes, const Body& body) {
   constexpr int n = kPackElements<T>;
-  int64_t done = 0;
-  if (can_pack<T>(row, 0)) {
-    done = classes / n * n;
-    for (int64_t c = int64_t{threadIdx.x} * n; c < done; c += int64_t{blockDim.x} * n) {
-      float values[n];
-      load_pack(row + c, values);
-      body(c, values, n);
-    }
-  }
-  for (int64_t c = done + threadIdx.x; c < classes; c += blockDim.x) {
+  const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % kPackBytes);
+  const int64_t before = misaligned ? (kPackBytes - misaligned) / static_cast<int64_t>(sizeof(T)) : 0;
+  const int64_t begin = before < classes ? before : classes, end = begin + (classes - begin) / n * n;
+  const int64_t single = threadIdx.x < begin ? threadIdx.x : end + threadIdx.x - begin;
+  if (single < classes) {
     float values[n];
-    values[0] = to_float(row[c]);
-    body(c, values, 1);
+    values[0] = to_float(row[single]);
+    body(single, values, 1);
+  }
+  const int64_t step = int64_t{blockDim.x} * n;
+  for (int64_t c = begin + int64_t{threadIdx.x} * n; c < end; c += 2 * step) {
+    const bool two = c + step < end;
+    float values[n], next[n] = {};
+    load_pack(row + c, values);
+    if (two) load_pack(row + c + step, next);
+    body(c, values, n);
+    if (two) body(c + step, next, n);
   }
 }
 

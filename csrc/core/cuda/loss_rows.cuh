@@ -9,11 +9,12 @@
 namespace gptcore::cuda {
 namespace {
 
-// Threads of a block: so many that 8 packs a thread take the row, at least a warp, at most what keeps two blocks on a
-// multiprocessor with room for registers.
+// Threads of a block: so many that 8 packs a thread take the row, at least a warp, at most what puts four blocks on a
+// multiprocessor: what is done once a row, by every thread, is then little beside its packs.
+constexpr int kLossThreads = 256;
 inline int loss_threads(int64_t classes) {
   int threads = 32;
-  while (threads < 512 && threads * 32 < classes) threads *= 2;
+  while (threads < kLossThreads && threads * 32 < classes) threads *= 2;
   return threads;
 }
 
@@ -22,45 +23,51 @@ struct RowSums {
   float weighted_logits = 0.0f;  // sum of class_weight * logit, for smoothing
 };
 
-template <class T>
+// What is the same for the whole row is decided once a pack.
+template <class T, bool statistics>
 __device__ __forceinline__ RowSums row_sums(const LossRows& a, const T* row, const Logit& logit,
                                             float* room) {
   RowSums sums;
+  const bool smooth = a.smoothing > 0;
   for_row(row, a.classes, [&](int64_t c, float (&values)[kPackElements<T>], int count) {
     SoftmaxSums& s = sums.softmax;
-#pragma unroll
-    for (int i = 0; i < kPackElements<T>; ++i) {
-      if (i < count) values[i] = logit(values[i], c + i);
-    }
+    logit.replace(values, c, count);
     float largest = values[0];
 #pragma unroll
-    for (int i = 1; i < kPackElements<T>; ++i) {
-      if (i < count) largest = values[i] > largest || values[i] != values[i] ? values[i] : largest;
+    for (int i = 1; i < count; ++i) largest = fmaxf(largest, values[i]);
+    if constexpr (statistics) {
+      if (largest > s.max || (largest == s.max && c < s.place)) s.place = c;
     }
-    if (!(largest <= s.max)) {  // NaN too
-      s.rescale(largest);
-      s.place = INT64_MAX;
+    s.rescale<statistics>(fmaxf(s.max, largest));
+    const float base = s.base();
 #pragma unroll
-      for (int i = kPackElements<T> - 1; i >= 0; --i) {
-        if (i < count && values[i] == largest) s.place = c + i;
-      }
-    } else if (s.max == largest && s.place == INT64_MAX) {
-      s.place = c;  // nothing but -inf so far
+    for (int i = 0; i < count; ++i) {
+      const float d = values[i] - base, e = exp_approximate(d);
+      s.sum += e;
+      if constexpr (statistics) s.weighted += s.bounded(d) * e;
     }
+    if (!smooth) return;
 #pragma unroll
-    for (int i = 0; i < kPackElements<T>; ++i) {
-      if (i >= count) continue;
-      s.add(values[i]);
-      if (a.smoothing > 0)
-        sums.weighted_logits += a.class_weight.data ? at(a.class_weight, c + i) * values[i] : values[i];
-    }
+    for (int i = 0; i < count; ++i)
+      sums.weighted_logits += a.class_weight.data ? at(a.class_weight, c + i) * values[i] : values[i];
   });
-  sums.softmax = block_sums(sums.softmax, reinterpret_cast<SoftmaxSums*>(room + kWarp));
-  if (a.smoothing > 0) {
-    sums.weighted_logits = block_reduce(sums.weighted_logits, room);
-    __syncthreads();
-  }
+  sums.softmax = block_sums<statistics>(sums.softmax, reinterpret_cast<SoftmaxSums*>(room + kWarp));
+  if (smooth) sums.weighted_logits = block_reduce(sums.weighted_logits, room);
   return sums;
+}
+
+// The first class of the largest logit, where a pack (or less) from `place` on has it.
+template <class T>
+__device__ __forceinline__ int64_t largest_class(const LossRows& a, const T* row, const Logit& logit,
+                                                 int64_t place) {
+  if (place == INT64_MAX) return 0;
+  int64_t best = place;
+  float largest = logit(to_float(row[place]), place);
+  for (int64_t c = place + 1; c < a.classes && c < place + kPackElements<T>; ++c) {
+    const float l = logit(to_float(row[c]), c);
+    if (l > largest) largest = l, best = c;
+  }
+  return best;
 }
 
 constexpr int64_t kLossShared = kWarp * (sizeof(float) + sizeof(SoftmaxSums));
@@ -90,6 +97,13 @@ __device__ __forceinline__ float gradient_at(const ClassVector& g, int64_t place
   return g.data ? at(g, place) : missing;
 }
 
+// exp of what is below 0, as exact as the gradient's type asks for.
+template <class G>
+__device__ __forceinline__ float probability(float d) {
+  if constexpr (sizeof(G) == sizeof(float)) return expf(d);
+  return exp_approximate(d);
+}
+
 // dlogits of the row: (softmax p - uniform class_weight - [target] target) times the slope.
 template <class T, class G>
 __device__ __forceinline__ void store_gradient(const LossRows& a, int64_t n, const T* row, const Logit& logit,
@@ -106,35 +120,43 @@ __device__ __forceinline__ void store_gradient(const LossRows& a, int64_t n, con
     share = static_cast<float>(g * shares.target);
     uniform = static_cast<float>(g * shares.even);
   }
-  const auto gradient = [&](float product, int64_t c) {
-    if (!counts) return 0.0f;
-    const float l = logit(product, c);
-    float d = softmax * expf(l - lse);
-    if (a.smoothing > 0) d -= a.class_weight.data ? uniform * at(a.class_weight, c) : uniform;
-    if (c == target) d -= share;
-    return d * logit.slope(l);
-  };
+  const bool smooth = a.smoothing > 0;
   constexpr int n_pack = kPackElements<T>;
   for_row(row, a.classes, [&](int64_t c, float (&values)[n_pack], int count) {
+    logit.replace(values, c, count);
+    float d[n_pack];
 #pragma unroll
-    for (int i = 0; i < n_pack; ++i) {
-      if (i < count) values[i] = gradient(values[i], c + i);
+    for (int i = 0; i < count; ++i) d[i] = counts ? softmax * probability<G>(values[i] - lse) : 0.0f;
+    if (smooth && counts) {
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+        d[i] -= a.class_weight.data ? uniform * at(a.class_weight, c + i) : uniform;
+    }
+    if (c <= target && target < c + count && counts) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        if (c + i == target) d[i] -= share;
+      }
+    }
+    if (!logit.plain && counts) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) d[i] *= logit.slope(values[i]);
     }
     if (count == n_pack && (reinterpret_cast<uintptr_t>(out + c) % (n_pack * sizeof(G))) == 0) {
       struct alignas(n_pack * sizeof(G)) Together {
         G at[n_pack];
       } together;
 #pragma unroll
-      for (int i = 0; i < n_pack; ++i) together.at[i] = from_float<G>(values[i]);
+      for (int i = 0; i < n_pack; ++i) together.at[i] = from_float<G>(d[i]);
       *reinterpret_cast<Together*>(out + c) = together;
     } else {
-      for (int i = 0; i < count; ++i) out[c + i] = from_float<G>(values[i]);
+      for (int i = 0; i < count; ++i) out[c + i] = from_float<G>(d[i]);
     }
   });
 }
 
-template <class T, class G>
-__global__ void __launch_bounds__(512, 2) loss_rows(const LossRows a) {
+template <class T, class G, bool statistics>
+__global__ void __launch_bounds__(kLossThreads, 4) loss_rows(const LossRows a) {
   float* room = shared_memory<float>();
   const int64_t n = blockIdx.x, target = a.targets[n] - a.first_class;
   const T* row = static_cast<const T*>(a.logits) + n * a.stride;
@@ -149,7 +171,7 @@ __global__ void __launch_bounds__(512, 2) loss_rows(const LossRows a) {
   }
   float lse = a.lse_given ? a.lse[n] : 0.0f;
   if (!a.lse_given) {
-    const RowSums sums = row_sums(a, row, logit, room);
+    const RowSums sums = row_sums<T, statistics>(a, row, logit, room);
     const SoftmaxSums& s = sums.softmax;
     const float log_sum = logf(s.sum);
     lse = wrong ? NAN : s.sum == 0.0f ? -INFINITY : s.max + log_sum;
@@ -161,7 +183,8 @@ __global__ void __launch_bounds__(512, 2) loss_rows(const LossRows a) {
           (a.slice ? 0.0 : shares.all * wide) - (shares.target != 0 ? shares.target * target_logit : 0.0);
       if (a.smoothing > 0) loss -= shares.even * sums.weighted_logits;
       store_row(a, n, lse, target_logit - (a.slice ? 0.0f : lse), log_sum - s.weighted / s.sum,
-                s.place == INT64_MAX ? 0 : s.place, w * loss, w * a.z_loss * wide * wide);
+                a.predicted ? largest_class(a, row, logit, s.place) : 0, w * loss,
+                w * a.z_loss * wide * wide);
     }
   }
   if (a.dlogits) store_gradient<T, G>(a, n, row, logit, wrong ? NAN : lse, here ? target : -1, true);
@@ -170,7 +193,9 @@ __global__ void __launch_bounds__(512, 2) loss_rows(const LossRows a) {
 template <class T, class G>
 void run_loss_rows(const LossRows& a) {
   const auto threads = static_cast<unsigned>(loss_threads(a.classes));
-  launch<&loss_rows<T, G>>({dim3(static_cast<unsigned>(a.rows)), dim3(threads), kLossShared}, a);
+  const Launch shape = {dim3(static_cast<unsigned>(a.rows)), dim3(threads), kLossShared};
+  a.entropy || a.predicted ? launch<&loss_rows<T, G, true>>(shape, a)
+                           : launch<&loss_rows<T, G, false>>(shape, a);
 }
 
 }  // namespace
