@@ -45,7 +45,8 @@ struct AdafactorPlan {
     const bool factored = t.row_var != nullptr, held = is_held(t, known);
     const AdafactorTiling tiling =
         held ? held_tiling_of(t.rows, t.cols) : tiling_of(t.rows, t.cols, factored);
-    AdafactorItem item{t, tiling};
+    AdafactorItem item{};
+    item.tensor = t, item.tiling = tiling;
     item.last_rows = last_rows;
     item.first_chunk = chunks, item.first_task = tasks;
     item.number = static_cast<int32_t>(number);

@@ -82,11 +82,11 @@ struct ForwardBlock {
       float (&flat)[kKeys / 2] = reinterpret_cast<float (&)[kKeys / 2]>(x[r]);
       const auto key_of = [&](int i) { return key + 8 * (i / 4) + 2 * (lane() % 4) + i % 2; };
       if (modified) {
-        const ScoreRow rows[2] = {terms.row(query_of(r, 0)), terms.row(query_of(r, 1))};
+        const ScoreRow rows[2] = {terms.row(in_place(query_of(r, 0))), terms.row(in_place(query_of(r, 1)))};
         terms.modify(flat, [&](int i) -> const ScoreRow& { return rows[i / 2 % 2]; }, key_of);
       }
       if (all_seen) continue;
-      const RowMask masks[2] = {s.mask_of(query_of(r, 0)), s.mask_of(query_of(r, 1))};
+      const RowMask masks[2] = {s.mask_of(in_place(query_of(r, 0))), s.mask_of(in_place(query_of(r, 1)))};
       hide_unseen(flat, s.stride, [&](int i) -> const RowMask& { return masks[i / 2 % 2]; }, key_of);
     }
   }
