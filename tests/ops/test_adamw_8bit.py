@@ -162,6 +162,30 @@ def test_every_value_of_the_map_has_its_code(isa: str, name: str) -> None:
         assert codes[:255].tolist() == expected.tolist()
 
 
+def test_there_is_no_minus_one(isa: str) -> None:
+    """The value of largest magnitude, where it is negative, is the map's first; the others keep their codes."""
+    values = torch.tensor(dynamic_map(True)).float()
+    for lowest in (-1.0, -0.998):
+        x = torch.cat([torch.tensor([lowest]), values[1:127], torch.zeros(1), values[128:]])
+        codes, scales = _one_step(x, "m")
+        assert codes.tolist() == list(range(256)) and scales.item() == 1.0
+        codes, scales = _one_step(x[:255], "m")  # without 1
+        assert codes[0] == 0 and scales.item() == pytest.approx(-lowest)
+    codes, _ = _one_step(-0.5 * values, "m")
+    assert codes[255] == 0 and codes[127] == 127
+
+
+def test_scales_at_the_ends_of_floats(isa: str) -> None:
+    """Codes do not depend on the scale, where its reciprocal is subnormal or as large as can be."""
+    values = torch.tensor(dynamic_map(True)).float()
+    for scale in (2.0**-120, 2.0**60):
+        codes, scales = _one_step(values * scale, "m")
+        assert scales.item() == pytest.approx(scale)
+        assert codes.tolist() == list(range(256))
+    codes, scales = _one_step(torch.tensor(dynamic_map(False)).float() * 2.0**127, "v")
+    assert scales.item() == pytest.approx(2.0**127) and codes.tolist() == list(range(256))
+
+
 def test_small_blocks_and_zeros(isa: str) -> None:
     for value in (0.0, 1e-40, 1e-30):
         codes, scales = _one_step(torch.full((300,), value), "m")
@@ -191,6 +215,24 @@ def test_rounding_takes_the_bits_of_philox(isa: str, grad_dtype: torch.dtype) ->
         different, total = different + int(steps.sum()), total + p.numel()
     # The f32 value before the rounding differs in a few of its last bits, so its draw does once in some 2^12.
     assert different <= 2e-3 * total
+
+
+def test_rounding_keeps_what_is_not_finite(isa: str) -> None:
+    values = torch.tensor([math.nan, -math.nan, math.inf, -math.inf])
+    state = State([4 * 300], low=True)
+    state.params[0][: 4 * 150] = values.repeat(150).bfloat16()
+    state.step()
+    got = state.params[0][: 4 * 150].float().view(150, 4)
+    assert got[:, :2].isnan().all() and (got[:, 2:] == values[2:]).all()
+    assert state.params[0][4 * 150 :].isfinite().all()
+
+
+def test_a_rate_of_zero_changes_nothing(isa: str) -> None:
+    state = State([700])
+    state.grads[0][::3] = 0
+    before = state.params[0].clone()
+    state.step(lr=0.0, weight_decay=0.1)
+    assert same_bits(state.params[0], before)
 
 
 def test_random_bits_are_philoxs() -> None:

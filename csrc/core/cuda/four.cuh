@@ -78,6 +78,14 @@ __device__ __forceinline__ Four<float> widened(const Four<T>& x) {
   return y;
 }
 
+// Two at a time: an upper half is a float but for the bits below it, which one instruction clears.
+template <>
+__device__ __forceinline__ Four<float> widened<bf16>(const Four<bf16>& x) {
+  const uint2 pairs = *reinterpret_cast<const uint2*>(&x);
+  return {__uint_as_float(pairs.x << 16), __uint_as_float(pairs.x & 0xffff0000u),
+          __uint_as_float(pairs.y << 16), __uint_as_float(pairs.y & 0xffff0000u)};
+}
+
 // Gradients are f32 or bf16, each tensor its own. What a warp has asked for it waits for where it is used, so the
 // halves are widened later than they are read.
 struct GradFour {

@@ -30,6 +30,13 @@ __device__ __forceinline__ uint32_t upper_halves(uint32_t first, uint32_t second
   return __byte_perm(first, second, 0x7632);
 }
 
+// A byte of 255 for each odd byte of two words, those of the first below, whose highest bit is set; else 0.
+__device__ __forceinline__ uint32_t odd_byte_signs(uint32_t first, uint32_t second) {
+  uint32_t signs;
+  asm("prmt.b32 %0, %1, %2, 0xfdb9;" : "=r"(signs) : "r"(first), "r"(second));
+  return signs;
+}
+
 // The largest of a warp's words, which all lanes get: one instruction where five shuffles are ten. Floats of 0 or more
 // have the order of their words.
 __device__ __forceinline__ uint32_t warp_largest(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }

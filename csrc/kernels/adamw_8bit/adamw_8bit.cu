@@ -9,13 +9,13 @@
 #include "core/cuda/philox.cuh"
 #include "core/cuda/scratch.h"
 #include "kernels/adamw_8bit/adamw_8bit_body.h"
-#include "kernels/adamw_8bit/dynamic_map_tables.h"
+#include "kernels/adamw_8bit/code_cells.h"
 
 namespace gptcore::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int64_t kChunkBlocks = 32;  // of 256 elements, for a block of threads
+constexpr int64_t kChunkBlocks = 64;  // of 256 elements, for a block of threads
 
 struct Entry {
   Adamw8bitTensor tensor;
@@ -29,7 +29,7 @@ using Table = TensorTable<Entry>;
 struct Rates {
   float beta1, beta2, eps;
   float mean_factor, square_root;  // beside the gradients' factor: 1 - beta1, and the root of 1 - beta2
-  uint64_t seed;
+  PhiloxKeys keys;
 };
 
 // The root of the least normal number, below which roots are 0: no denominator is.
@@ -37,64 +37,67 @@ constexpr float kLeastEps = 1.0842022e-19f;
 
 // Of one block of elements.
 struct Numbers {
-  float mean_factor, square_root, step_size, root_factor, keep;
+  float mean_factor, square_root;
+  float root_factor, eps;  // of the denominator over the step's size; of no step eps is infinite
+  float keep;
   float m_scale, v_scale;
 };
 
 // --- the map -----------------------------------------------------------------------------------------------
 
-struct Maps {
-  DynamicMap both_signs, positive;
-};
+__device__ constexpr MapTables kTables[2] = {make_tables(1), make_tables(2)};  // of m and of v
 
-struct SharedMap {
-  float value[256], border[32], slope[16];
-};
-
-// Called by 256 threads.
-__device__ __forceinline__ void fill(SharedMap* shared, const DynamicMap& map, bool both_signs) {
-  const int i = static_cast<int>(threadIdx.x);
-  const float number =
-      both_signs ? static_cast<float>(i - kSignedZero) * kSignedUnit : static_cast<float>(i + 1);
-  const int exponent = static_cast<int>(__float_as_uint(number) >> 23 & 15);
-  const float start = map.start[exponent];
-  shared->value[i] = (number < 0 ? -start : start) + map.step[exponent] * number;
-  if (i < 32) shared->border[i] = map.border[i];
-  if (i < 16) shared->slope[i] = map.slope[i];
+// Of 16384 elements a thread block reads 160 KiB and more; the tables, out of the second level of cache, are 23.
+__device__ __forceinline__ void fill(MapTables* shared) {
+  const auto* const from = reinterpret_cast<const uint4*>(kTables);
+  constexpr int count = static_cast<int>(sizeof(kTables) / (sizeof(uint4)));
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
+    reinterpret_cast<uint4*>(shared)[i] = from[i];
 }
 
-// Place of the magnitude y, kLeastMagnitude to 1, in the lowest byte.
-__device__ __forceinline__ uint32_t place_of(float y, const SharedMap& map) {
-  const float border = map.border[__float_as_uint(y) >> 23 & 31];
-  const uint32_t rotation =
-      __float_as_uint(border) + (__float_as_uint(border - y) >> 31);  // one more above it
-  const float mantissa = fminf(y * map.slope[rotation & 15] + 8.0f / 9, 1.9999999f);
-  const uint32_t whole = (__float_as_uint(mantissa) & 0x7fffffu) | 0x800000u;
-  return rotate_left(whole, rotation);
+// The code of a magnitude that has been moved by kCellOffset, in bits 16 .. 23; its sign above.
+__device__ __forceinline__ uint32_t coded(float z, const MapTables& map) {
+  const uint32_t word = __float_as_uint(z);
+  return word + map.entry[(word >> 16 & kCellMask) - kFirstCell];
 }
-__device__ __forceinline__ uint8_t signed_code(float y, const SharedMap& map) {
-  y = fmaxf(y, -0.99f);  // there is no -1
-  const uint32_t place = place_of(fmaxf(fabsf(y), kLeastMagnitude), map);
-  return static_cast<uint8_t>(y < 0 ? kSignedZero - place : kSignedZero + place);
+
+__device__ __forceinline__ uint32_t unsigned_codes(const Four<float>& x, float inverse,
+                                                   const MapTables& map) {
+  uint32_t sums[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sums[k] = coded(x.at[k] * inverse + kCellOffset, map);
+  return __byte_perm(upper_halves(sums[0], sums[1]), upper_halves(sums[2], sums[3]), 0x6420);
 }
-// One more than the code.
-__device__ __forceinline__ uint8_t unsigned_place(float y, const SharedMap& map) {
-  return static_cast<uint8_t>(place_of(fmaxf(y, kLeastMagnitude), map));
+
+// What the table gives, 0 .. 128, is added to 127 or taken from it, byte by byte: no sum leaves its byte. There is no -1.
+__device__ __forceinline__ uint32_t signed_codes(const Four<float>& x, float inverse, const MapTables& map) {
+  uint32_t sums[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sums[k] = coded(x.at[k] * inverse + copysignf(kCellOffset, x.at[k]), map);
+  const uint32_t first = upper_halves(sums[0], sums[1]), second = upper_halves(sums[2], sums[3]);
+  const uint32_t places = __byte_perm(first, second, 0x6420);
+  const uint32_t below = places & odd_byte_signs(first, second);
+  const uint32_t ones = below & 0x80808080u;
+  return 0x7f7f7f7fu + places - 2 * below + (ones >> 7);
 }
 
 // The scale of a block, and what its moments are multiplied by.
 __device__ __forceinline__ float scale_of(float largest, float* inverse) {
   largest = __uint_as_float(warp_largest(__float_as_uint(largest)));
   const bool some = largest >= kLeastScale;
-  *inverse = some ? reciprocal_in_range(largest) : 0.0f;
+  // The unit has no reciprocal above 2^126; products may be subnormal.
+  *inverse = some ? reciprocal_approximate(largest * 0.25f) * 0.25f : 0.0f;
   return some ? largest : 0.0f;
 }
 
 // --- update ------------------------------------------------------------------------------------------------
 
-// p as bf16 in the upper half, up with the odds that its lower half is of the way; NaN stays NaN, infinities stay.
+// p as bf16 in the upper half, up with the odds that its lower half is of the way. Infinities stay; so do NaNs, once there
+// is room above them: arithmetic gives those of all bits but the sign, and what is below zero is no larger word.
 __device__ __forceinline__ uint32_t round_by(float p, uint32_t random) {
-  return __float_as_uint(p) + (p == p ? random : 0u);
+  const auto word = static_cast<int32_t>(__float_as_uint(p));
+  return static_cast<uint32_t>(word < 0x7fff0000 ? word : 0x7fff0000) + random;
 }
 
 // Arrays of f32 and bf16 are known when code is made: picking by a flag costs three instructions an element.
@@ -143,8 +146,8 @@ __device__ __forceinline__ Loaded<half_grad, half_param> load(const Adamw8bitTen
 // Four elements, of which n exist; m and v are left for the codes. Returns the parameters.
 template <bool whole, bool half_grad, bool half_param>
 __device__ __forceinline__ Four<float> update_four(const Loaded<half_grad, half_param>& x, int64_t n,
-                                                   const Numbers& a, float eps, const SharedMap* maps,
-                                                   Four<float>* m, Four<float>* v) {
+                                                   const Numbers& a, const MapTables* maps, Four<float>* m,
+                                                   Four<float>* v) {
   const Four<float> grad = widened(x.grad), before = widened(x.param);
   Four<float> p;
 #pragma unroll
@@ -152,12 +155,25 @@ __device__ __forceinline__ Four<float> update_four(const Loaded<half_grad, half_
     const float g = grad.at[k], root = g * a.square_root;
     const float mean = maps[0].value[x.m.at[k]] * a.m_scale + g * a.mean_factor;
     const float square = fminf(maps[1].value[x.v.at[k]] * a.v_scale + root * root, kLargestMoment);
-    const float denominator = sqrt_flushed(square) * a.root_factor + eps;
-    p.at[k] = before.at[k] * a.keep - (mean * a.step_size) * reciprocal_approximate(denominator);
+    const float denominator = sqrt_flushed(square) * a.root_factor + a.eps;
+    p.at[k] = before.at[k] * a.keep - mean * reciprocal_approximate(denominator);
     m->at[k] = whole || k < n ? mean : 0.0f;
     v->at[k] = whole || k < n ? square : 0.0f;
   }
   return p;
+}
+
+// Four bytes.
+template <bool whole>
+__device__ __forceinline__ void store_codes(uint8_t* p, uint32_t codes, int64_t n) {
+  if constexpr (whole) {
+    *reinterpret_cast<uint32_t*>(p) = codes;
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k < n) p[k] = static_cast<uint8_t>(codes >> 8 * k);
+    }
+  }
 }
 
 __device__ __forceinline__ float largest_of(const Four<float> (&x)[2]) {
@@ -169,7 +185,7 @@ __device__ __forceinline__ float largest_of(const Four<float> (&x)[2]) {
 
 template <bool whole, bool half_grad, bool half_param>
 __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numbers a, const Rates& rates,
-                                             uint32_t step, const SharedMap* maps) {
+                                             uint32_t step, const MapTables* maps) {
   const Adamw8bitTensor& t = e.tensor;
   const int64_t begin = block * kQuantBlock + lane() * 4;
   const float m_scale = t.exp_avg_scale[block] * rates.beta1;
@@ -178,7 +194,7 @@ __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numb
   PhiloxWords words{};
   if (half_param) {
     const uint64_t group = static_cast<uint64_t>(t.start / 8 + block * kWarp + lane());
-    words = philox(rates.seed,
+    words = philox(rates.keys,
                    {static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), t.number, step});
   }
   Loaded<half_grad, half_param> x[2];
@@ -191,7 +207,7 @@ __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numb
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t i = begin + half * (kQuantBlock / 2);
-    const Four<float> p = update_four<whole>(x[half], e.size - i, a, rates.eps, maps, &m[half], &v[half]);
+    const Four<float> p = update_four<whole>(x[half], e.size - i, a, maps, &m[half], &v[half]);
     store_params<whole, half_param>(t, i, e.size - i, p, words, 16 * half);
   }
   float m_inverse, v_inverse;
@@ -200,14 +216,8 @@ __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numb
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t i = begin + half * (kQuantBlock / 2);
-    Four<uint8_t> m_codes, v_codes;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      m_codes.at[k] = signed_code(m[half].at[k] * m_inverse, maps[0]);
-      v_codes.at[k] = static_cast<uint8_t>(unsigned_place(v[half].at[k] * v_inverse, maps[1]) - 1);
-    }
-    store_four<whole>(t.exp_avg + i, m_codes, e.size - i);
-    store_four<whole>(t.exp_avg_sq + i, v_codes, e.size - i);
+    store_codes<whole>(t.exp_avg + i, signed_codes(m[half], m_inverse, maps[0]), e.size - i);
+    store_codes<whole>(t.exp_avg_sq + i, unsigned_codes(v[half], v_inverse, maps[1]), e.size - i);
   }
   if (lane() == 0) t.exp_avg_scale[block] = new_m_scale, t.exp_avg_sq_scale[block] = new_v_scale;
 }
@@ -215,7 +225,7 @@ __device__ __forceinline__ void update_block(const Entry& e, int64_t block, Numb
 // Blocks begin .. end - 1, a warp each.
 template <bool half_grad, bool half_param>
 __device__ __forceinline__ void update_range(const Entry& e, int64_t begin, int64_t end, const Numbers& a,
-                                             const Rates& rates, uint32_t step, const SharedMap* maps) {
+                                             const Rates& rates, uint32_t step, const MapTables* maps) {
   for (int64_t b = begin + warp(); b < end; b += kWarps) {
     e.aligned&& e.size - b* kQuantBlock >= kQuantBlock
         ? update_block<true, half_grad, half_param>(e, b, a, rates, step, maps)
@@ -224,21 +234,20 @@ __device__ __forceinline__ void update_range(const Entry& e, int64_t begin, int6
 }
 
 __global__ void __launch_bounds__(kThreads, 3)
-    update_blocks(const __grid_constant__ Table table, const __grid_constant__ Maps maps, Rates rates,
-                  const AdamControl* control, const AdamFactors* factors) {
+    update_blocks(const __grid_constant__ Table table, Rates rates, const AdamControl* control,
+                  const AdamFactors* factors) {
   const AdamControl c = *control;
   if (c.skip) return;
-  SharedMap* const shared = shared_memory<SharedMap>();
-  fill(shared, maps.both_signs, true);
-  fill(shared + 1, maps.positive, false);
+  MapTables* const shared = shared_memory<MapTables>();
+  fill(shared);
   __syncthreads();
   const int which = table.find(static_cast<int>(blockIdx.x));
   const Entry& e = table.entries[which];
   const AdamFactors own = factors[e.index];
   const Numbers a = {static_cast<float>(c.factor * rates.mean_factor),
                      static_cast<float>(c.factor * rates.square_root),
-                     own.step_size,
-                     own.root_factor,
+                     fminf(own.root_factor / own.step_size, kLargestMoment),
+                     rates.eps / own.step_size,
                      static_cast<float>(1.0 - c.lr * e.decay),
                      0.0f,
                      0.0f};
@@ -276,15 +285,14 @@ void step(const Adamw8bitTensor* tensors, const int64_t* sizes, const double* we
                        std::max(static_cast<float>(a.eps), kLeastEps),
                        static_cast<float>(1.0 - a.beta1),
                        static_cast<float>(std::sqrt(1.0 - a.beta2)),
-                       seed};
+                       philox_keys(seed)};
   const auto make = [&](int64_t i, Entry* entry) {
     *entry = {tensors[i], weight_decay[i], sizes[i], static_cast<int32_t>(i), fits_fours(tensors[i])};
     constexpr int64_t chunk = kChunkBlocks * kQuantBlock;
     return (sizes[i] + chunk - 1) / chunk;
   };
-  const Maps maps = {kSignedMap, kUnsignedMap};
   for_tables<Entry>(count, make, [&](const Table& table, unsigned blocks) {
-    launch<&update_blocks>({dim3(blocks), dim3(kThreads), 2 * sizeof(SharedMap)}, table, maps, rates,
+    launch<&update_blocks>({dim3(blocks), dim3(kThreads), sizeof(kTables)}, table, rates,
                            static_cast<const AdamControl*>(control),
                            static_cast<const AdamFactors*>(factors));
   });

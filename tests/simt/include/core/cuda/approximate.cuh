@@ -9,7 +9,6 @@ inline float simt_flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysi
 inline float exp2_approximate(float x) { return simt_flush(std::exp2(x)); }
 inline float log2_approximate(float x) { return std::log2(simt_flush(x)); }
 inline float reciprocal_approximate(float x) { return simt_flush(1.0f / simt_flush(x)); }
-inline float reciprocal_in_range(float x) { return 1.0f / x; }
 inline float sqrt_approximate(float x) { return std::sqrt(x); }
 inline float sqrt_flushed(float x) { return std::sqrt(simt_flush(x)); }
 inline float tanh_approximate(float x) { return std::tanh(x); }

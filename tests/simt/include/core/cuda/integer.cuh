@@ -20,8 +20,12 @@ inline uint32_t rotate_left(uint32_t x, uint32_t count) {
   return x << (count & 31) | x >> ((0u - count) & 31);
 }
 
-inline uint32_t upper_halves(uint32_t first, uint32_t second) {
-  return first >> 16 | (second & 0xffff0000u);
+inline uint32_t upper_halves(uint32_t first, uint32_t second) { return first >> 16 | (second & 0xffff0000u); }
+
+inline uint32_t odd_byte_signs(uint32_t first, uint32_t second) {
+  const uint32_t bits =
+      (first >> 15 & 1) | (first >> 31) << 8 | (second >> 15 & 1) << 16 | (second >> 31) << 24;
+  return bits * 255;
 }
 
 inline uint32_t warp_largest(uint32_t x) {
