@@ -30,7 +30,8 @@ struct SoftmaxSums {
     max = to;
     const float d = before - base(), factor = exp_approximate(d);
     if constexpr (entropy) weighted = factor * (weighted + sum * bounded(d));
-    sum *= factor;
+    sum = __fmul_rn(
+        sum, factor);  // never joined with what is added next: lse has its bits with statistics and without
   }
 };
 
