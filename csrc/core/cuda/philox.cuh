@@ -21,7 +21,6 @@ struct PhiloxKeys {
 __host__ __device__ __forceinline__ PhiloxKeys philox_keys(uint64_t seed) {
   PhiloxKeys keys;
   uint32_t first = static_cast<uint32_t>(seed), second = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
   for (int i = 0; i < 20; i += 2) {
     keys.at[i] = first, keys.at[i + 1] = second;
     first += 0x9e3779b9u, second += 0xbb67ae85u;

@@ -44,7 +44,7 @@ __device__ __forceinline__ double sum_of(const Entry& t, int64_t begin, int64_t 
 
 // `team` threads to a sum.
 template <int team>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 5)
     sum_blocks(const __grid_constant__ Table table, int64_t block, DeviceNumber scale, double* sums) {
   const int which = table.find(static_cast<int>(blockIdx.x));
   const Entry& t = table.entries[which];
