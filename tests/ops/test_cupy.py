@@ -21,7 +21,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "csrc" / "kernels"
 # Folders of csrc/kernels by case, where the names differ.
 KERNEL_OF = {
     "activations": "gated_activation", "gated_activations": "gated_activation", "attention_packed": "attention",
-    "attention_qkv": "attention", "moe": "moe_router", "square_sums": "grad_norm",
+    "attention_paged": "attention", "attention_qkv": "attention", "moe": "moe_router", "square_sums": "grad_norm",
     "token_logprobs": "linear_cross_entropy",
 }  # fmt: skip
 # What looks for the norm of the gradients it is given, and then at what it is to write.
