@@ -22,6 +22,13 @@ from torch import Tensor
 from gptcore.errors import UserError
 
 
+def check_sizes(owner: str, **sizes: int) -> None:
+    """Raises UserError, by the name of ``owner``, for the first size that is not positive."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{owner}: {name} is {size}, expected at least 1")
+
+
 class _Storage:
     """Keys and values of every layer, and who reads them."""
 
@@ -54,17 +61,10 @@ class KVCache:
         device: torch.device | str = "cpu",
         block_size: int = 16,
     ) -> None:
-        sizes = {
-            "num_layers": num_layers,
-            "batch": batch,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "capacity": capacity,
-            "block_size": block_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"KVCache: {name} is {size}, expected at least 1")
+        check_sizes(
+            "KVCache", num_layers=num_layers, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim,
+            capacity=capacity, block_size=block_size,
+        )  # fmt: skip
         self.batch, self.capacity, self.block_size = batch, capacity, block_size
         padded = -(-capacity // block_size) * block_size
         shape = (batch, padded, num_kv_heads, head_dim)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptcore import ops
 from gptcore.errors import UserError
+from gptcore.infer.kv_cache import check_sizes
 
 
 class PagePool:
@@ -39,16 +40,10 @@ class PagePool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        sizes = {
-            "num_layers": num_layers,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "num_pages": num_pages,
-            "page_size": page_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"PagePool: {name} is {size}, expected at least 1")
+        check_sizes(
+            "PagePool", num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, num_pages=num_pages,
+            page_size=page_size,
+        )  # fmt: skip
         self.page_size, self.num_pages = page_size, num_pages
         shape = (num_pages, page_size, num_kv_heads, head_dim)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
@@ -69,6 +64,10 @@ class PagePool:
     def owners(self, page: int) -> int:
         """How many sequences hold ``page``."""
         return self._owners[page]
+
+    def pages_for(self, tokens: int) -> int:
+        """How many pages so many tokens of a sequence fill, the last perhaps in part."""
+        return -(-tokens // self.page_size)
 
     def take(self) -> int:
         """A page that nobody held. Raises UserError when there is none."""
@@ -119,8 +118,7 @@ class PagedKVCache:
     _table: Tensor | None  # block_table, until pages change
 
     def __init__(self, pool: PagePool, batch: int) -> None:
-        if batch < 1:
-            raise UserError(f"PagedKVCache: batch is {batch}, expected at least 1")
+        check_sizes("PagedKVCache", batch=batch)
         self._attach(pool, [[] for _ in range(batch)], [0] * batch)
 
     @property
@@ -188,7 +186,7 @@ class PagedKVCache:
             )
         self.lengths = [min(length, own) for own in self.lengths]
         for pages, own in zip(self._pages, self.lengths, strict=True):
-            used = -(-own // self._pool.page_size)
+            used = self._pool.pages_for(own)
             self._pool.release(pages[used:])
             del pages[used:]
         self._stored, self._table = 0, None
@@ -210,8 +208,7 @@ class PagedKVCache:
         if any(cache._pool is not pool for cache, _ in sequences):
             raise UserError("PagedKVCache: sequences of different pools cannot share a cache")
         lengths = [cache.lengths[row] for cache, row in sequences]
-        used = [-(-length // pool.page_size) for length in lengths]
-        pages = [cache._pages[row][:count] for (cache, row), count in zip(sequences, used, strict=True)]
+        pages = [cache._pages[row][: pool.pages_for(cache.lengths[row])] for cache, row in sequences]
         for held in pages:
             pool.share(held)
         other = object.__new__(PagedKVCache)
@@ -244,7 +241,7 @@ class PagedKVCache:
         """Pages of our own for ``count`` tokens behind each sequence: where they go is the same in every layer."""
         pool, size = self._pool, self._pool.page_size
         needed = [
-            -(-(length + count) // size) - len(pages)
+            pool.pages_for(length + count) - len(pages)
             for length, pages in zip(self.lengths, self._pages, strict=True)
         ]
         halves = [row for row, length in enumerate(self.lengths) if count and length % size]

@@ -12,6 +12,7 @@ from gptcore.ops.attention_options import (
     BIAS,
     MASK,
     OPTIONS,
+    SCHEMA,
     SINKS,
     TENSOR_OPTIONS,
     AttentionOptions,
@@ -109,7 +110,7 @@ def attention(
         return result[0] if type(result) is tuple and not return_lse else result
     if is_torch(q):
         refuse_out_with_grad("attention", q, k, v)
-    lse = _new_lse(q) if return_lse else None
+    lse = new_lse(q) if return_lse else None
     out = empty_like(q) if out is None else out
     _run(q, k, v, cu_seqlens_q, cu_seqlens_k, options, out, lse)
     return (out, lse) if return_lse else out
@@ -237,7 +238,8 @@ def option_values(op: str, like: Array, head_dim: int, options: Mapping[str, Any
     return values_of(like, head_dim, **{**_DEFAULTS, **options})
 
 
-def _new_lse(q: Array) -> Array:
+def new_lse(q: Array) -> Array:
+    """Room for lse: (B, H, T), or (H, total) of packed documents."""
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[-2], q.shape[0])
     return empty(q, shape, "float32")
 
@@ -312,8 +314,6 @@ def _run_backward(
 # attention(q, k, v, ...) -> (out, lse) and attention_qkv(qkv, ...) -> (out, lse), with their backward ops. The
 # last argument says whether lse is wanted: without gradients it is not even computed otherwise.
 
-_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
-
 
 def _save(ctx: Any, options: list[Any], lse: Any, *tensors: Any) -> None:
     """Keeps for backward what it needs, the options that are tensors where autograd sees them. The last says whether
@@ -342,13 +342,13 @@ def _saved(ctx: Any, count: int) -> tuple[Any, list[Any]]:
 
 
 def _forward(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
-    out, lse = empty_like(q), _new_lse(q)
+    out, lse = empty_like(q), new_lse(q)
     _run(q, k, v, cu_q, cu_k, options[:-1], out, lse)
     return out, lse
 
 
 def _inference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> Any:
-    out, lse = empty_like(q), _new_lse(q) if options[-1] else None
+    out, lse = empty_like(q), new_lse(q) if options[-1] else None
     _run(q, k, v, cu_q, cu_k, options[:-1], out, lse)
     return out if lse is None else (out, lse)
 
@@ -364,7 +364,7 @@ def _eager_forward(ctx: Any, *inputs: Any) -> Any:
 
 
 def _fake(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *options: Any) -> tuple[Any, Any]:
-    return q.new_empty(q.shape), _new_lse(q)
+    return q.new_empty(q.shape), new_lse(q)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -508,13 +508,13 @@ def _qkv_backward_fake(dout: Any, qkv: Any, *options: Any) -> tuple[Any, ...]:
 _attention_backward = TorchOp(
     "attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens_q, "
-    f"Tensor? cu_seqlens_k, {_SCHEMA}, Tensor? dlse, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? cu_seqlens_k, {SCHEMA}, Tensor? dlse, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward=_backward_forward,
     fake=_backward_fake,
 )
 _attention = TorchOp(
     "attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {_SCHEMA}, bool want_lse)"
+    f"(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, {SCHEMA}, bool want_lse)"
     " -> (Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
@@ -530,13 +530,13 @@ _attention = TorchOp(
 _attention_qkv_backward = TorchOp(
     "attention_qkv_backward",
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, int heads, int kv_heads, "
-    f"{_SCHEMA}, Tensor? dlse, bool bias_grad) -> (Tensor, Tensor, Tensor)",
+    f"{SCHEMA}, Tensor? dlse, bool bias_grad) -> (Tensor, Tensor, Tensor)",
     forward=_qkv_backward_forward,
     fake=_qkv_backward_fake,
 )
 _attention_qkv = TorchOp(
     "attention_qkv",
-    f"(Tensor qkv, Tensor? cu_seqlens, int heads, int kv_heads, {_SCHEMA}, bool want_lse) -> (Tensor, Tensor)",
+    f"(Tensor qkv, Tensor? cu_seqlens, int heads, int kv_heads, {SCHEMA}, bool want_lse) -> (Tensor, Tensor)",
     forward=_qkv_forward,
     fake=_qkv_fake,
     setup_context=_qkv_setup,

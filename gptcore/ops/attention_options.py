@@ -46,6 +46,7 @@ OPTIONS = {
     "sparse_stride": "int",
     "sparse_summary": "int",
 }
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
 MASK, BIAS, SINKS = (list(OPTIONS).index(name) for name in ("attn_mask", "attn_bias", "sinks"))
 TENSOR_OPTIONS = [i for i, kind in enumerate(OPTIONS.values()) if kind == "Tensor?"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gptcore import backend
-from gptcore.ops.arrays import Array, empty, empty_like, is_torch, last_contiguous
-from gptcore.ops.attention import option_values
+from gptcore.ops.arrays import Array, empty_like, is_torch, last_contiguous
+from gptcore.ops.attention import new_lse, option_values
 from gptcore.ops.attention_dense import dense_attention
-from gptcore.ops.attention_options import OPTIONS
+from gptcore.ops.attention_options import OPTIONS, SCHEMA
 from gptcore.ops.registration import TorchOp, refuse_out_with_grad
 
 
@@ -67,7 +67,7 @@ def attention_paged(
     if is_torch(q):
         refuse_out_with_grad("attention_paged", q, k_pages, v_pages)
     out = empty_like(q) if out is None else out
-    lse = _new_lse(q) if return_lse else None
+    lse = new_lse(q) if return_lse else None
     _run(inputs, options, out, lse)
     return (out, lse) if return_lse else out
 
@@ -93,36 +93,31 @@ def attention_paged_reference(
     return (torch.cat(outs), torch.cat(lses)) if return_lse else torch.cat(outs)
 
 
-def _new_lse(q: Array) -> Array:
-    return empty(q, (q.shape[0], q.shape[2], q.shape[1]), "float32")
-
-
 def _run(inputs: tuple[Any, ...], options: tuple[Any, ...], out: Array, lse: Any) -> None:
     q, *cache = inputs  # a copy of a cache would cost more than the call
     backend.extension().attention_paged(last_contiguous(q), *cache, options, out, lse)
 
 
 def _forward(*inputs: Any) -> tuple[Any, Any]:
-    out, lse = empty_like(inputs[0]), _new_lse(inputs[0])
+    out, lse = empty_like(inputs[0]), new_lse(inputs[0])
     _run(inputs[:5], inputs[5:-1], out, lse)
     return out, lse
 
 
 def _inference(*inputs: Any) -> Any:
-    out, lse = empty_like(inputs[0]), _new_lse(inputs[0]) if inputs[-1] else None
+    out, lse = empty_like(inputs[0]), new_lse(inputs[0]) if inputs[-1] else None
     _run(inputs[:5], inputs[5:-1], out, lse)
     return out if lse is None else (out, lse)
 
 
 def _fake(q: Any, *_: Any) -> tuple[Any, Any]:
-    return q.new_empty(q.shape), _new_lse(q)
+    return q.new_empty(q.shape), new_lse(q)
 
 
-_SCHEMA = ", ".join(f"{kind} {name}" for name, kind in OPTIONS.items())
 _attention_paged = TorchOp(
     "attention_paged",
     "(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor cache_seqlens, "
-    f"{_SCHEMA}, bool want_lse) -> (Tensor, Tensor)",
+    f"{SCHEMA}, bool want_lse) -> (Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
     inference=_inference,

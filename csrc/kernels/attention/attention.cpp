@@ -314,6 +314,17 @@ const AttentionBodies& bodies(const Checker& check, DType dtype) {
   return tf32 ? *tf32 : attention_f32_bodies_table.pick(check);
 }
 
+void run_forward(const Checker& check, const TensorView& q, const TensorView& out, const TensorView& lse,
+                 AttentionProblem* p) {
+  p->out = check_like(check, out, "out", q, "q", true);
+  if (lse) {
+    check_lse(check, lse, q, p);
+    check.writable(lse, "lse");
+  }
+  if (p->heads == 0) return;
+  bodies(check, q.dtype).forward(*p);
+}
+
 }  // namespace
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
@@ -321,13 +332,7 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                        const AttentionOptions& options, const TensorView& out, const TensorView& lse) {
   const Checker check("attention", attention_f32_bodies_table.device);
   AttentionProblem p = check_inputs(check, q, k, v, cu_seqlens_q, cu_seqlens_k, options);
-  p.out = check_like(check, out, "out", q, "q", true);
-  if (lse) {
-    check_lse(check, lse, q, &p);
-    check.writable(lse, "lse");
-  }
-  if (p.heads == 0) return;
-  bodies(check, q.dtype).forward(p);
+  run_forward(check, q, out, lse, &p);
 }
 
 void attention_paged(const TensorView& q, const TensorView& k_pages, const TensorView& v_pages,
@@ -348,13 +353,7 @@ void attention_paged(const TensorView& q, const TensorView& k_pages, const Tenso
   check_pages(check, k_pages, block_table, cache_seqlens, elsewhere(check), &p);
   check_paged_options(check, options);
   check_options(check, options, q.dtype, &p);
-  p.out = check_like(check, out, "out", q, "q", true);
-  if (lse) {
-    check_lse(check, lse, q, &p);
-    check.writable(lse, "lse");
-  }
-  if (p.heads == 0) return;
-  bodies(check, q.dtype).forward(p);
+  run_forward(check, q, out, lse, &p);
 }
 
 void attention_backward(const TensorView& dout, const TensorView& q, const TensorView& k, const TensorView& v,
